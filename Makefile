@@ -1,0 +1,50 @@
+# make demo | test | lint | bench. Everything is installed into .venv on first use; nothing needs to be activated.
+TORCH ?= torch==2.13.0
+PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3
+PIP = .venv/bin/python -m pip install --disable-pip-version-check
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.core
+	@.venv/bin/c2c ask
+
+test: .venv/.test
+	.venv/bin/python -m pytest
+
+lint: .venv/.test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/.test
+	.venv/bin/python benchmarks/first_token.py
+
+clean:
+	rm -rf .venv
+
+# A name on the path may be a shim without an interpreter behind it, so each candidate is run before it is trusted.
+.venv/.python:
+	@for python in $(PYTHONS); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
+	  echo "Making .venv with $$($$python --version)"; \
+	  rm -rf .venv; $$python -m venv .venv && touch $@ && exit 0; \
+	done; \
+	rm -rf .venv; \
+	echo "error: no usable Python among: $(PYTHONS); cache2cache needs Python 3.10 or later with the venv module;" \
+	  "install one, or name it: make PYTHONS=/path/to/python3" >&2; exit 1
+
+# torch goes in alone and first: the ranges in pyproject.toml then find it present and pull no other build of it.
+.venv/.torch: .venv/.python
+	@echo "Installing $(TORCH) (the largest part, once)"
+	@$(PIP) "$(TORCH)"
+	@touch $@
+
+.venv/.core: .venv/.torch pyproject.toml
+	@echo "Installing cache2cache and what it needs"
+	@$(PIP) --quiet -e .
+	@touch $@
+
+.venv/.test: .venv/.core
+	@echo "Installing the test tools"
+	@$(PIP) --quiet -e ".[test]"
+	@touch $@

@@ -1,0 +1,1 @@
+"""Language models that talk through their key-value caches."""

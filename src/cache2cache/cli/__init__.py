@@ -1,0 +1,91 @@
+"""The command line `c2c`: one small file per command, nothing but arguments and printing.
+
+The commands' modules import only typer at the top; torch and transformers are imported inside the functions, so that
+`c2c --help` stays quick. Every expected failure ends here as one line on stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from cache2cache.cli import models
+from cache2cache.errors import C2CError
+
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _leave("interrupted", 130)
+
+
+app = typer.Typer(
+    name="c2c",
+    cls=_Group,
+    help="Language models that talk through their key-value caches.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(models.app, name="models")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"cache2cache {version('cache2cache')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an unexpected error.")] = False,
+) -> None:
+    # --debug is read by main(), which also sees it behind the command's name.
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and leave with its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(args=arguments, prog_name="c2c")
+    except C2CError as error:
+        if debug:
+            raise
+        _leave(f"error: {error}", 1)
+    except OSError as error:
+        if debug:
+            raise
+        _leave(f"error: {_os_error(error)}", 1)
+    except Exception as error:
+        if debug:
+            raise
+        _leave(f"error: unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+
+
+def _os_error(error: OSError) -> str:
+    where = f": {error.filename}" if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"no space left on the disk{where}; free some, or choose another folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write or read{where}; choose another folder, or change its permissions"
+    return f"{error.strerror or type(error).__name__}{where or f': {error}'}; run again with --debug for the traceback"
+
+
+def _leave(line: str, code: int) -> NoReturn:
+    print(" ".join(line.split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,50 @@
+"""Fixtures and settings for all tests: tiny random models, no network, no colours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
+
+# Tests of the command line read what is printed: as it goes into a pipe, whatever terminal runs the tests.
+for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS"):
+    os.environ.pop(_name, None)
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "120"
+
+
+@pytest.fixture
+def tiny() -> Callable[..., tuple[PreTrainedModel, PreTrainedTokenizerFast]]:
+    """tiny(family, seed=0, **overrides) -> (model, its natural tokenizer)."""
+
+    def make(family: str, seed: int = 0, **overrides: object) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+        return tiny_model(family, seed, **overrides), tiny_tokenizer(TOKENIZER_OF[family])
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
+    """tiny_folder(family, seed=0, **overrides) -> a model folder with weights, tokenizer and chat template."""
+
+    def make(family: str, seed: int = 0, **overrides: object) -> Path:
+        folder = tmp_path / f"{family}-{seed}"
+        tiny_model(family, seed, **overrides).save_pretrained(folder)
+        tiny_tokenizer(TOKENIZER_OF[family]).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The optional folder of data sets beside the checkout; the test is skipped where it is absent."""
+    folder = Path(__file__).parents[1].resolve().parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder shared/data beside the checkout")
+    return folder
