@@ -1,7 +1,7 @@
 """Tiny random models and tokenizers: four families of unequal shapes, made offline in well under a second each.
 
-    model = tiny_model("qwen3")                          # random weights, eval, float32, no gradients
-    tokenizer = tiny_tokenizer(TOKENIZER_OF["qwen3"])    # its natural tokenizer
+model = tiny_model("qwen3")                          # random weights, eval, float32, no gradients
+tokenizer = tiny_tokenizer(TOKENIZER_OF["qwen3"])    # its natural tokenizer
 """
 
 from __future__ import annotations
@@ -100,21 +100,34 @@ def tiny_tokenizer(kind: str = "bytes") -> PreTrainedTokenizerFast:
     "pieces": "▁" for a space and byte fallback, Gemma-like turns. "plain": "bytes" without a chat template.
     """
     if kind in ("bytes", "plain"):
-        return _byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], None, "<|im_end|>", "<|endoftext|>", _CHATML if kind == "bytes" else None)
+        return _byte_level(
+            ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+            None,
+            "<|im_end|>",
+            "<|endoftext|>",
+            _CHATML if kind == "bytes" else None,
+        )
     if kind == "words":
-        return _byte_level(["<|bos|>", "<|start|>", "<|end|>", "<|eot|>", "<|pad|>"], "<|bos|>", "<|eot|>", "<|pad|>", _HEADERS, 400)
+        return _byte_level(
+            ["<|bos|>", "<|start|>", "<|end|>", "<|eot|>", "<|pad|>"], "<|bos|>", "<|eot|>", "<|pad|>", _HEADERS, 400
+        )
     if kind == "pieces":
         return _pieces()
     raise ValueError(f"unknown tokenizer kind {kind!r}; expected bytes, words, pieces or plain")
 
 
-def _byte_level(special: list[str], bos: str | None, eos: str, pad: str, template: str | None, size: int = 0) -> PreTrainedTokenizerFast:
+def _byte_level(
+    special: list[str], bos: str | None, eos: str, pad: str, template: str | None, size: int = 0
+) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=size > 0)
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=size or len(alphabet) + len(special), special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=size or len(alphabet) + len(special),
+        special_tokens=special,
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     core.train_from_iterator(_CORPUS if size else [], trainer)
     return _wrap(core, bos, eos, pad, None, template)
@@ -128,9 +141,7 @@ def _pieces() -> PreTrainedTokenizerFast:
     trained.pre_tokenizer = pre_tokenizers.Split(Regex("(?=▁)"), "isolated")
     ascii_only = [text.encode("ascii", "ignore").decode() for text in _CORPUS]  # the rest takes the byte fallback
     alphabet = [chr(code) for code in range(33, 127)] + ["▁", "\n"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     trained.train_from_iterator(ascii_only, trainer)
     model = json.loads(trained.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
@@ -143,7 +154,11 @@ def _pieces() -> PreTrainedTokenizerFast:
     return _wrap(core, "<bos>", "<eos>", "<pad>", "<unk>", _TURNS)
 
 
-def _wrap(core: Tokenizer, bos: str | None, eos: str, pad: str, unk: str | None, template: str | None) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unk)
+def _wrap(
+    core: Tokenizer, bos: str | None, eos: str, pad: str, unk: str | None, template: str | None
+) -> PreTrainedTokenizerFast:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad, unk_token=unk
+    )
     tokenizer.chat_template = template
     return tokenizer

@@ -1,0 +1,123 @@
+"""What a question is, and where the rows of a data set come from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, StrictInt, ValidationError
+
+from cache2cache.errors import C2CError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_INDEX = {letter: index for index, letter in enumerate(LETTERS)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with 2 to 26 options, one of them right; they are lettered A, B, … whatever the data set calls them."""
+
+    id: str
+    question: str
+    options: tuple[str, ...]
+    answer: int
+    subject: str = ""
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.options) <= 26:
+            raise C2CError(f"question {self.id!r} has {len(self.options)} options; expected 2 to 26")
+        if not 0 <= self.answer < len(self.options):
+            raise C2CError(
+                f"question {self.id!r} has answer {self.answer}; expected an index from 0 to {len(self.options) - 1}"
+            )
+
+    @property
+    def letters(self) -> str:
+        """The letters of the options, "ABCD" for four."""
+        return LETTERS[: len(self.options)]
+
+    @property
+    def letter(self) -> str:
+        """The letter of the right option."""
+        return self.letters[self.answer]
+
+
+def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
+    """The rows of one split of a hub data set, with the fields it has there.
+
+    With `data_dir` they are read from `<data_dir>/<owner>/<name>/<config>/<split>.jsonl.gz`, and nothing else is
+    touched; without it from the hub, through `datasets`. Raises C2CError where they cannot be had.
+    """
+    if data_dir is None:
+        return _from_hub(repo, config, split)
+    path = data_dir / repo / config / f"{split}.jsonl.gz"
+    if not path.is_file():
+        there = sorted(file.name.removesuffix(".jsonl.gz") for file in path.parent.glob("*.jsonl.gz"))
+        found = f"it has {', '.join(there)}" if there else f"there is no {path.parent}"
+        raise C2CError(
+            f"{repo} ({config}) has no split {split!r} under {data_dir}; {found}; choose another split or folder"
+        )
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines if line.strip()]
+    except (OSError, EOFError, ValueError) as error:
+        raise C2CError(f"{path} cannot be read ({error}); expected gzipped JSON lines; fetch it again") from error
+
+
+def _from_hub(repo: str, config: str, split: str) -> list[dict[str, Any]]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise C2CError(
+            f"{repo} comes from the hub, which needs the package datasets; "
+            "install it with: pip install 'cache2cache[data]', or give a local mirror as data folder"
+        ) from error
+    try:
+        return [dict(row) for row in load_dataset(repo, config, split=split)]
+    except Exception as error:  # datasets raises its own kinds and plain ones; for an unknown split it says what exists
+        reason = " ".join(str(error).split())[:300]
+        raise C2CError(
+            f"{repo} ({config}, split {split!r}) could not be had from the hub ({type(error).__name__}: {reason}); "
+            "check the split and the network, or give a local mirror as data folder"
+        ) from error
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The questions of a JSONL file: {"question", "options", "answer"} and perhaps {"id", "subject"} in each row.
+
+    The answer is a letter or an index from 0.
+    """
+    if not path.is_file():
+        raise C2CError(f"no file {path}; expected JSON lines with question, options and answer; check the path")
+    with path.open(encoding="utf-8") as lines:
+        return [
+            _own_row(line, f"{path}, line {number}", str(number))
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+
+
+class _Row(BaseModel):
+    id: str | int | None = None
+    question: str
+    options: tuple[str, ...]
+    answer: StrictInt | str
+    subject: str = ""
+
+
+def _own_row(line: str, where: str, default_id: str) -> Question:
+    try:
+        row = _Row.model_validate_json(line)
+        answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer, -1)
+        return Question(str(row.id or default_id), row.question, row.options, answer, row.subject)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise C2CError(
+            f"{where} is no question ({'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}); "
+            'expected {"question": …, "options": [… , …], "answer": "A" or 0}; mend the row'
+        ) from error
+    except C2CError as error:
+        raise C2CError(f"{where}: {error}; mend the row") from error
