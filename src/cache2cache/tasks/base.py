@@ -18,7 +18,7 @@ _INDEX = {letter: index for index, letter in enumerate(LETTERS)}
 
 @dataclass(frozen=True)
 class Question:
-    """A question with 2 to 26 options, one of them right; they are lettered A, B, … whatever the data set calls them."""
+    """A question with 2 to 26 options, one of them right, lettered A, B, … whatever the data set calls them."""
 
     id: str
     question: str
