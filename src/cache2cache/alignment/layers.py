@@ -1,0 +1,41 @@
+"""Layer maps: which sharer layer each receiver layer reads (paper section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import C2CError
+
+LAYER_MAPS = ("terminal", "last_aligned", "k_nearest")
+
+
+def layer_map(
+    kind: str | Sequence[tuple[int, int]], receiver_layers: int, sharer_layers: int
+) -> list[tuple[int, int]]:
+    """Pairs (receiver layer, sharer layer), ascending in the receiver layer; layers not named stay unfused.
+
+    Args:
+        kind: `terminal` pairs top with top and goes down until the shallower model runs out; `last_aligned` does the
+            same but lets every receiver layer below the overlap read sharer layer 0 (as the published fusers do);
+            `k_nearest` pairs by relative depth, ties to the lower sharer layer; or the pairs themselves.
+        receiver_layers, sharer_layers: the depths of the two models.
+    """
+    lr, ls = receiver_layers, sharer_layers
+    if kind == "terminal":
+        return [(t, t + ls - lr) for t in range(max(0, lr - ls), lr)]
+    if kind == "last_aligned":
+        return [(t, min(max(t + ls - lr, 0), ls - 1)) for t in range(lr)]
+    if kind == "k_nearest":
+        # |t/(lr-1) - s/(ls-1)| compared in integers, so that ties are exact and go to the lower s.
+        return [(t, min(range(ls), key=lambda s: (abs(t * max(ls - 1, 1) - s * max(lr - 1, 1)), s))) for t in range(lr)]
+    if isinstance(kind, str):
+        raise C2CError(f"unknown layer map {kind!r}; expected {', '.join(LAYER_MAPS)} or a list of [receiver, sharer] pairs")
+    pairs = sorted((int(t), int(s)) for t, s in kind)
+    for t, s in pairs:
+        if not (0 <= t < lr and 0 <= s < ls):
+            raise C2CError(
+                f"layer pair [{t}, {s}] is outside the models: the receiver has layers 0 to {lr - 1}, the sharer 0 to {ls - 1}"
+            )
+    if len({t for t, _ in pairs}) != len(pairs) or not pairs:
+        raise C2CError(f"the layer map {pairs} must name at least one receiver layer and none of them twice")
+    return pairs

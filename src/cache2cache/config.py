@@ -1,0 +1,141 @@
+"""What a model, a fuser and a training run are: one definition for YAML, the command line and Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ModelSpec(BaseModel):
+    """Where a causal language model comes from and how it is loaded.
+
+    `source` is a catalogue name, a hub id, a local folder or a GGUF file. `dtype` is a torch dtype name or "auto"
+    (float32 on a CPU, bfloat16 on a GPU). `quantization` is "4bit", "8bit" or keyword arguments of a transformers
+    quantisation config; the weights are frozen either way.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | dict[str, Any] | None = None
+    attn_implementation: str | None = None
+    quantization: str | dict[str, Any] | None = None
+    trust_remote_code: bool = False
+
+
+class ModelIdentity(BaseModel):
+    """A model as a fuser sees it: what its cache looks like, and which weights it is.
+
+    `fingerprint` is the hash of `LM.fingerprint`; None when unknown.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+
+    @property
+    def width(self) -> int:
+        """Numbers per position, layer and kind (keys or values): KV heads times head size."""
+        return self.num_kv_heads * self.head_dim
+
+
+class FuserConfig(BaseModel):
+    """What a fuser computes (FORMATS.md section 2; paper section 3.3). The switches give the paper's ablations.
+
+    `receiver` and `sharer` are filled in by `C2C.from_models`. Defaults of the sizes are the published ones.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    variant: str = "c2c"
+    receiver: ModelIdentity | None = None
+    sharer: ModelIdentity | None = None
+    layer_map: str | list[tuple[int, int]] = "terminal"
+    token_map: Literal["span"] = "span"
+    hidden_dim: int = Field(1024, gt=0)
+    intermediate_dim: int = Field(1024, gt=0)
+    num_layers: int = Field(3, ge=2, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    residual: bool = Field(True, description="add to the receiver's cache; off: replace it (ablation 'project')")
+    weighting: bool = Field(True, description="dynamic weight per token and receiver head")
+    gating: bool = Field(True, description="learnable gate for the keys and for the values of each layer")
+    gate_init: float = Field(0.0, description="initial gate logit; 0 as published")
+    gate_noise: Literal["logistic", "gumbel", "none"] = Field(
+        "logistic", description="logistic: a Gumbel sigmoid proper; gumbel: one-sided, as published"
+    )
+    initial_temperature: float = Field(1.0, gt=0)
+    final_temperature: float = Field(0.001, gt=0)
+    anneal_steps: int = Field(1929, gt=0)
+    normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
+    zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
+
+    @model_validator(mode="after")
+    def _relations(self) -> FuserConfig:
+        if self.gating and not self.residual:
+            raise ValueError("gating without residual has no closed state to fall back to; set gating to false as well")
+        if self.final_temperature > self.initial_temperature:
+            raise ValueError(
+                f"final_temperature {self.final_temperature} is above initial_temperature {self.initial_temperature}; "
+                "the gate temperature is annealed downwards"
+            )
+        return self
+
+
+class DataSource(BaseModel):
+    """One source of training examples: a question set (`task`) or instruction data (`rows` on the hub or `jsonl`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str | None = Field(None, description="a question set of cache2cache.tasks, such as arc-easy")
+    rows: str | None = Field(None, description="instruction data, owner/name[/config]")
+    jsonl: Path | None = Field(None, description="instruction data, a local file")
+    split: str = "train"
+    limit: int | None = Field(None, gt=0, description="that many rows, drawn with the run's seed")
+    max_prompt_chars: int | None = Field(None, gt=0, description="leave out rows with longer prompts")
+    max_response_chars: int | None = Field(None, gt=0, description="cut responses there, at a word")
+
+    @model_validator(mode="after")
+    def _one(self) -> DataSource:
+        if sum(x is not None for x in (self.task, self.rows, self.jsonl)) != 1:
+            raise ValueError("give exactly one of task, rows and jsonl")
+        return self
+
+
+class TrainConfig(BaseModel):
+    """A training run, as written in a recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    receiver: ModelSpec
+    sharer: ModelSpec
+    fuser: FuserConfig = FuserConfig()
+    data: list[DataSource] = Field(min_length=1)
+    data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
+    store: Path | None = Field(None, description="sharer prefills made by c2c precompute; without it they are computed live")
+    output: Path = Path("runs/fuser")
+    epochs: int = Field(1, gt=0)
+    batch_size: int = Field(16, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
+    weight_decay: float = Field(0.01, ge=0, description="on matrices only")
+    gate_learning_rate: float | None = Field(None, gt=0, description="of the gate logits, where it should differ")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    loss: Literal["token", "example"] = Field("token", description="what counts equally: response tokens, or examples")
+    max_tokens: int = Field(2048, gt=1, description="examples with longer prompts are left out, longer responses cut")
+    calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")
+    holdout: int = Field(64, ge=0, description="examples kept out of training to watch the loss on")
+    evaluate_every: int = Field(50, gt=0)
+    save_every: int = Field(50, gt=0)
+    seed: int = 42
+    weights_on_disk: Literal["float32", "bfloat16"] = "bfloat16"

@@ -1,0 +1,173 @@
+"""What comes after the prefill, for any model and any cache, fused or not: generate, stream, score."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from .errors import C2CError
+from .kv import Prefilled, positions_of
+from .models.load import LM
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed answer: the token and the text that it completes ("" inside a character)."""
+
+    text: str
+    token: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is: `logprob` is the sum over its `num_tokens` tokens, in nats.
+
+    `is_greedy`: whether greedy decoding would write exactly these tokens.
+    """
+
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
+
+
+def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
+    """Stock `model.generate` on top of a prefilled cache; every option of transformers passes through.
+
+    Returns:
+        What `generate` returns: token ids (B, T + new), prompt included, or its output object.
+    """
+    check_room(lm, prompt.input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
+    kwargs.setdefault("pad_token_id", lm.pad_token_id)
+    return lm.model.generate(**prompt.inputs(), **kwargs)
+
+
+def check_room(lm: LM, prompt_tokens: int, new_tokens: int) -> None:
+    """Raise a C2CError if the prompt and the answer don't fit the model's context."""
+    if prompt_tokens + new_tokens > lm.context_length:
+        raise C2CError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones don't fit the context of {lm.name}, "
+            f"{lm.context_length} tokens; shorten the prompt or ask for fewer new tokens"
+        )
+
+
+class _Tokens(BaseStreamer):
+    """Hands the tokens of a running `generate` to another thread; also the means to stop it."""
+
+    def __init__(self) -> None:
+        self.queue: queue.Queue[int | BaseException | None] = queue.Queue()
+        self.prompt_seen = False
+        self.stopped = threading.Event()
+
+    def put(self, value: Tensor) -> None:
+        if self.prompt_seen:
+            for token in value.flatten().tolist():
+                self.queue.put(token)
+        self.prompt_seen = True  # generate hands over the prompt first
+
+    def end(self) -> None:
+        pass  # the end is marked by `stream`, behind a possible exception
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Iterator[Chunk]:
+    """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model."""
+    if len(prompt.input_ids) != 1:
+        raise C2CError(f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch")
+    tokens = _Tokens()
+    criteria = StoppingCriteriaList([_Stop(tokens.stopped), *kwargs.pop("stopping_criteria", [])])
+
+    def run() -> None:
+        try:
+            generate(lm, prompt, streamer=tokens, stopping_criteria=criteria, **kwargs)
+            tokens.queue.put(None)
+        except BaseException as error:  # handed to the thread that reads
+            tokens.queue.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    ids: list[int] = []
+    done = ""
+    try:
+        while (item := tokens.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            ids.append(item)
+            text = "" if lm.tokenizer is None else lm.tokenizer.decode(ids, skip_special_tokens=True)
+            # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest of it.
+            new = "" if text.endswith("\ufffd") else text[len(done) :]
+            done += new
+            yield Chunk(new, item)
+    finally:
+        tokens.stopped.set()
+        thread.join()
+
+
+@torch.no_grad()
+def score(lm: LM, prompt: Prefilled, continuations: Sequence[Sequence[Sequence[int]]]) -> list[list[Score]]:
+    """Log-likelihoods of continuations of each prompt.
+
+    Args:
+        lm: the model.
+        prompt: B prompts.
+        continuations: for each prompt, any number of continuations as token ids, none of them empty.
+    """
+    if len(continuations) != len(prompt.input_ids) or any(not ids for group in continuations for ids in group):
+        raise C2CError(
+            f"{len(prompt.input_ids)} prompts and {len(continuations)} groups of continuations were given; expected one "
+            "group per prompt and at least one token per continuation"
+        )
+    flat = [ids for group in continuations for ids in group]
+    check_room(lm, prompt.input_ids.shape[1], max(map(len, flat)))
+    device = prompt.input_ids.device
+    owner = torch.tensor([row for row, group in enumerate(continuations) for _ in group], device=device)
+    if max(map(len, flat)) == 1:
+        # One token each: the distribution behind the prompt scores all of a prompt's continuations at once.
+        logprobs = _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1].log_softmax(-1)[owner][:, None]
+    else:
+        longest = max(map(len, flat))
+        tails = torch.tensor([[*ids[:-1], *[0] * (longest - len(ids))] for ids in flat], device=device)
+        ids_in = torch.cat([prompt.input_ids[owner, -1:], tails], dim=1)
+        logprobs = _logits(lm, prompt, ids_in, owner=owner).log_softmax(-1)
+    scores = []
+    for row, ids in zip(logprobs, flat, strict=True):
+        target = torch.tensor(ids, device=device)
+        row = row[: len(ids)]
+        logprob = row.gather(1, target[:, None]).sum().item()
+        scores.append(Score(logprob, len(ids), bool((row.argmax(-1) == target).all())))
+    grouped = iter(scores)
+    return [[next(grouped) for _ in group] for group in continuations]
+
+
+def _logits(lm: LM, prompt: Prefilled, ids: Tensor, owner: Tensor | None) -> Tensor:
+    """Float32 logits (rows, n, vocabulary) behind each of `ids` (rows, n), which starts with the prompts' last tokens.
+
+    `owner` (rows,) names each row's prompt; None: row i belongs to prompt i. Positions behind a row's end are padding
+    on the right, which earlier ones never see.
+    """
+    kv, mask = prompt.kv, prompt.attention_mask
+    if owner is not None:
+        kv, mask = kv.rows(owner), mask[owner]
+    mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - 1)], dim=1)
+    output = lm.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions_of(mask)[:, -ids.shape[1] :],
+        past_key_values=kv.to_cache(),
+        use_cache=True,
+    )
+    return output.logits.float()

@@ -1,0 +1,24 @@
+"""Fusers: modules that rewrite a receiver's cache with what a sharer's cache holds."""
+
+from __future__ import annotations
+
+from ..config import FuserConfig
+from ..errors import C2CError
+from .c2c import C2CFuser
+from .c2c_c import C2CCFuser
+
+# A variant is one file in this folder and one line here.
+VARIANTS: dict[str, type[C2CFuser]] = {
+    "c2c": C2CFuser,
+    "c2c-c": C2CCFuser,
+}
+
+
+def make_fuser(config: FuserConfig) -> C2CFuser:
+    """An untrained fuser of the configured variant."""
+    if config.variant not in VARIANTS:
+        raise C2CError(f"unknown fuser variant {config.variant!r}; expected one of {', '.join(VARIANTS)}")
+    return VARIANTS[config.variant](config)
+
+
+__all__ = ["VARIANTS", "C2CCFuser", "C2CFuser", "make_fuser"]

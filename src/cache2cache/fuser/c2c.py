@@ -1,0 +1,288 @@
+"""The C2C fuser (paper section 3.3): projection, dynamic weighting, learnable gate, residual; all layers stacked.
+
+Keys and values of a fused layer have separate weights, so a fuser over n layers consists of G = 2n equal modules: the
+keys of its layers in ascending order, then the values. The same weight of all modules is one tensor with G in front,
+and fusing is a handful of batched products over (G, N, width), N being the positions to fuse. With S and T the widths
+(heads times head size) of sharer and receiver, h hidden_dim and m intermediate_dim:
+
+    z         = in([sharer ; receiver]);  z = FFN_m(z)            FFN_w(x) = x + W2 GELU(W1 RMSNorm(x)), inner width w
+    projected = out(FFN_m^(num_layers-2)(z))                      (T) as (receiver heads, head size)
+    weight    = sigmoid(head(FFN_h(z)))                           one number per receiver head
+    fused     = receiver + gate * weight * projected
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..alignment.layers import layer_map
+from ..config import FuserConfig
+from ..errors import C2CError
+from ..kv import KV
+
+# Positions fused at once without gradients: few enough that the activations stay in the processor's cache.
+CHUNK = 256
+
+
+class StackedLinear(nn.Module):
+    """G linear layers in one: (G, N, fan_in) to (G, N, fan_out)."""
+
+    def __init__(self, groups: int, fan_in: int, fan_out: int, bias: bool = True, zero: bool = False) -> None:
+        super().__init__()
+        bound = 0.0 if zero else 1 / math.sqrt(fan_in)  # torch.nn.Linear's initialisation
+        self.weight = nn.Parameter(torch.empty(groups, fan_in, fan_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(groups, 1, fan_out).uniform_(-bound, bound)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x, self.weight) if self.bias is None else torch.baddbmm(self.bias, x, self.weight)
+
+
+class StackedFFN(nn.Module):
+    """G residual blocks x + W2 GELU(W1 RMSNorm(x)) of inner width `inner`, without biases."""
+
+    def __init__(self, groups: int, dim: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.Parameter(torch.ones(groups, 1, dim))
+        self.w1 = StackedLinear(groups, dim, inner, bias=False)
+        self.w2 = StackedLinear(groups, inner, dim, bias=False)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.gelu(self.w1(F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm))
+        return x + self.w2(F.dropout(inner, self.dropout, self.training))
+
+
+class C2CFuser(nn.Module):
+    """Fuses a sharer's cache into a receiver's. Built untrained from a configuration that names both models.
+
+    Attributes:
+        receiver_layers, sharer_layers: (n,) int64, the layer map.
+        gate_logit: (G,) the gates; without training noise a gate is open where its logit is above 0.
+        temperature: (), the present gate temperature (training only).
+        sharer_mean, sharer_std (G, 1, S), receiver_mean, receiver_std (G, 1, T): with `normalize`, the statistics of the
+            calibration pass.
+    """
+
+    def __init__(self, config: FuserConfig) -> None:
+        super().__init__()
+        receiver, sharer = config.receiver, config.sharer
+        if receiver is None or sharer is None:
+            raise C2CError("a fuser needs to know its models; build it with C2C.from_models, or set receiver and sharer")
+        pairs = layer_map(config.layer_map, receiver.num_layers, sharer.num_layers)
+        self.config = config.model_copy(update={"layer_map": pairs})
+        self.register_buffer("receiver_layers", torch.tensor([t for t, _ in pairs]), persistent=False)
+        self.register_buffer("sharer_layers", torch.tensor([s for _, s in pairs]), persistent=False)
+        self.receiver_layers: Tensor
+        self.sharer_layers: Tensor
+        self.heads, self.head_dim = receiver.num_kv_heads, receiver.head_dim
+        groups, s, t, h, m = 2 * len(pairs), sharer.width, receiver.width, config.hidden_dim, config.intermediate_dim
+        self._build_input(groups, s, t, h)
+        self.mlp1 = StackedFFN(groups, h, m, config.dropout)
+        self.proj_mlp2 = nn.ModuleList(StackedFFN(groups, h, m, config.dropout) for _ in range(config.num_layers - 2))
+        self.proj_out = StackedLinear(groups, h, t, zero=config.zero_init)
+        if config.weighting:
+            self.scalar_mlp2 = StackedFFN(groups, h, h, config.dropout)
+            self.scalar_head = StackedLinear(groups, h, self.heads)
+        if config.gating:
+            self.gate_logit = nn.Parameter(torch.full((groups,), float(config.gate_init)))
+        self.register_buffer("temperature", torch.tensor(config.initial_temperature))
+        self.temperature: Tensor
+        self._kept: tuple[Any, C2CFuser, Tensor] | None = None  # see _inference
+        if config.normalize:
+            for name, width in (("sharer", s), ("receiver", t)):
+                self.register_buffer(f"{name}_mean", torch.zeros(groups, 1, width))
+                self.register_buffer(f"{name}_std", torch.ones(groups, 1, width))
+
+    def _build_input(self, groups: int, s: int, t: int, h: int) -> None:
+        # in([sharer ; receiver]) as two products and a sum, which saves writing the concatenation.
+        self.in_sharer = StackedLinear(groups, s, h)
+        self.in_receiver = StackedLinear(groups, t, h, bias=False)
+        for part in (self.in_sharer, self.in_receiver):
+            nn.init.uniform_(part.weight, -1 / math.sqrt(s + t), 1 / math.sqrt(s + t))
+
+    # ---- what is open -------------------------------------------------------------------------------------------
+
+    @property
+    def open_gates(self) -> Tensor:
+        """(G,) bool: what takes part in inference. Without gating everything does."""
+        if not self.config.gating:
+            return torch.ones(2 * len(self.receiver_layers), dtype=torch.bool, device=self.receiver_layers.device)
+        return self.gate_logit.detach() > 0
+
+    @property
+    def sharer_depth(self) -> int:
+        """How many of the sharer's lowest layers inference reads: above them the sharer need not compute."""
+        layers = self.sharer_layers.repeat(2)[self.open_gates]
+        return int(layers.max()) + 1 if len(layers) else 0
+
+    @property
+    def sharer_reads(self) -> int:
+        """How many of the sharer's layers inference reads, keys and values counted apart."""
+        per_kind = self.open_gates.view(2, -1)
+        return sum(len(self.sharer_layers[is_open].unique()) for is_open in per_kind)
+
+    def set_progress(self, step: int) -> None:
+        """Anneal the gate temperature geometrically: step 0 has the initial, `anneal_steps` and later the final one."""
+        c = self.config
+        done = min(step / c.anneal_steps, 1.0)
+        self.temperature.fill_(c.initial_temperature * (c.final_temperature / c.initial_temperature) ** done)
+
+    # ---- the equations ------------------------------------------------------------------------------------------
+
+    def _input(self, sharer: Tensor, receiver: Tensor) -> Tensor:
+        return self.in_receiver(receiver) + self.in_sharer(sharer)
+
+    def change(self, sharer: Tensor, receiver: Tensor) -> Tensor:
+        """gate * weight * projected.
+
+        Args:
+            sharer: (G, N, S).
+            receiver: (G, N, T).
+
+        Returns:
+            (G, N, T).
+        """
+        if self.config.normalize:
+            sharer = (sharer - self.sharer_mean) / self.sharer_std
+            receiver = (receiver - self.receiver_mean) / self.receiver_std
+        z = self.mlp1(self._input(sharer, receiver))
+        projected = z
+        for block in self.proj_mlp2:
+            projected = block(projected)
+        projected = self.proj_out(projected)
+        if self.config.normalize:  # back to the receiver's units
+            projected = projected * self.receiver_std
+            if not self.config.residual:
+                projected = projected + self.receiver_mean
+        factor = self._weight(z) * self._gate(z)
+        return (projected.unflatten(-1, (self.heads, self.head_dim)) * factor.unsqueeze(-1)).flatten(-2)
+
+    def _weight(self, z: Tensor) -> Tensor:
+        """(G, N, heads), or (1, 1, 1) without weighting."""
+        return self.scalar_head(self.scalar_mlp2(z)).sigmoid() if self.config.weighting else z.new_ones(1, 1, 1)
+
+    def _gate(self, z: Tensor) -> Tensor:
+        """(G, N or 1, heads or 1): hard in inference, noisy and soft in training."""
+        if not self.config.gating:
+            return z.new_ones(1, 1, 1)
+        logit = self.gate_logit[:, None, None]
+        if not self.training:
+            return (logit > 0).to(z.dtype)
+        noise = torch.zeros(())
+        if self.config.gate_noise != "none":
+            uniform = torch.rand(len(z), z.shape[1], self.heads, device=z.device).clamp(1e-6, 1 - 1e-6)
+            if self.config.gate_noise == "logistic":  # the difference of two Gumbel variables
+                noise = uniform.log() - (-uniform).log1p()
+            else:
+                noise = -(-uniform.log()).log()
+        return ((logit + noise.to(z.device)) / self.temperature).sigmoid()
+
+    def forward(self, receiver: KV, sharer: KV, where: Tensor, out: KV | None = None) -> KV:
+        """The receiver's cache with the sharer's fused in.
+
+        Args:
+            receiver: (L_receiver, B, H, T, D), read.
+            sharer: (at least `sharer_depth` layers, B, H', T', D'), read.
+            where: (3, N) int64: row, receiver position and sharer position of each position to fuse. No receiver
+                position twice.
+            out: the cache that the changes are added to, in place (may be `receiver` itself); None: a copy.
+
+        Returns:
+            `out`, or a new cache. Gradients flow into the fuser's parameters when they are enabled.
+        """
+        if sharer.keys.shape[0] < self.sharer_depth:
+            raise C2CError(f"the sharer's cache has {sharer.keys.shape[0]} layers; this fuser reads {self.sharer_depth}")
+        if out is None:
+            out = KV(receiver.keys.clone(), receiver.values.clone())
+        layers = len(self.receiver_layers)
+        if self.training:
+            fuser, modules = self, torch.arange(2 * layers, device=where.device)
+        else:
+            # Half precision only where it is the hardware's pace; a CPU computes the few products in float32.
+            fuser, modules = self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
+        if where.shape[1] == 0 or len(modules) == 0:
+            return out
+        # The layers whose keys, and those whose values, are fused.
+        keys, values = (part % layers for part in (modules[modules < layers], modules[modules >= layers]))
+        step = where.shape[1] if torch.is_grad_enabled() else CHUNK
+        for row, t, s in where.split(step, dim=1):
+            change = fuser.change(
+                _gather(sharer, self.sharer_layers[keys], self.sharer_layers[values], row, s, fuser.dtype),
+                _gather(receiver, self.receiver_layers[keys], self.receiver_layers[values], row, t, fuser.dtype),
+            )
+            change = change.unflatten(-1, (self.heads, self.head_dim)).to(out.keys.dtype)
+            for target, index, part in (
+                (out.keys, self.receiver_layers[keys], change[: len(keys)]),
+                (out.values, self.receiver_layers[values], change[len(keys) :]),
+            ):
+                place = (index[:, None], row[None], slice(None), t[None])
+                target[place] = target[place] + part if self.config.residual else part
+        return out
+
+    # ---- inference ----------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    def _inference(self, dtype: torch.dtype) -> tuple[C2CFuser, Tensor]:
+        """The open modules alone, with normalisation folded into their weights, and which modules (G',) they are.
+
+        Made once and kept until a parameter changes. Without closed gates and normalisation it shares all weights.
+        """
+        key = (dtype, tuple(x._version for x in (*self.parameters(), *self.buffers())))
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1], self._kept[2]
+        with torch.no_grad(), torch.device("meta"):
+            lean = type(self)(self.config.model_copy(update={"gating": False, "normalize": False}))
+        groups = self.open_gates.nonzero().flatten()
+        for name, _ in list(lean.named_parameters()):
+            weight = self.get_parameter(name).detach()
+            if len(groups) < len(weight):
+                weight = weight[groups]
+            owner, _, leaf = name.rpartition(".")
+            setattr(lean.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        if self.config.normalize:
+            with torch.no_grad():
+                lean._fold(*(getattr(self, name)[groups] for name in STATISTICS), dtype=dtype)
+        lean.to(dtype).eval()
+        self._kept = (key, lean, groups)
+        return lean, groups
+
+    def _fold(self, sharer_mean: Tensor, sharer_std: Tensor, receiver_mean: Tensor, receiver_std: Tensor, dtype: torch.dtype) -> None:
+        """Put the normalisation of inputs and output into the weights that read and write them."""
+        entry = self._sharer_entry
+        for part, takes_shift, mean, std in (
+            (entry, entry, sharer_mean, sharer_std),
+            (self.in_receiver, self.in_sharer, receiver_mean, receiver_std),
+        ):
+            # Rounded first: a key's large constant part then cancels exactly against the bias whatever the dtype.
+            part.weight = nn.Parameter((part.weight / std.transpose(1, 2)).to(dtype).to(std.dtype), requires_grad=False)
+            assert takes_shift.bias is not None
+            takes_shift.bias = nn.Parameter(takes_shift.bias - torch.bmm(mean, part.weight), requires_grad=False)
+        out = self.proj_out
+        out.weight = nn.Parameter(out.weight * receiver_std, requires_grad=False)
+        assert out.bias is not None
+        bias = out.bias * receiver_std
+        out.bias = nn.Parameter(bias if self.config.residual else bias + receiver_mean, requires_grad=False)
+
+    @property
+    def _sharer_entry(self) -> StackedLinear:
+        """The first layer that a sharer's numbers meet."""
+        return self.in_sharer
+
+
+STATISTICS = ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std")
+
+
+def _gather(kv: KV, key_layers: Tensor, value_layers: Tensor, row: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    """The cache of the given positions, keys of some layers then values of others: (G, N, H * D)."""
+    parts = []
+    for tensor, layers in ((kv.keys, key_layers), (kv.values, value_layers)):
+        parts.append(tensor[layers[:, None], row[None], :, position[None]])
+    return torch.cat(parts).to(dtype).flatten(-2)

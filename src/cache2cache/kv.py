@@ -1,0 +1,245 @@
+"""Reading and writing Hugging Face caches as stacked tensors of shape (L, B, H, T, D).
+
+L layers, B rows of the batch, H key-value heads, T positions, D head size. Keys are as the attention layer stores
+them: after the key norm and the rotary embedding. Rows are padded on the left.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .errors import C2CError
+from .models.load import LM
+
+# Layers that hold one key and one value per position, which is what can be fused position by position.
+_FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class KV:
+    """Keys and values of all layers, each (L, B, H, T, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.keys.dim() != 5 or self.keys.shape[:4] != self.values.shape[:4]:
+            raise C2CError(
+                f"keys {tuple(self.keys.shape)} and values {tuple(self.values.shape)} are no stacked cache; "
+                "expected both as (layers, batch, heads, positions, head size)"
+            )
+
+    @property
+    def batch_size(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        """Positions T, padding included."""
+        return self.keys.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def rows(self, index: Tensor | slice) -> KV:
+        """The given rows of the batch; with a slice no copy is made."""
+        return KV(self.keys[:, index], self.values[:, index])
+
+    def to(self, *args: Any, **kwargs: Any) -> KV:
+        """As `Tensor.to`, for both tensors."""
+        return KV(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs))
+
+    def to_cache(self) -> DynamicCache:
+        """A `DynamicCache` whose layers are views of these tensors.
+
+        All layers are plain ones: a sliding layer then keeps every position and the mask does the sliding, which is
+        what lets a fused prompt be longer than the window. Appending allocates anew, so this object never changes.
+        """
+        cache = DynamicCache()
+        for keys, values in zip(self.keys, self.values, strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        return cache
+
+    @classmethod
+    def from_cache(cls, cache: Cache) -> KV:
+        """Stack a cache that any model filled.
+
+        Raises:
+            C2CError: layers that don't hold one key and one value per position (linear attention, quantised,
+                static and offloaded caches), a sliding layer that has already dropped positions, unequal shapes.
+        """
+        keys, values = [], []
+        for index, layer in enumerate(cache.layers):
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+                raise C2CError(
+                    f"layer {index} of the cache is a {type(layer).__name__}; only filled DynamicCache layers of full or "
+                    "sliding attention hold one key and one value per position; prefill into a DynamicCache()"
+                )
+            assert layer.keys is not None and layer.values is not None
+            if layer.keys.shape[-2] != layer.get_seq_length():
+                raise C2CError(
+                    f"layer {index} of the cache kept {layer.keys.shape[-2]} of {layer.get_seq_length()} positions (its "
+                    "sliding window dropped the rest); prefill into a DynamicCache() made without a config"
+                )
+            keys.append(layer.keys)
+            values.append(layer.values)
+        shapes = sorted({tuple(k.shape) for k in keys})
+        if len(shapes) != 1:
+            raise C2CError(f"the layers of the cache have unequal shapes {shapes}; expected one shape for all layers")
+        return cls(torch.stack(keys), torch.stack(values))
+
+
+class _Slot(DynamicLayer):
+    """One layer of a `_StackedCache`: writes in place and returns views, so that nothing is copied or stacked later."""
+
+    def __init__(self, owner: _StackedCache, index: int) -> None:
+        super().__init__()
+        self.owner, self.index, self.filled = owner, index, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.owner.tensors(key_states, value_states)
+        end = self.filled + key_states.shape[-2]
+        keys[self.index, :, :, self.filled : end] = key_states
+        values[self.index, :, :, self.filled : end] = value_states
+        self.filled = end
+        return keys[self.index, :, :, :end], values[self.index, :, :, :end]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+
+class _StackedCache(Cache):
+    """A cache over one (L, B, H, T, D) tensor for keys and one for values, made at the first update."""
+
+    def __init__(self, num_layers: int, length: int) -> None:
+        super().__init__(layers=[_Slot(self, index) for index in range(num_layers)])
+        self.length = length
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def tensors(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            for name, states in (("keys", key_states), ("values", value_states)):
+                batch, heads, _, dim = states.shape
+                setattr(self, name, states.new_empty((len(self.layers), batch, heads, self.length, dim)))
+            assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+
+def check_fusable(config: PretrainedConfig, name: str) -> None:
+    """Refuse a model whose cache isn't one key and one value per position and layer.
+
+    Raises:
+        C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches.
+    """
+    cache = DynamicCache(config=config)
+    odd = [type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if odd:
+        raise C2CError(
+            f"{name} ({config.model_type}) keeps {', '.join(sorted(set(odd)))} in its cache; fusing needs one key and one "
+            f"value per position in every layer ({', '.join(_FUSABLE)}); choose another model"
+        )
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) padded on the left and their attention mask (B, T), both int64."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], dtype=torch.long)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    return ids.to(device), mask.to(device)
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, T) under left padding: 0 for padding and for the first real token."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def prefill(
+    lm: LM, input_ids: Tensor, attention_mask: Tensor, *, num_layers: int | None = None, chunk_tokens: int = 8192
+) -> KV:
+    """Read a prompt through the backbone (no LM head) and return its cache.
+
+    Args:
+        lm: the model.
+        input_ids, attention_mask: (B, T), padded on the left.
+        num_layers: compute only the lowest that many layers (a fuser may not need the upper ones).
+        chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
+            stay bounded whatever the prompt's length.
+
+    Returns:
+        The cache (num_layers, B, H, T, D). Padding positions hold numbers without meaning.
+    """
+    batch, length = input_ids.shape
+    if length > lm.context_length:
+        raise C2CError(
+            f"the prompt has {length} tokens for {lm.name}, whose context is {lm.context_length}; shorten the prompt"
+        )
+    layers = num_layers or lm.num_layers
+    decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
+    cache = _StackedCache(layers, length)
+    padded = not bool(attention_mask.all())
+    positions = positions_of(attention_mask)
+    step = max(1, chunk_tokens // batch)
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        decoder(
+            input_ids=input_ids[:, start:end],
+            # Without padding the mask is left out: attention then takes its causal path.
+            attention_mask=attention_mask[:, :end] if padded else None,
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    assert cache.keys is not None and cache.values is not None
+    return KV(cache.keys, cache.values)
+
+
+def _lowest_layers(decoder: nn.Module, count: int) -> nn.Module:
+    """The decoder with its lowest `count` layers, sharing all weights; the given decoder stays as it is."""
+    shallow = copy.copy(decoder)
+    shallow._modules = dict(decoder._modules)
+    shallow.layers = nn.ModuleList(list(decoder.layers)[:count])  # type: ignore[arg-type]
+    shallow.norm = nn.Identity()  # its output is never read
+    return shallow
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A batch of prompts of which all tokens but the last are in the cache.
+
+    Attributes:
+        input_ids, attention_mask: (B, T), padded on the left.
+        kv: the cache of the first T - 1 positions.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    kv: KV
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the model's `generate`, with a cache of their own each time."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "past_key_values": self.kv.to_cache(),
+        }
+
+
+def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
+    """Prefill prompts given as token ids; the last token of each is left to `generate` or `score`."""
+    ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
+    return Prefilled(ids, mask, prefill(lm, ids[:, :-1], mask[:, :-1]))

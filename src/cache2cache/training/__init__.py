@@ -1,0 +1,1 @@
+"""Training fusers: data, the store of sharer prefills, the loop."""
