@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cache2cache.cli import models
+from cache2cache.cli import ask, chat, models
 from cache2cache.errors import C2CError
 
 
@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command()(ask.ask)
+app.command()(chat.chat)
 app.add_typer(models.app, name="models")
 
 

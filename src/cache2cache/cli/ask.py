@@ -1,0 +1,92 @@
+"""c2c ask: one question, answered by the receiver alone, the sharer alone, text-to-text and C2C, side by side."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cache2cache.cli import options
+from cache2cache.errors import C2CError
+
+if TYPE_CHECKING:
+    from cache2cache.methods import Answer
+    from cache2cache.tasks import Question
+
+LABELS = {
+    "c2c": "C2C",
+    "receiver": "Receiver alone",
+    "sharer": "Sharer alone",
+    "text": "Text-to-text",
+    "text-options": "Text-to-text, sharer sees the options",
+    "text-answer": "Text-to-text, sharer may answer",
+}
+DEFAULT = ("c2c", "receiver", "sharer", "text")
+DEMO_NOTE = "Three questions written for this demo."
+
+
+def ask(
+    question: Annotated[str | None, typer.Argument(help="The question.  [default: three that come along]")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Only this method; give it again for more. One of {', '.join(LABELS)}.", metavar="METHOD"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    fuser: options.Fuser = None,
+    receiver: options.Receiver = None,
+    sharer: options.Sharer = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    system: options.System = None,
+) -> None:
+    """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
+    chosen = list(dict.fromkeys(only or DEFAULT))
+    if unknown := [method for method in chosen if method not in LABELS]:
+        raise C2CError(f"unknown method {unknown[0]!r}; expected one of {', '.join(LABELS)}")
+    if question is not None and not question.strip():
+        raise C2CError("the question is empty; expected some text, or no argument for the questions that come along")
+    from cache2cache import tasks
+
+    questions: list[str | Question] = [question] if question is not None else [*tasks.load(str(_DEMO))]
+
+    from cache2cache.cli import view
+    from cache2cache.methods import METHODS, Ask
+
+    pair = options.load_pair(fuser, receiver, sharer, dtype, device)
+    names = {"receiver": pair.receiver.name, "sharers": [lm.name for lm in pair.sharers]}
+    show = view.silent if as_json else view.shower()
+    if question is None and not as_json:
+        print(DEMO_NOTE)
+    results = []
+    for number, item in enumerate(questions, 1):
+        prompt = Ask.of(item, system=system)
+        title = f"Question {number} of {len(questions)}" if len(questions) > 1 else "Question"
+        # Nothing runs before its turn: every method is a generator whose clock starts with its first piece.
+        runs = {method: METHODS[method](pair, prompt, max_new_tokens) for method in chosen}
+        answers = show(title, prompt.prompt, runs, LABELS)
+        letters = [_letter(item, answer) for answer in answers]
+        if not as_json:
+            view.table(answers, letters, None if isinstance(item, str) else item.letter, LABELS)
+        results.append(_result(item, prompt.prompt, answers, letters))
+    if as_json:
+        print(json.dumps({**names, "questions": results}, ensure_ascii=False, indent=2))
+
+
+_DEMO = Path(__file__).with_name("demo_questions.jsonl")
+
+
+def _letter(item: str | Question, answer: Answer) -> str | None:
+    from cache2cache.tasks.prompts import extract_letter
+
+    return None if isinstance(item, str) else extract_letter(answer.text, len(item.options))
+
+
+def _result(item: str | Question, prompt: str, answers: list[Answer], letters: list[str | None]) -> dict[str, Any]:
+    if isinstance(item, str):
+        return {"prompt": prompt, "answers": [asdict(answer) for answer in answers]}
+    rows = [{**asdict(answer), "letter": letter} for answer, letter in zip(answers, letters, strict=True)]
+    return {"prompt": prompt, "right": item.letter, "answers": rows}

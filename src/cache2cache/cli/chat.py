@@ -1,0 +1,85 @@
+"""c2c chat: a streaming chat with the fused pair."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, cast
+
+from cache2cache.cli import options
+from cache2cache.errors import C2CError
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from cache2cache.decode import Chunk
+    from cache2cache.pair import C2C
+
+
+def chat(
+    max_new_tokens: options.MaxNewTokens = 512,
+    fuser: options.Fuser = None,
+    receiver: options.Receiver = None,
+    sharer: options.Sharer = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    system: options.System = None,
+) -> None:
+    """Chat with the pair. /clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
+
+    Where stdin is no terminal, each of its lines is one user turn.
+    """
+    pair = options.load_pair(fuser, receiver, sharer, dtype, device)
+    typing = sys.stdin.isatty()
+    if typing:
+        import readline  # noqa: F401  (gives input() a history and an editable line)
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    while (said := _read(typing)) is not None and said != "/exit":
+        if said == "/clear":
+            messages = list(start)
+        elif said:
+            asked = [*messages, {"role": "user", "content": said}]
+            try:
+                text = _answer(pair, asked, max_new_tokens, typing)
+            except C2CError as error:  # such as a chat that has outgrown the context: /clear mends that
+                if not typing:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            if text:
+                messages = [*asked, {"role": "assistant", "content": text}]
+
+
+def _read(typing: bool) -> str | None:
+    """The next user turn, or None at the end of the input. Ctrl-C at the prompt drops the line."""
+    while True:
+        try:
+            return input("you> " if typing else "").strip()
+        except EOFError:
+            if typing:
+                print()
+            return None
+        except KeyboardInterrupt:
+            if not typing:
+                raise
+            print("\n(/exit or Ctrl-D leaves)")
+
+
+def _answer(pair: C2C, messages: list[dict[str, str]], max_new_tokens: int, typing: bool) -> str:
+    """Stream one answer to stdout; what had been written when Ctrl-C stopped it counts as the answer."""
+    from cache2cache.cli.view import clean
+
+    text = ""
+    try:
+        chunks = pair.stream(messages, do_sample=False, max_new_tokens=max_new_tokens)
+        with closing(cast("Generator[Chunk, None, None]", chunks)):
+            for chunk in chunks:
+                text += chunk.text
+                print(clean(chunk.text), end="", flush=True)
+        print(flush=True)
+    except KeyboardInterrupt:
+        if not typing:
+            raise
+        print(" (stopped)", flush=True)
+    return text

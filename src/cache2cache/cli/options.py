@@ -1,0 +1,46 @@
+"""Options that several commands share, and the pair that they name."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cache2cache.pair import C2C
+
+Fuser = Annotated[str | None, typer.Option(help="Fuser: a folder or a hub id.  [default: the one that comes along]")]
+Receiver = Annotated[
+    str | None,
+    typer.Option(
+        help="Receiver: catalogue name, hub id, folder or GGUF file.  [default: the one the fuser was trained for]"
+    ),
+]
+Sharer = Annotated[str | None, typer.Option(help="Sharer, likewise.")]
+Dtype = Annotated[str | None, typer.Option(help="Number format of the weights.  [default: float32, on a GPU bfloat16]")]
+Device = Annotated[
+    str | None, typer.Option(help="Where the models run, such as cpu or cuda:0.  [default: GPU if there is one]")
+]
+System = Annotated[str | None, typer.Option(help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def load_pair(
+    fuser: str | None, receiver: str | None, sharer: str | None, dtype: str | None, device: str | None
+) -> C2C:
+    """Load the pair, fetching what is missing, and read one word with it.
+
+    The first prompt of a process pays for threads, buffers and pages that no later one pays for; no answer's clock
+    should hold that. What is printed goes to stderr.
+    """
+    from cache2cache.pair import C2C
+
+    print("loading the models …", file=sys.stderr, flush=True)
+    pair = C2C.from_pretrained(
+        fuser, receiver=receiver, sharers=None if sharer is None else [sharer], dtype=dtype, device=device
+    )
+    names = ", ".join(sharer.name for sharer in pair.sharers)
+    print(f"receiver {pair.receiver.name}, sharer {names}", file=sys.stderr, flush=True)
+    pair.chat([{"role": "user", "content": "Hello"}], max_new_tokens=1)
+    return pair

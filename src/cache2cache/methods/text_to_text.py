@@ -1,0 +1,48 @@
+"""Text-to-text: the sharer writes the receiver a message, and the receiver answers behind it.
+
+Three forms. As published, the sharer sees the question without its options and is told not to solve it. The two others
+keep the baseline from being handicapped: the sharer sees the options too, or sees them and may answer outright.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from cache2cache.methods.base import Answer, Ask, grow, stream_lm
+from cache2cache.pair import C2C
+
+MAX_MESSAGE_TOKENS = 256
+_BACKGROUND = (
+    "In one clear sentence, describe the most essential background knowledge needed to answer the question: {question} "
+    "Do NOT directly solve or give answer to the question."
+)
+_ANSWER = (
+    "In one clear sentence, describe the most essential background knowledge needed to answer the question, and say "
+    "which answer is right: {question}"
+)
+
+
+def published(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
+    """As published: background knowledge for the question without its options (arXiv 2510.03215)."""
+    return _relay("text", _BACKGROUND.format(question=ask.stem), pair, ask, max_new_tokens)
+
+
+def with_options(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
+    """The sharer sees the options too."""
+    return _relay("text-options", _BACKGROUND.format(question=ask.full), pair, ask, max_new_tokens)
+
+
+def with_answer(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
+    """The sharer sees the options and may answer."""
+    return _relay("text-answer", _ANSWER.format(question=ask.full), pair, ask, max_new_tokens)
+
+
+def _relay(method: str, instruction: str, pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
+    began = time.perf_counter()
+    answer = blank = Answer(method)
+    words = stream_lm(pair.sharers[0], ask.chat(("user", instruction)), MAX_MESSAGE_TOKENS, pair.chat_template_kwargs)
+    for answer in grow(blank, began, words, message=True):
+        yield answer
+    chat = ask.chat(("user", instruction), ("assistant", answer.message), ("user", ask.prompt))
+    yield from grow(answer, began, stream_lm(pair.receiver, chat, max_new_tokens, pair.chat_template_kwargs))
