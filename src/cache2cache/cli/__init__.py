@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from cache2cache import __version__
 from cache2cache.cli import ask, chat, models
 from cache2cache.errors import C2CError
 
@@ -41,9 +42,7 @@ app.add_typer(models.app, name="models")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(f"cache2cache {version('cache2cache')}")
+        print(f"cache2cache {__version__}")
         raise typer.Exit()
 
 
