@@ -1,0 +1,562 @@
+"""From a name, a folder, a file or a loaded object to a frozen model with its tokenizer.
+
+    lm = load_lm("smollm2-135m-instruct")                  # catalogue, fetched on first use
+    lm = load_lm("Qwen/Qwen3-0.6B", revision="main")       # hub
+    lm = load_lm("models/mine"), load_lm("mine.gguf")      # disk
+    lm = load_lm(model, tokenizer=tokenizer)               # loaded already
+
+Weights are read from safetensors or GGUF only: a pickle can run code when it is opened, so it never is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ..config import ModelSpec
+from ..errors import C2CError
+from . import catalogue
+
+HUB_SECONDS = 5.0  # how long the hub may take to say whether it has a model
+FINGERPRINT_VALUES = 1024  # values read of each tensor
+
+_HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class LM:
+    """A frozen causal language model.
+
+    `model` is in evaluation mode without gradients; `tokenizer` may be None where only token ids are used. `name` says
+    where it came from and `revision` which bytes: a hub commit, or the SHA-256 of a catalogue model's GGUF.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    revision: str | None = None
+
+    @property
+    def _embedding(self) -> Tensor:
+        return cast(Tensor, self.model.get_input_embeddings().weight)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self._embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the model's activations, and so of its cache."""
+        return self.model.dtype
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model proper."""
+        return self.model.config.get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.text_config.num_hidden_layers)
+
+    @property
+    def num_kv_heads(self) -> int:
+        config = self.text_config
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @property
+    def head_dim(self) -> int:
+        config = self.text_config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    @property
+    def context_length(self) -> int:
+        """The most positions the model was made for; very large where its config names none."""
+        return int(getattr(self.text_config, "max_position_embeddings", None) or sys.maxsize)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        return int(self._embedding.shape[0])
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills up short rows of a batch; masked, so any id will do where the model names none."""
+        for source in (self.tokenizer, self.model.generation_config, self.text_config):
+            if isinstance(token := getattr(source, "pad_token_id", None), int) and 0 <= token < self.vocab_size:
+                return token
+        return 0
+
+    def need_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, or a C2CError that says what to give instead of text."""
+        if self.tokenizer is None:
+            raise C2CError(f"{self.name} has no tokenizer, so it can't read text; load it with one, or give token ids")
+        return self.tokenizer
+
+    def continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
+        """Token ids of text that goes on behind a prompt (token ids pass through)."""
+        if not isinstance(continuation, str):
+            return [int(i) for i in continuation]
+        return list(self.need_tokenizer()(continuation, add_special_tokens=False)["input_ids"])
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The backbone without the LM head; of a multimodal model its language model."""
+        return self.model.get_decoder()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, that tells weights apart without reading all of them.
+
+        Over every parameter's name and shape and up to 1,024 evenly spaced values of it, rounded to bfloat16, so that
+        a bfloat16 and a float32 load of the same file agree. Quantised weights give a hash of their own.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.named_parameters()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(_sample(self.model, name, tensor))
+        return digest.hexdigest()
+
+
+def _sample(model: nn.Module, name: str, tensor: Tensor) -> bytes:
+    """The bytes of up to FINGERPRINT_VALUES values of a parameter."""
+    if tensor.is_meta:  # offloaded by a device_map
+        from accelerate.utils import align_module_device
+
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module, "cpu"):
+            return _sample(model, name, getattr(module, leaf).detach().clone())
+    flat = tensor.detach().reshape(-1)
+    count = min(FINGERPRINT_VALUES, flat.numel())
+    # Whole-number arithmetic: the same positions whatever the device and the type.
+    positions = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    values = flat[positions]
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def load_lm(
+    source: str | Path | ModelSpec | PreTrainedModel | LM,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **overrides: Any,
+) -> LM:
+    """Load a model and freeze it.
+
+    Args:
+        source: an existing folder or .gguf file, else a name of the catalogue (fetched if it is not here), else a hub
+            id `owner/name`; or a ModelSpec with one of these; or a loaded model, which is frozen in place; or an LM.
+        tokenizer: used instead of the source's own. A loaded model has one only if it is given here.
+        overrides: fields of ModelSpec, such as dtype="bfloat16", device="cuda", revision="v1", quantization="4bit".
+    Returns:
+        The model in evaluation mode, without gradients, with its tokenizer (None if the source holds none).
+    Raises:
+        C2CError: unknown name, hub not reachable, damaged or pickled weights, options that do not go together.
+    """
+    if isinstance(source, (LM, PreTrainedModel)):
+        if overrides:
+            raise C2CError(f"a loaded model takes no loading options; got {', '.join(overrides)}")
+        if isinstance(source, LM):
+            return source if tokenizer is None else replace(source, tokenizer=tokenizer)
+        name = source.config.name_or_path or type(source).__name__
+        return LM(source.eval().requires_grad_(False), tokenizer, name)
+
+    spec = _spec(source, overrides)
+    found = _find(spec)
+    device = _device(spec)
+    options: dict[str, Any] = {"dtype": _dtype(spec, device)}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    if spec.device_map is not None:
+        _need_package("accelerate", "device_map")
+        options["device_map"] = spec.device_map
+    if spec.quantization is not None:
+        if found.path.suffix == ".gguf":
+            raise C2CError(f"{found.name} is quantised already; quantization is for models with safetensors weights")
+        options["quantization_config"] = _quantization(spec, options["dtype"])
+        options.setdefault("device_map", {"": device})
+    with quiet():
+        read = read_gguf if found.path.suffix == ".gguf" else _read_folder
+        model, own_tokenizer = read(found.path, trust_remote_code=spec.trust_remote_code, **options)
+        if "device_map" not in options:
+            model = cast(Any, model).to(device)
+    return LM(model.eval().requires_grad_(False), tokenizer or own_tokenizer, found.name, found.revision)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def _spec(source: str | Path | ModelSpec, overrides: dict[str, Any]) -> ModelSpec:
+    if isinstance(overrides.get("dtype"), torch.dtype):
+        overrides["dtype"] = str(overrides["dtype"]).removeprefix("torch.")
+    given = source.model_dump() if isinstance(source, ModelSpec) else {"source": str(source)}
+    try:
+        spec = ModelSpec.model_validate({**given, **overrides})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise C2CError(
+            f"loading option {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+            f"expected fields of ModelSpec: {', '.join(ModelSpec.model_fields)}"
+        ) from error
+    if spec.device is not None and spec.device_map is not None:
+        raise C2CError(f"{spec.source}: device and device_map are both given; give one of them")
+    return spec
+
+
+def _device(spec: ModelSpec) -> torch.device:
+    try:
+        device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise C2CError(f"unknown device {spec.device!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise C2CError(f"device {spec.device!r} is asked for, but torch sees no GPU here; use device cpu")
+    return device
+
+
+def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if spec.dtype == "auto":
+        on_gpu = device.type == "cuda" and spec.device_map != "cpu"
+        return torch.bfloat16 if on_gpu else torch.float32
+    dtype = getattr(torch, spec.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise C2CError(f"unknown dtype {spec.dtype!r}; expected auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _quantization(spec: ModelSpec, dtype: torch.dtype) -> Any:
+    if isinstance(spec.quantization, dict):
+        return dict(spec.quantization)
+    if spec.quantization not in ("4bit", "8bit"):
+        raise C2CError(f"unknown quantization {spec.quantization!r}; expected 4bit, 8bit or a mapping of options")
+    _need_package("bitsandbytes", f"quantization {spec.quantization}")
+    _need_package("accelerate", f"quantization {spec.quantization}")
+    if spec.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype)
+
+
+def _need_package(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise C2CError(f"{purpose} needs the package {package}; install it with: pip install {package}")
+
+
+# --- finding the files ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path  # a folder, or a .gguf file
+    name: str
+    revision: str | None
+
+
+def _find(spec: ModelSpec) -> _Found:
+    """Where the files are, after fetching them if need be: disk before catalogue before hub."""
+    source = Path(spec.source).expanduser()
+    if source.is_dir():
+        if spec.gguf_file is None:
+            return _Found(source, *_origin(source, spec.source))
+        source = source / spec.gguf_file
+    if source.is_file():
+        if source.suffix.lower() != ".gguf":
+            raise C2CError(
+                f"{source} is a file that is no GGUF; give a folder, a .gguf file, a catalogue name or a hub id"
+            )
+        return _Found(source, str(source), None)
+    if spec.source in (one.name for one in catalogue.entries()):
+        if spec.revision is not None or spec.gguf_file is not None:
+            raise C2CError(
+                f"{spec.source} is a catalogue name, which pins its bytes; revision and gguf_file are for hub ids"
+            )
+        return _Found(catalogue.pull(spec.source), spec.source, catalogue.entry(spec.source).sha256)
+    if source.suffix.lower() == ".gguf" or source.is_absolute() or spec.source.startswith((".", "~")):
+        raise C2CError(f"{source} does not exist; give an existing folder or .gguf file, a catalogue name or a hub id")
+    if not _HUB_ID.fullmatch(spec.source):
+        raise C2CError(
+            f"unknown model {spec.source!r}, neither a folder nor a catalogue name nor a hub id (owner/name); "
+            f"{catalogue.suggest(spec.source)}"
+        )
+    return _from_hub(spec)
+
+
+def _origin(folder: Path, given: str) -> tuple[str, str | None]:
+    """A converted catalogue model keeps its name when it is given as a folder."""
+    try:
+        source = json.loads((folder / "source.json").read_text())
+        return str(source["catalogue_name"]), str(source["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return given, None
+
+
+def _from_hub(spec: ModelSpec) -> _Found:
+    """From the local hub cache if the model is complete there, which asks nobody; else from the hub."""
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if cached := _in_hub_cache(spec):
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        raise C2CError(
+            f"{spec.source} is not in the local hub cache and HF_HUB_OFFLINE is set; {_instead(spec.source)}"
+        )
+    info = _ask_hub(spec)
+    files = {sibling.rfilename for sibling in info.siblings or []}
+    if spec.gguf_file is None and not any(name.endswith(".safetensors") for name in files):
+        pickles = any(name.endswith(_PICKLES) for name in files)
+        raise C2CError(
+            f"{spec.source} holds {'only pickled weights, which are never opened' if pickles else 'no weights'}; "
+            "expected safetensors, or name one of its GGUF files with gguf_file"
+        )
+    code = ["*.py"] if spec.trust_remote_code else []
+    silence = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    try:
+        if silence:
+            disable_progress_bars()
+        if spec.gguf_file is not None:
+            path = Path(hf_hub_download(spec.source, spec.gguf_file, revision=info.sha))
+        else:
+            # Folders inside a repository hold the same weights in other formats.
+            ignored = ["*/*", "consolidated*"]
+            path = Path(
+                snapshot_download(
+                    spec.source, revision=info.sha, allow_patterns=_HUB_FILES + code, ignore_patterns=ignored
+                )
+            )
+    except Exception as error:
+        raise C2CError(
+            f"fetching {spec.source} from the hub failed ({_line(error)}); "
+            "run the same command again: what has arrived is kept"
+        ) from error
+    finally:
+        if silence:
+            enable_progress_bars()
+    return _Found(path, spec.source, info.sha)
+
+
+def _in_hub_cache(spec: ModelSpec) -> _Found | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    def cached(file: str) -> Path | None:
+        found = try_to_load_from_cache(spec.source, file, revision=spec.revision)
+        return Path(found) if isinstance(found, str) else None
+
+    if spec.gguf_file is not None:
+        path = cached(spec.gguf_file)
+        return _Found(path, spec.source, path.parent.name) if path else None
+    config = cached("config.json")
+    if config is None:
+        return None
+    files, absent = _weight_files(config.parent)
+    return _Found(config.parent, spec.source, config.parent.name) if files and not absent else None
+
+
+def _ask_hub(spec: ModelSpec) -> Any:
+    """The hub's description of the model, within HUB_SECONDS however the connection fails to answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    answer: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().model_info(spec.source, revision=spec.revision, timeout=HUB_SECONDS))
+        except Exception as error:
+            answer.append(error)
+
+    # A thread, since a timeout of the request bounds neither the name look-up nor several slow answers in a row.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    reply = answer[0] if answer else TimeoutError(f"no answer in {HUB_SECONDS:g} s")
+    if isinstance(reply, GatedRepoError):
+        raise C2CError(f"{spec.source} needs its licence accepted on the hub and a login (hf auth login)") from reply
+    if isinstance(reply, RevisionNotFoundError):
+        raise C2CError(
+            f"{spec.source} has no revision {spec.revision!r} on the hub; expected a branch, tag or commit"
+        ) from reply
+    if isinstance(reply, RepositoryNotFoundError):
+        raise C2CError(
+            f"the hub has no model {spec.source!r} (or it is private: hf auth login); {_instead(spec.source)}"
+        ) from reply
+    if isinstance(reply, Exception):
+        raise C2CError(
+            f"the hub cannot be reached for {spec.source} ({_line(reply)}); {_instead(spec.source)}"
+        ) from reply
+    return reply
+
+
+def _instead(hub_id: str) -> str:
+    """What to use where a hub id cannot be had."""
+    for one in catalogue.entries():
+        if one.hub_id.lower() == hub_id.lower():
+            return f"the catalogue has this model in 4-bit as {one.name}"
+    names = ", ".join(one.name for one in catalogue.entries())
+    return f"use a local folder, a .gguf file, or one of the catalogue: {names}"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The safetensors files of a model folder, and the names of those that its index lists but that are not there."""
+    if (single := folder / "model.safetensors").is_file():
+        return [single], []
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+    except FileNotFoundError:
+        return sorted(folder.glob("*.safetensors")), []
+    except (ValueError, KeyError, AttributeError) as error:
+        raise C2CError(f"{folder}/model.safetensors.index.json is damaged; fetch the model again") from error
+    return [folder / shard for shard in shards], [shard for shard in shards if not (folder / shard).is_file()]
+
+
+def _check_folder(folder: Path) -> None:
+    """The common ways in which a model folder is broken, each with a clear word, before transformers opens anything."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise C2CError(f"{folder} has no config.json that can be read; expected a transformers model folder") from error
+    except ValueError as error:
+        raise C2CError(f"{folder}/config.json is not valid JSON ({_line(error)}); fetch the model again") from error
+    files, absent = _weight_files(folder)
+    if absent:
+        raise C2CError(f"{folder} lacks {len(absent)} of its weight files ({absent[0]}, …); fetch the model again")
+    if not files:
+        pickles = [file.name for file in folder.iterdir() if file.suffix in _PICKLES]
+        if pickles:
+            raise C2CError(
+                f"{folder} holds only pickled weights ({pickles[0]}), which can run code and are never opened; "
+                "expected safetensors: convert them where you trust them"
+            )
+        raise C2CError(f"{folder} holds no weights; expected model.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError as error:
+            raise C2CError(f"{file} is damaged or incomplete ({_line(error)}); fetch the model again") from error
+
+
+def _read_folder(folder: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    _check_folder(folder)
+    return _read(folder, folder, options)
+
+
+def read_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """A GGUF file as an ordinary dense model, as if it had never been quantised, and its tokenizer.
+
+    Args:
+        options: as from_pretrained takes them; dtype above all.
+    Raises:
+        C2CError: no such architecture in transformers, truncated or damaged file, package missing.
+    """
+    for package in ("gguf", "accelerate"):
+        _need_package(package, "reading a GGUF file")
+    with open(file, "rb") as start:
+        if start.read(4) != b"GGUF":
+            raise C2CError(f"{file} is no GGUF file (it does not start with GGUF); fetch it again")
+    options["gguf_file"] = file.name
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # transformers before 5.2x always unpacks
+        pass
+    else:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    model, tokenizer = _read(file, file.parent, options)
+    # Unpacked as it is, the model still carries the marks of its file: they would forbid save_pretrained, and a saved
+    # config with them would ask for the file again.
+    cast(Any, model).hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _read(
+    source: Path, folder: Path, options: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    shared = {key: options[key] for key in ("gguf_file", "trust_remote_code") if key in options}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+        model, report = loaded
+        tokenizer = None
+        if "gguf_file" in options or any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **shared)
+    except Exception as error:
+        raise C2CError(f"{source} cannot be loaded ({_line(error)}); {_remedy(error)}") from error
+    # transformers would fill what is missing with random values and go on.
+    if missing := sorted(report["missing_keys"]):
+        raise C2CError(f"{source} lacks {len(missing)} weights ({missing[0]}, …); it is damaged: fetch the model again")
+    return model, tokenizer
+
+
+def _remedy(error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it brings its own code: read it, and set trust_remote_code if you trust it"
+    if isinstance(error, torch.OutOfMemoryError) or "alloc" in text:
+        return "it does not fit into memory: try a smaller dtype, quantization, or a device_map"
+    if isinstance(error, ImportError):
+        return "install the missing package"
+    return "it may be damaged or of a kind that transformers cannot read: fetch it again, or use another"
+
+
+def _line(error: Exception) -> str:
+    """An exception's first line, for use inside a one-line message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200].rstrip(".:;") if lines else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from printing warnings and progress bars while something is read."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_reader
+    from transformers.utils import logging
+    from transformers.utils.logging import tqdm as silenceable
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    gguf_bar = getattr(gguf_reader, "tqdm", None)  # this one ignores disable_progress_bar
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if gguf_bar is not None:
+        gguf_reader.tqdm = silenceable
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+        if gguf_bar is not None:
+            gguf_reader.tqdm = gguf_bar
