@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -39,6 +40,22 @@ def tiny_folder(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_pair_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a fuser that was never trained but is open, and beside it the tiny models it is for."""
+    from cache2cache.config import FuserConfig
+    from cache2cache.pair import C2C
+
+    root = tmp_path_factory.mktemp("pair")
+    for family in ("llama", "qwen3"):
+        tiny_model(family).save_pretrained(root / family)
+        tiny_tokenizer(TOKENIZER_OF[family]).save_pretrained(root / family)
+    config = FuserConfig(hidden_dim=16, intermediate_dim=16, gate_init=1.0)
+    torch.manual_seed(0)
+    C2C.from_models(root / "llama", root / "qwen3", config).save_pretrained(root / "fuser")
+    return root / "fuser"
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -63,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(args=arguments, prog_name="c2c")
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            app(args=arguments, prog_name="c2c")
     except C2CError as error:
         if debug:
             raise
@@ -76,6 +79,10 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _leave(f"error: unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", 1)
+
+
+def _print_warning(message: Warning | str, *where: Any, **more: Any) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _os_error(error: OSError) -> str:

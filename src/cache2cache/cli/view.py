@@ -62,7 +62,7 @@ def _grid(
 
 
 def _panel(answer: Answer | None, running: bool, label: str) -> RenderableType:
-    body = Text()
+    body = Text(overflow="fold")
     if answer is not None:
         if answer.message:
             body.append(f"sharer: {clean(answer.message.strip())}\n", style="dim italic")
@@ -98,15 +98,15 @@ def silent(title: str, prompt: str, runs: Runs, labels: Mapping[str, str]) -> li
 def table(answers: list[Answer], letters: list[str | None], right: str | None, labels: Mapping[str, str]) -> None:
     """Clock, tokens and bytes of each answer; for a multiple-choice question also its letter."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    out.add_column("")
+    out.add_column("", no_wrap=True)
     if right is not None:
         out.add_column(f"right: {right}")
-    for column in ("s to first token", "s in all", "new tokens", "bytes passed"):
+    for column in ("first token", "in all", "new tokens", "bytes passed"):
         out.add_column(column, justify="right")
     for answer, letter in zip(answers, letters, strict=True):
         tokens = f"{answer.message_tokens} + {answer.new_tokens}" if answer.message_tokens else str(answer.new_tokens)
         verdict = [] if right is None else [f"{letter or '-'} {'yes' if letter == right else 'no'}"]
-        row = [labels[answer.method], *verdict, f"{answer.first_token_s:.2f}", f"{answer.total_s:.2f}", tokens]
+        row = [labels[answer.method], *verdict, f"{answer.first_token_s:.2f} s", f"{answer.total_s:.2f} s", tokens]
         out.add_row(*row, f"{answer.bytes_passed:,}")
     Console(file=sys.stdout).print(out)
 

@@ -12,12 +12,12 @@ from cache2cache.pair import C2C
 
 def receiver(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """The receiver alone."""
-    return _alone("receiver", pair.receiver, pair, ask, max_new_tokens)
+    yield from _alone("receiver", pair.receiver, pair, ask, max_new_tokens)
 
 
 def sharer(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """The sharer alone, the first of several."""
-    return _alone("sharer", pair.sharers[0], pair, ask, max_new_tokens)
+    yield from _alone("sharer", pair.sharers[0], pair, ask, max_new_tokens)
 
 
 def _alone(method: str, lm: LM, pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:

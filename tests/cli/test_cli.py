@@ -1,0 +1,270 @@
+"""The command line: help, exit codes, one-line errors, and what the commands print, on a tiny random pair."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache2cache.cli import ask as ask_module
+from cache2cache.cli import main
+from cache2cache.decode import Chunk
+from cache2cache.errors import C2CError
+from cache2cache.methods import METHODS
+from cache2cache.pair import C2C
+from cache2cache.tasks import load
+
+
+def c2c(*arguments: str) -> int:
+    """Run a command in this process and return its exit code."""
+    with pytest.raises(SystemExit) as leaving:
+        main(list(arguments))
+    return int(leaving.value.code or 0)
+
+
+def one_line(error: str) -> str:
+    """The last line of stderr, after making sure that there is no traceback."""
+    assert "Traceback" not in error
+    return error.rstrip("\n").rpartition("\n")[2]
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["ask"], ["chat"], ["models"], ["models", "list"], ["models", "pull"], ["models", "path"]]
+)
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert c2c(*command, "--help") == 0
+    assert " ".join(["Usage: c2c", *command]) in capsys.readouterr().out
+
+
+def test_help_and_version_load_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from cache2cache.cli import main\n"
+        "try:\n    main([sys.argv[1]])\n"
+        "except SystemExit as leaving:\n    assert not leaving.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'gguf', 'huggingface_hub', 'safetensors', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"cache2cache \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["nonsense"], ["ask", "--nonsense"], ["ask", "hi", "--max-new-tokens", "0"], ["models", "path"]):
+        assert c2c(*arguments) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (C2CError("this was given;\nthat is expected"), 1, "error: this was given; that is expected"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/some/file"),
+            1,
+            "error: no space left .*: /some/file; free",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 1, "error: no permission .*: /some/file; "),
+        (OSError(errno.EIO, "Input/output error"), 1, "error: Input/output error.* --debug"),
+        (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero; run again with --debug"),
+    ],
+)
+def test_failures_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    def fail(name: str) -> Path:
+        raise error
+
+    monkeypatch.setattr("cache2cache.models.catalogue.path", fail)
+    assert c2c("models", "path", "x") == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.match(said, printed.err) and printed.err.count("\n") == 1
+    if code == 1:
+        with pytest.raises(type(error)):
+            main(["models", "path", "x", "--debug"])
+
+
+def test_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def warn(name: str) -> Path:
+        warnings.warn("beware\nof it", stacklevel=1)
+        return Path("folder")
+
+    monkeypatch.setattr("cache2cache.models.catalogue.path", warn)
+    assert c2c("models", "path", "x") == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("folder\n", "warning: beware of it\n")
+
+
+def test_models(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("C2C_CACHE", str(tmp_path))
+    assert c2c("models", "list") == 0
+    listed = capsys.readouterr().out
+    assert re.search(r"^smollm2-135m-instruct +\d+ MB +not fetched +Apache-2.0$", listed, re.M)
+    assert "Qwen/Qwen2.5-Coder-1.5B-Instruct" in listed
+    assert c2c("models", "path", "smollm2-135m-instruct") == 1
+    assert one_line(capsys.readouterr().err).startswith("error: smollm2-135m-instruct is not in")
+    for command in ("path", "pull"):
+        assert c2c("models", command, "smollm2-135m") == 1
+        assert "did you mean smollm2-135m-instruct" in one_line(capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ask_json(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert c2c("ask", "What is it?", "--json", "--fuser", str(tiny_pair_folder), "--max-new-tokens", "5") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["receiver"].endswith("llama") and [name[-5:] for name in result["sharers"]] == ["qwen3"]
+    (asked,) = result["questions"]
+    assert asked["prompt"] == "What is it?"
+    assert [answer["method"] for answer in asked["answers"]] == ["c2c", "receiver", "sharer", "text"]
+    for answer in asked["answers"]:
+        assert set(answer) == {
+            "method", "text", "message", "first_token_s", "total_s", "new_tokens", "message_tokens", "bytes_passed"
+        }  # fmt: skip
+        assert 0 < answer["first_token_s"] <= answer["total_s"]
+        assert 1 <= answer["new_tokens"] <= 5
+    passed = {answer["method"]: answer["bytes_passed"] for answer in asked["answers"]}
+    assert passed["receiver"] == passed["sharer"] == 0 < passed["c2c"]
+
+
+def test_ask_without_a_question(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--fuser", str(tiny_pair_folder), "--max-new-tokens", "2", "--only", "receiver"]
+    assert c2c("ask", *options, "--json") == 0
+    asked = json.loads(capsys.readouterr().out)["questions"]
+    assert len(asked) == 3
+    assert all(question["right"] in "ABCD" and "letter" in question["answers"][0] for question in asked)
+    assert c2c("ask", *options) == 0
+    printed = capsys.readouterr().out
+    assert "Question 3 of 3" in printed and f"right: {asked[2]['right']}" in printed
+
+
+def test_ask_into_a_pipe_has_no_control_codes(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        c2c(
+            "ask",
+            "What?",
+            "--fuser",
+            str(tiny_pair_folder),
+            "--max-new-tokens",
+            "40",
+            "--only",
+            "c2c",
+            "--only",
+            "text",
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", printed)
+    assert printed.index("[C2C]") < printed.index("[Text-to-text]") < printed.index("bytes passed")
+    assert "Receiver alone" not in printed
+
+
+def test_ask_on_a_terminal_shows_panels(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr("cache2cache.methods.text_to_text.MAX_MESSAGE_TOKENS", 8)
+    assert c2c("ask", "[bold]What[/bold]?", "--fuser", str(tiny_pair_folder), "--max-new-tokens", "3") == 0
+    printed = capsys.readouterr().out
+    assert "[bold]What[/bold]?" in printed, "the question is no markup"
+    for label in ("C2C", "Receiver alone", "Sharer alone", "Text-to-text"):
+        assert f" {label} " in printed
+    assert "first token" in printed
+
+
+def test_ask_refuses_before_it_loads_anything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert c2c("ask", "Hi", "--only", "telepathy", "--fuser", "/nowhere") == 1
+    assert "unknown method 'telepathy'; expected one of c2c, receiver" in one_line(capsys.readouterr().err)
+    assert c2c("ask", "  ", "--fuser", "/nowhere") == 1
+    assert "the question is empty" in one_line(capsys.readouterr().err)
+
+
+def test_unknown_fuser_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for command in (["ask", "Hi"], ["chat"]):
+        assert c2c(*command, "--fuser", str(tmp_path / "none")) == 1
+        assert one_line(capsys.readouterr().err).startswith("error: ")
+
+
+def test_every_method_has_a_label_and_every_demo_question_an_answer() -> None:
+    assert set(ask_module.LABELS) == set(METHODS)
+    questions = load(str(ask_module._DEMO))
+    assert len({question.letter for question in questions}) == len(questions) == 3
+
+
+def test_piped_chat(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = C2C.from_pretrained(tiny_pair_folder)
+    first = [{"role": "user", "content": "Hello"}]
+    said = str(pair.chat(first, do_sample=False, max_new_tokens=6))
+    seen: list[list[dict[str, str]]] = []
+    stream = C2C.stream
+
+    def watched(self: C2C, messages: Any, **options: Any) -> Iterator[Chunk]:
+        seen.append(messages)
+        return stream(self, messages, **options)
+
+    monkeypatch.setattr(C2C, "stream", watched)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAnd now?\n/clear\nHello\n/exit\nnever read\n"))
+    assert c2c("chat", "--fuser", str(tiny_pair_folder), "--max-new-tokens", "6") == 0
+    assert [[message["role"] for message in chat] for chat in seen] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    assert seen[1][1]["content"].rstrip("\ufffd") == said.rstrip("\ufffd")
+    assert seen[2] == first
+    lines = capsys.readouterr().out
+    assert lines.count("you>") == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_at_a_terminal(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C stops an answer and drops a line, an error is shown and the chat goes on, the end of the input leaves."""
+    seen: list[list[dict[str, str]]] = []
+
+    def stream(self: C2C, messages: Any, **options: Any) -> Iterator[Chunk]:
+        seen.append(messages)
+        yield Chunk("half an", 1)
+        raise [KeyboardInterrupt(), C2CError("too long; use /clear")][len(seen) - 1]
+
+    typed: Iterator[Any] = iter(["hi", KeyboardInterrupt(), "again", EOFError()])
+
+    def read(prompt: str) -> str:
+        item = next(typed)
+        if isinstance(item, BaseException):
+            raise item
+        return str(item)
+
+    monkeypatch.setattr(C2C, "stream", stream)
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    assert c2c("chat", "--fuser", str(tiny_pair_folder), "--system", "Be kind.") == 0
+    printed = capsys.readouterr()
+    assert "half an (stopped)" in printed.out and "Ctrl-D leaves" in printed.out
+    assert "error: too long; use /clear" in printed.err
+    assert seen[1] == [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "half an"},
+        {"role": "user", "content": "again"},
+    ]
