@@ -1,0 +1,383 @@
+"""How one model reads a prompt: its chat template, its tokens, and where every message lies in the text.
+
+Every model of a pair reads the same chat in its own words: its own template, its own natural tokenization. What lets
+their tokens be matched afterwards (`alignment.tokens`) is kept beside the ids: the character span of every token and
+the character range of every message.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from cache2cache.errors import C2CError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For models that come without a chat template, such as base models. Every role stands on a line of its own, so that
+# the start of an answer meets a line break and is cut into tokens as it would be later in the chat.
+PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
+)
+PREFIX = "prefix"
+_MARKERS = [chr(code) for code in range(0xE000, 0xE100)]  # private use: no template looks at them
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Characters [start, end) of a rendered text that are the content of message `key` (or of the answer's start).
+
+    `key` is the message's index in the prompt, or "prefix": the same content has the same key for every model.
+    """
+
+    start: int
+    end: int
+    key: int | str
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as one model reads it.
+
+    `offsets[i]` is the character span of token i in `text`. The spans of a normal text tile it; the byte pieces of one
+    character share its span, and a special token that the tokenizer adds without text has an empty span.
+    `segments` are the message contents in the order of the text; a content that the template left out has none.
+    """
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One message to be rendered: its role, and its content in parts, each with the key of where it came from."""
+
+    role: str
+    parts: tuple[tuple[int | None, str], ...]
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    prefix: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Rendered:
+    """Render a prompt with the model's own template and tokenize it as the model's tokenizer naturally does.
+
+    `prompt` is a list of {"role", "content"} messages, or plain text, which gets the tokenizer's own special tokens
+    and no template. `prefix` is the start of the answer. Control tokens spelled out in a message are read as plain
+    text, with a warning. Raises C2CError for an empty or malformed prompt, a tokenizer without character offsets, and
+    messages that the template refuses.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise C2CError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which can't tell where its tokens lie in the text; "
+            "load the model's fast tokenizer (a tokenizer.json)"
+        )
+    if isinstance(prompt, str):
+        if not prompt:
+            raise C2CError("the prompt is empty; give some text or at least one message")
+        text, roles = prompt, ["prompt"]
+        segments = [Segment(0, len(prompt), 0)]
+        template = ""
+    else:
+        turns = _turns(prompt)
+        roles = [turn.role for turn in turns]
+        template, text, segments = _render_chat(tokenizer, turns, dict(chat_template_kwargs or {}))
+    if prefix:
+        segments.append(Segment(len(text), len(text) + len(prefix), PREFIX))
+    text += prefix
+    ids, offsets = _encode(tokenizer, text, segments, roles, template, plain=isinstance(prompt, str))
+    if not ids:
+        raise C2CError(f"the prompt {text!r} gives no tokens; give some text or at least one message")
+    return Rendered(text, ids, offsets, segments)
+
+
+def common_prefix(a: str, b: str) -> int:
+    """How many characters `a` and `b` share at their start."""
+    if a.startswith(b) or b.startswith(a):
+        return min(len(a), len(b))
+    return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+
+def common_suffix(a: str, b: str) -> int:
+    """How many characters `a` and `b` share at their end."""
+    return common_prefix(a[::-1], b[::-1])
+
+
+# The chat as text
+
+
+def _turns(messages: Any) -> list[_Turn]:
+    """Check the messages' shape, so that no template meets anything else."""
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
+        raise C2CError(f"a prompt is text or a list of messages, not {type(messages).__name__}")
+    turns = []
+    for i, message in enumerate(messages):
+        name = f"message {i + 1}"
+        if not isinstance(message, Mapping):
+            raise C2CError(f'{name} is {type(message).__name__}; expected {{"role": …, "content": …}}')
+        if set(message) != {"role", "content"}:
+            given = ", ".join(map(str, message)) or "nothing"
+            raise C2CError(f"{name} has {given}; expected exactly role and content")
+        for field in ("role", "content"):
+            if not isinstance(message[field], str):
+                kind = type(message[field]).__name__
+                raise C2CError(f"the {field} of {name} is {kind}; expected text")
+        turns.append(_Turn(message["role"], ((i, message["content"]),)))
+    if not any(content.strip() for turn in turns for _, content in turn.parts):
+        raise C2CError("the prompt is empty; give some text or at least one message")
+    return turns
+
+
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: list[_Turn], kwargs: dict[str, Any]
+) -> tuple[str, str, list[Segment]]:
+    """The template's source, the rendered chat and its segments."""
+    from jinja2 import TemplateError
+
+    if reserved := {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict"} & set(kwargs):
+        raise C2CError(f"chat_template_kwargs holds {', '.join(sorted(reserved))}, which is not free; leave it out")
+    if not tokenizer.chat_template:
+        kwargs.setdefault("chat_template", PLAIN_TEMPLATE)
+
+    def apply(turns: Iterable[_Turn]) -> str:
+        messages = [{"role": turn.role, "content": "".join(text for _, text in turn.parts)} for turn in turns]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs))
+
+    try:
+        try:
+            text = apply(turns)
+        except TemplateError:
+            if turns[0].role != "system":
+                raise
+            turns = _fold_system(turns)  # some templates know no system role
+            text = apply(turns)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        roles = ", ".join(turn.role for turn in turns)
+        raise C2CError(f"the model's chat template refused the messages ({roles}): {error}") from error
+    template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+    return template, text, _locate(text, turns, apply)
+
+
+def _fold_system(turns: list[_Turn]) -> list[_Turn]:
+    """Put the system message in front of the first user message, or make it one."""
+    system, rest = turns[0], turns[1:]
+    if rest and rest[0].role == "user":
+        return [_Turn("user", (*system.parts, (None, "\n\n"), *rest[0].parts)), *rest[1:]]
+    return [_Turn("user", system.parts), *rest]
+
+
+def _locate(text: str, turns: list[_Turn], apply: Callable[[Iterable[_Turn]], str]) -> list[Segment]:
+    """Where each content lies in the rendered text.
+
+    Templates trim contents, drop parts of them, move them and add messages of their own, so searching for them could
+    hit the wrong place. Instead the chat is rendered again with a marker inside every content; if taking the markers
+    out gives the text back, their places are exact, and the content is what agrees around them. A content whose
+    marker never shows up so has no segment.
+    """
+    opening, closing = [mark for mark in _MARKERS if mark not in text][:2]
+    pattern = re.compile(f"{opening}([0-9]+){closing}")
+    contents = {key: part for turn in turns for key, part in turn.parts if key is not None and part.strip()}
+
+    def probe(keys: Iterable[int], place: float) -> dict[int, tuple[int, int]]:
+        """Per key that was found: the place of its marker in the text and in the content."""
+        inside = {}
+        for key in keys:
+            first = len(contents[key]) - len(contents[key].lstrip())
+            inside[key] = first + int(place * (len(contents[key].strip()) - 1))
+
+        def marked(key: int | None, part: str) -> str:
+            return f"{part[: inside[key]]}{opening}{key}{closing}{part[inside[key] :]}" if key in inside else part
+
+        try:
+            seen = apply(_Turn(turn.role, tuple((k, marked(k, p)) for k, p in turn.parts)) for turn in turns)
+        except Exception:  # a template may refuse what it would take without the marker
+            return {}
+        if pattern.sub("", seen) != text:
+            return {}
+        found: dict[int, list[int]] = {}
+        removed = 0
+        for match in pattern.finditer(seen):
+            found.setdefault(int(match[1]), []).append(match.start() - removed)
+            removed += len(match[0])
+        return {key: (places[0], inside[key]) for key, places in found.items() if len(places) == 1}
+
+    found: dict[int, tuple[int, int]] = {}
+    places = (1.0, 0.5, 0.0)  # the last character first: what templates drop is the beginning (earlier reasoning)
+    for place in places:
+        if missing := contents.keys() - found.keys():
+            found |= probe(missing, place)
+    for key in contents.keys() - found.keys():  # one content that resists a marker hides the others
+        for place in places:
+            if key not in found:
+                found |= probe([key], place)
+
+    segments: list[Segment] = []
+    order = sorted(found, key=lambda key: found[key])
+    for key, following in zip(order, [*order[1:], None], strict=True):
+        at, inside = found[key]
+        content = contents[key]
+        floor = segments[-1].end if segments else 0
+        limit = len(text) if following is None else found[following][0]
+        start = at - common_suffix(content[:inside], text[floor:at])
+        end = at + common_prefix(content[inside:], text[at:limit])
+        if end - start < len(content):  # a line break of the template may look like one that was trimmed
+            start += len(text[start:end]) - len(text[start:end].lstrip())
+            end -= len(text[start:end]) - len(text[start:end].rstrip())
+        segments.append(Segment(start, end, key))
+    return segments
+
+
+# The text as tokens
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    segments: list[Segment],
+    roles: list[str],
+    template: str,
+    *,
+    plain: bool,
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids and character spans, with control tokens inside contents read as plain text.
+
+    The text is cut only where the tokenizer itself would have cut out the control token, so everything around it is
+    tokenized as ever.
+    """
+    special, used = _control_tokens(tokenizer, template)
+
+    def forbidden(token: int, start: int, end: int) -> Segment | None:
+        """The content in which a control token stands, if it does."""
+        if token in special or token in used:
+            for segment in segments:
+                if start < segment.end and segment.start < end:
+                    # "<think>" and the like are a model's own words in its answers
+                    own = segment.key == PREFIX or roles[int(segment.key)] == "assistant"
+                    return segment if token in special or not own else None
+        return None
+
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    tail: list[int] = []
+    todo = [(0, len(text), False)]
+    first = True
+    while todo:
+        low, high, as_text = todo.pop()
+        if as_text:
+            piece_ids, piece_offsets = _encode_as_text(tokenizer, text[low:high], special | used)
+        else:
+            encoding = tokenizer(
+                text[low:high],
+                add_special_tokens=plain and first,
+                return_offsets_mapping=True,
+                return_special_tokens_mask=True,
+                padding=False,
+                truncation=False,
+                verbose=False,
+            )
+            piece_ids, piece_offsets = encoding["input_ids"], encoding["offset_mapping"]
+            hits = []
+            for token, (start, end) in zip(piece_ids, piece_offsets, strict=True):
+                if end > start and (segment := forbidden(token, low + start, low + end)):
+                    hits.append((low + start, low + end))
+                    _warn(text[low + start : low + end], segment, roles, template)
+            if hits:
+                if plain and first:  # keep what the tokenizer puts before and behind the text
+                    body = [i for i, added in enumerate(encoding["special_tokens_mask"]) if not added]
+                    ids = piece_ids[: body[0]]
+                    tail = piece_ids[body[-1] + 1 :]
+                    offsets = [(0, 0)] * len(ids)
+                first = False
+                cuts = [low, *(cut for hit in hits for cut in hit), high]
+                spans = [(a, b, i % 2 == 1) for i, (a, b) in enumerate(pairwise(cuts)) if b > a]
+                todo.extend(reversed(spans))
+                continue
+        first = False
+        ids += piece_ids
+        offsets += [(low + start, low + end) for start, end in piece_offsets]
+    ids += tail
+    offsets += [(len(text), len(text))] * len(tail)
+    return ids, _close_gaps(tokenizer, text, ids, offsets)
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[set[int], set[int]]:
+    """Ids of the special tokens, and of the other added tokens that the chat template writes ("<think>")."""
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special}
+    used = {i for i, token in added.items() if i not in special and token.content.strip() and token.content in template}
+    return special, used
+
+
+def _encode_as_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize text without looking for added tokens in it."""
+    from tokenizers import Tokenizer
+
+    # A tokenizer over the same model, but without the added tokens: cheap, and the shared one stays as it is.
+    shared = tokenizer.backend_tokenizer
+    plain = Tokenizer(shared.model)
+    for part in ("normalizer", "pre_tokenizer"):
+        if getattr(shared, part) is not None:
+            setattr(plain, part, getattr(shared, part))
+    # Some models would still join the whole string to the control token; a cut inside prevents that.
+    for cut in (0, 1):
+        pieces = [(0, text[:cut]), (cut, text[cut:])]
+        encodings = [(shift, plain.encode(piece, add_special_tokens=False)) for shift, piece in pieces if piece]
+        ids = [i for _, encoding in encodings for i in encoding.ids]
+        if not control & set(ids):
+            return ids, [(shift + a, shift + b) for shift, encoding in encodings for a, b in encoding.offsets]
+    raise C2CError(f"the tokenizer can't read {text!r} as anything but a control token; take it out of the messages")
+
+
+def _warn(string: str, segment: Segment, roles: list[str], template: str) -> None:
+    if segment.key == PREFIX:
+        where = "the start of the answer"
+    else:
+        where = f"message {int(segment.key) + 1} ({roles[int(segment.key)]})" if template else "the prompt"
+    warnings.warn(
+        f"{string!r} in {where} is a control token of this model; it is read as plain text "
+        "(to give control tokens yourself, pass token ids)",
+        stacklevel=4,
+    )
+
+
+def _close_gaps(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], offsets: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Give characters that no span covers to the token that they were read into.
+
+    Byte-level tokenizers may trim spaces off their spans, on both sides; normalizers join characters (an "e" and its
+    accent) and report the first.
+    """
+    closed = list(offsets)
+    reached, last = 0, -1  # the text is covered up to here, by this token
+    for i, (start, end) in enumerate(offsets):
+        if start == end and not text[reached:end].isspace():
+            continue  # no text of its own: a special token
+        if start > reached:
+            cut = reached
+            if last >= 0:
+                token = str(tokenizer.convert_ids_to_tokens(ids[last]))
+                if spaces := token.strip("Ġ") and len(token) - len(token.rstrip("Ġ")):
+                    cut = min(reached + spaces, start)
+                cut = max(cut, reached + len(text[reached:start].rstrip()))
+                closed[last] = (closed[last][0], max(closed[last][1], cut))
+            closed[i] = (cut, end)
+        if end >= reached:
+            reached, last = end, i
+    if last >= 0 and reached < len(text):
+        closed[last] = (closed[last][0], len(text))
+    return closed
