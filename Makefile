@@ -1,7 +1,7 @@
 # make demo | test | lint | bench. Everything is installed into .venv on first use; nothing needs to be activated.
 TORCH ?= torch==2.13.0
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3
-PIP = .venv/bin/python -m pip install --disable-pip-version-check
+PIP = .venv/bin/python -m pip --disable-pip-version-check install
 
 .PHONY: demo test lint bench clean
 
@@ -22,10 +22,12 @@ bench: .venv/.test
 clean:
 	rm -rf .venv
 
-# A name on the path may be a shim without an interpreter behind it, so each candidate is run before it is trusted.
+# An environment that works is kept. A name on the path may be a shim without an interpreter behind it, so each
+# candidate is run before it is trusted.
 .venv/.python:
-	@for python in $(PYTHONS); do \
-	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || continue; \
+	@if .venv/bin/python -m pip --version >/dev/null 2>&1; then touch $@; exit 0; fi; \
+	for python in $(PYTHONS); do \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 || continue; \
 	  echo "Making .venv with $$($$python --version)"; \
 	  rm -rf .venv; $$python -m venv .venv && touch $@ && exit 0; \
 	done; \
@@ -40,11 +42,11 @@ clean:
 	@touch $@
 
 .venv/.core: .venv/.torch pyproject.toml
-	@echo "Installing cache2cache and what it needs"
-	@$(PIP) --quiet -e .
+	@echo "Installing cache2cache and what it needs (about a minute)"
+	@$(PIP) -qq -e .
 	@touch $@
 
 .venv/.test: .venv/.core
 	@echo "Installing the test tools"
-	@$(PIP) --quiet -e ".[test]"
+	@$(PIP) -qq -e ".[test]"
 	@touch $@
