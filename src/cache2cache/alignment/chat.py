@@ -87,17 +87,18 @@ def render(
     if isinstance(prompt, str):
         if not prompt:
             raise C2CError("the prompt is empty; give some text or at least one message")
-        text, roles = prompt, ["prompt"]
-        segments = [Segment(0, len(prompt), 0)]
-        template = ""
+        text, segments, roles = prompt, [Segment(0, len(prompt), 0)], ["text"]
+        control = _control_tokens(tokenizer, tokenizer.chat_template)
     else:
         turns = _turns(prompt)
         roles = [turn.role for turn in turns]
         template, text, segments = _render_chat(tokenizer, turns, dict(chat_template_kwargs or {}))
+        control = _control_tokens(tokenizer, template)
+        _warn_unlocated(text, segments, turns, control)
     if prefix:
         segments.append(Segment(len(text), len(text) + len(prefix), PREFIX))
     text += prefix
-    ids, offsets = _encode(tokenizer, text, segments, roles, template, plain=isinstance(prompt, str))
+    ids, offsets = _encode(tokenizer, text, segments, roles, control, plain=isinstance(prompt, str))
     if not ids:
         raise C2CError(f"the prompt {text!r} gives no tokens; give some text or at least one message")
     return Rendered(text, ids, offsets, segments)
@@ -165,7 +166,11 @@ def _render_chat(
             text = apply(turns)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         roles = ", ".join(turn.role for turn in turns)
-        raise C2CError(f"the model's chat template refused the messages ({roles}): {error}") from error
+        reason = " ".join(str(error).split())
+        raise C2CError(
+            f"the model's chat template refused messages of the roles {roles}: {reason}; "
+            "give messages as it expects them, or plain text"
+        ) from error
     template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
     return template, text, _locate(text, turns, apply)
 
@@ -235,11 +240,36 @@ def _locate(text: str, turns: list[_Turn], apply: Callable[[Iterable[_Turn]], st
         if end - start < len(content):  # a line break of the template may look like one that was trimmed
             start += len(text[start:end]) - len(text[start:end].lstrip())
             end -= len(text[start:end]) - len(text[start:end].rstrip())
-        segments.append(Segment(start, end, key))
+        if end > start:
+            segments.append(Segment(start, end, key))
     return segments
 
 
 # The text as tokens
+
+
+@dataclass(frozen=True)
+class _Control:
+    """Added tokens that steer the model: id -> string.
+
+    `special` are the tokenizer's special tokens; `used` are others that the chat template writes. The latter
+    ("<think>", "<tool_call>") are a model's own words in its answers, but not in what it is told.
+    """
+
+    special: dict[int, str]
+    used: dict[int, str]
+
+    def forbidden(self, role: str) -> dict[int, str]:
+        """What must not become a control token in a content of this role."""
+        return self.special if role == "assistant" else self.special | self.used
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: Any) -> _Control:
+    added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
+    special = {i: content for i, (content, is_special) in added.items() if is_special}
+    written = template if isinstance(template, str) else ""
+    used = {i: content for i, (content, _) in added.items() if content.strip() and content in written}
+    return _Control(special, {i: content for i, content in used.items() if i not in special})
 
 
 def _encode(
@@ -247,81 +277,78 @@ def _encode(
     text: str,
     segments: list[Segment],
     roles: list[str],
-    template: str,
+    control: _Control,
     *,
     plain: bool,
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids and character spans, with control tokens inside contents read as plain text.
 
-    The text is cut only where the tokenizer itself would have cut out the control token, so everything around it is
+    The text is cut only where the tokenizer itself has cut out the control token, so everything around it is
     tokenized as ever.
     """
-    special, used = _control_tokens(tokenizer, template)
 
-    def forbidden(token: int, start: int, end: int) -> Segment | None:
-        """The content in which a control token stands, if it does."""
-        if token in special or token in used:
-            for segment in segments:
-                if start < segment.end and segment.start < end:
-                    # "<think>" and the like are a model's own words in its answers
-                    own = segment.key == PREFIX or roles[int(segment.key)] == "assistant"
-                    return segment if token in special or not own else None
-        return None
+    def natural(piece: str, add_special_tokens: bool) -> Any:
+        return tokenizer(
+            piece,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
 
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    tail: list[int] = []
-    todo = [(0, len(text), False)]
-    first = True
-    while todo:
-        low, high, as_text = todo.pop()
-        if as_text:
-            piece_ids, piece_offsets = _encode_as_text(tokenizer, text[low:high], special | used)
-        else:
-            encoding = tokenizer(
-                text[low:high],
-                add_special_tokens=plain and first,
-                return_offsets_mapping=True,
-                return_special_tokens_mask=True,
-                padding=False,
-                truncation=False,
-                verbose=False,
-            )
-            piece_ids, piece_offsets = encoding["input_ids"], encoding["offset_mapping"]
-            hits = []
-            for token, (start, end) in zip(piece_ids, piece_offsets, strict=True):
-                if end > start and (segment := forbidden(token, low + start, low + end)):
-                    hits.append((low + start, low + end))
-                    _warn(text[low + start : low + end], segment, roles, template)
-            if hits:
-                if plain and first:  # keep what the tokenizer puts before and behind the text
-                    body = [i for i, added in enumerate(encoding["special_tokens_mask"]) if not added]
-                    ids = piece_ids[: body[0]]
-                    tail = piece_ids[body[-1] + 1 :]
-                    offsets = [(0, 0)] * len(ids)
-                first = False
-                cuts = [low, *(cut for hit in hits for cut in hit), high]
-                spans = [(a, b, i % 2 == 1) for i, (a, b) in enumerate(pairwise(cuts)) if b > a]
-                todo.extend(reversed(spans))
-                continue
-        first = False
-        ids += piece_ids
-        offsets += [(low + start, low + end) for start, end in piece_offsets]
-    ids += tail
-    offsets += [(len(text), len(text))] * len(tail)
-    return ids, _close_gaps(tokenizer, text, ids, offsets)
+    def intrusions(ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Spans of the control tokens that overlap a content."""
+        hits = []
+        for token, (start, end) in zip(ids, spans, strict=True):
+            if start < end and (token in control.special or token in control.used):
+                for segment in segments:
+                    role = "assistant" if segment.key == PREFIX else roles[int(segment.key)]
+                    string = control.forbidden(role).get(token)
+                    if string is None or end <= segment.start or segment.end <= start:
+                        continue
+                    if token == tokenizer.unk_token_id and string not in text[start:end]:
+                        continue  # an unknown word
+                    hits.append((start, end))
+                    _warn(string, _place(segment.key, role, plain), "it is read as plain text")
+                    break
+        return hits
+
+    encoding = natural(text, plain)
+    ids, spans = list(encoding["input_ids"]), list(encoding["offset_mapping"])
+    if hits := intrusions(ids, spans):
+        # What the tokenizer puts before and behind a plain text stays; the text between is encoded in pieces.
+        body = [i for i, added in enumerate(encoding["special_tokens_mask"]) if not added]
+        head, tail = ids[: body[0]], ids[body[-1] + 1 :]
+        ids, spans = list(head), [(0, 0)] * len(head)
+        todo = _cut(0, len(text), hits)[::-1]
+        while todo:
+            start, end, as_text = todo.pop()
+            if as_text:
+                piece_ids, piece_spans = _encode_as_text(tokenizer, text[start:end], control)
+            else:
+                encoding = natural(text[start:end], False)
+                piece_ids, piece_spans = encoding["input_ids"], encoding["offset_mapping"]
+            piece_spans = [(start + a, start + b) for a, b in piece_spans]
+            if not as_text and (hits := intrusions(piece_ids, piece_spans)):
+                todo += _cut(start, end, hits)[::-1]
+            else:
+                ids += piece_ids
+                spans += piece_spans
+        ids += tail
+        spans += [(len(text), len(text))] * len(tail)
+    return ids, _close_gaps(tokenizer, text, ids, spans)
 
 
-def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[set[int], set[int]]:
-    """Ids of the special tokens, and of the other added tokens that the chat template writes ("<think>")."""
-    added = tokenizer.added_tokens_decoder
-    special = {i for i, token in added.items() if token.special}
-    used = {i for i, token in added.items() if i not in special and token.content.strip() and token.content in template}
-    return special, used
+def _cut(start: int, end: int, hits: list[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+    """The pieces of [start, end): those that are hits, with True, and those between them."""
+    places = [start, *(place for hit in hits for place in hit), end]
+    return [(a, b, i % 2 == 1) for i, (a, b) in enumerate(pairwise(places)) if a < b]
 
 
 def _encode_as_text(
-    tokenizer: PreTrainedTokenizerBase, text: str, control: set[int]
+    tokenizer: PreTrainedTokenizerBase, text: str, control: _Control
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Tokenize text without looking for added tokens in it."""
     from tokenizers import Tokenizer
@@ -332,26 +359,38 @@ def _encode_as_text(
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(shared, part) is not None:
             setattr(plain, part, getattr(shared, part))
+    unwanted = (control.special.keys() | control.used.keys()) - {tokenizer.unk_token_id}
     # Some models would still join the whole string to the control token; a cut inside prevents that.
     for cut in (0, 1):
         pieces = [(0, text[:cut]), (cut, text[cut:])]
         encodings = [(shift, plain.encode(piece, add_special_tokens=False)) for shift, piece in pieces if piece]
         ids = [i for _, encoding in encodings for i in encoding.ids]
-        if not control & set(ids):
+        if not unwanted.intersection(ids):
             return ids, [(shift + a, shift + b) for shift, encoding in encodings for a, b in encoding.offsets]
     raise C2CError(f"the tokenizer can't read {text!r} as anything but a control token; take it out of the messages")
 
 
-def _warn(string: str, segment: Segment, roles: list[str], template: str) -> None:
-    if segment.key == PREFIX:
-        where = "the start of the answer"
-    else:
-        where = f"message {int(segment.key) + 1} ({roles[int(segment.key)]})" if template else "the prompt"
-    warnings.warn(
-        f"{string!r} in {where} is a control token of this model; it is read as plain text "
-        "(to give control tokens yourself, pass token ids)",
-        stacklevel=4,
-    )
+def _warn_unlocated(text: str, segments: list[Segment], turns: list[_Turn], control: _Control) -> None:
+    """Warn of control tokens in contents whose place in the text is not known, so that they can't be kept apart."""
+    located = {segment.key: text[segment.start : segment.end] for segment in segments}
+    for turn in turns:
+        for key, content in turn.parts:
+            rest = content.replace(located.get(key, ""), "", 1) if key is not None else ""
+            if rest.strip():
+                for string in control.forbidden(turn.role).values():
+                    if string in rest and string in text:
+                        _warn(string, _place(key, turn.role, False), "it may be read as one; take it out")
+
+
+def _place(key: int | str | None, role: str, plain: bool) -> str:
+    if key == PREFIX:
+        return "the start of the answer"
+    return "the prompt" if plain or not isinstance(key, int) else f"message {key + 1} ({role})"
+
+
+def _warn(string: str, place: str, what: str) -> None:
+    hint = "token ids may hold control tokens, text may not"
+    warnings.warn(f"{string!r} in {place} is a control token of this model; {what} ({hint})", stacklevel=2)
 
 
 def _close_gaps(
@@ -365,8 +404,9 @@ def _close_gaps(
     closed = list(offsets)
     reached, last = 0, -1  # the text is covered up to here, by this token
     for i, (start, end) in enumerate(offsets):
-        if start == end and not text[reached:end].isspace():
-            continue  # no text of its own: a special token
+        if start == end and not text[reached:end].isspace():  # no text of its own: a special token
+            closed[i] = (reached, reached)
+            continue
         if start > reached:
             cut = reached
             if last >= 0:

@@ -41,7 +41,9 @@ def span_map(receiver: Rendered, sharer: Rendered) -> TokenMap:
     # Matched characters are numbered from left to right. The matching keeps their order, so the n-th of the receiver
     # is the n-th of the sharer, and spans of both texts become intervals on the same line.
     ours = _intervals(len(receiver.text), [(a, n) for a, _, n in matches], receiver.offsets)
-    theirs = _intervals(len(sharer.text), [(b, n) for _, b, n in matches], sharer.offsets)
+    spans = _intervals(len(sharer.text), [(b, n) for _, b, n in matches], sharer.offsets)
+    last = {interval: j for j, interval in enumerate(spans)}  # of tokens with one interval only the last can be chosen
+    theirs = list(last)
     index: list[int] = []
     covered = reached = 0  # covered characters; the interval up to which they are counted
     first = 0
@@ -51,16 +53,16 @@ def span_map(receiver: Rendered, sharer: Rendered) -> TokenMap:
             continue
         while first < len(theirs) and theirs[first][1] <= low:
             first += 1
-        best, most, j = -1, 1, first
+        best, most, j = None, 1, first
         while j < len(theirs) and theirs[j][0] < high:
             overlap = min(high, theirs[j][1]) - max(low, theirs[j][0])
             if overlap >= most:
-                best, most = j, overlap
+                best, most = theirs[j], overlap
             j += 1
-        index.append(best)
-        if best >= 0:
-            end = min(high, theirs[best][1])
-            covered += max(0, end - max(low, theirs[best][0], reached))
+        index.append(-1 if best is None else last[best])
+        if best is not None:
+            end = min(high, best[1])
+            covered += max(0, end - max(low, best[0], reached))
             reached = max(reached, end)
     if _starts_without_text(receiver) and _starts_without_text(sharer):
         index[0] = 0
@@ -86,14 +88,12 @@ def _matches(receiver: Rendered, sharer: Rendered) -> list[tuple[int, int, int]]
 
 
 def _match_contents(left: str, right: str) -> list[tuple[int, int, int]]:
-    """Match two renderings of one content: they are equal unless a template trimmed it or dropped a part."""
-    if (at := left.rfind(right)) >= 0:
-        return [(at, 0, len(right))]
-    if (at := right.rfind(left)) >= 0:
-        return [(0, at, len(left))]
-    head = common_prefix(left, right)
-    tail = common_suffix(left[head:], right[head:])
-    return [(0, 0, head), (len(left) - tail, len(right) - tail, tail)]
+    """Match two renderings of one content: they are equal unless a template trimmed it or dropped its beginning."""
+    core, other = left.rstrip(), right.rstrip()
+    tail = common_suffix(core, other)
+    head = common_prefix(core[: len(core) - tail], other[: len(other) - tail])
+    space = common_prefix(left[len(core) :], right[len(other) :])
+    return [(0, 0, head), (len(core) - tail, len(other) - tail, tail), (len(core), len(other), space)]
 
 
 def _pairs(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segment, Segment]]:
