@@ -111,7 +111,7 @@ def entry(name: str) -> Entry:
 def suggest(name: str) -> str:
     """For an error message: the catalogue names closest to `name`, or all of them."""
     names = list(_catalogue())
-    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), names, n=2, cutoff=0.5)
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), names, n=2, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
 
 

@@ -315,7 +315,7 @@ def _origin(folder: Path, given: str) -> tuple[str, str | None]:
 
 
 def _from_hub(spec: ModelSpec) -> _Found:
-    """From the local hub cache if the model is complete there, which asks nobody; else from the hub."""
+    """From the local hub cache if that revision is complete there, which asks nobody; else from the hub."""
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -326,8 +326,12 @@ def _from_hub(spec: ModelSpec) -> _Found:
             f"{spec.source} is not in the local hub cache and HF_HUB_OFFLINE is set; {_instead(spec.source)}"
         )
     info = _ask_hub(spec)
-    files = {sibling.rfilename for sibling in info.siblings or []}
-    if spec.gguf_file is None and not any(name.endswith(".safetensors") for name in files):
+    files = [sibling.rfilename for sibling in info.siblings or []]
+    if spec.gguf_file is not None:
+        if spec.gguf_file not in files:
+            offers = ", ".join(name for name in files if name.endswith(".gguf")) or "no GGUF files"
+            raise C2CError(f"{spec.source} has no file {spec.gguf_file}; it holds {offers}")
+    elif not any(name.endswith(".safetensors") and "/" not in name for name in files):
         pickles = any(name.endswith(_PICKLES) for name in files)
         raise C2CError(
             f"{spec.source} holds {'only pickled weights, which are never opened' if pickles else 'no weights'}; "
@@ -339,13 +343,13 @@ def _from_hub(spec: ModelSpec) -> _Found:
         if silence:
             disable_progress_bars()
         if spec.gguf_file is not None:
-            path = Path(hf_hub_download(spec.source, spec.gguf_file, revision=info.sha))
+            path = Path(hf_hub_download(spec.source, spec.gguf_file, revision=spec.revision))
         else:
             # Folders inside a repository hold the same weights in other formats.
             ignored = ["*/*", "consolidated*"]
             path = Path(
                 snapshot_download(
-                    spec.source, revision=info.sha, allow_patterns=_HUB_FILES + code, ignore_patterns=ignored
+                    spec.source, revision=spec.revision, allow_patterns=_HUB_FILES + code, ignore_patterns=ignored
                 )
             )
     except Exception as error:
@@ -356,7 +360,7 @@ def _from_hub(spec: ModelSpec) -> _Found:
     finally:
         if silence:
             enable_progress_bars()
-    return _Found(path, spec.source, info.sha)
+    return _Found(path, spec.source, _commit_of(path, spec))
 
 
 def _in_hub_cache(spec: ModelSpec) -> _Found | None:
@@ -368,12 +372,18 @@ def _in_hub_cache(spec: ModelSpec) -> _Found | None:
 
     if spec.gguf_file is not None:
         path = cached(spec.gguf_file)
-        return _Found(path, spec.source, path.parent.name) if path else None
+        return _Found(path, spec.source, _commit_of(path, spec)) if path else None
     config = cached("config.json")
     if config is None:
         return None
     files, absent = _weight_files(config.parent)
-    return _Found(config.parent, spec.source, config.parent.name) if files and not absent else None
+    return _Found(config.parent, spec.source, _commit_of(config.parent, spec)) if files and not absent else None
+
+
+def _commit_of(path: Path, spec: ModelSpec) -> str:
+    """The hub cache names a snapshot's folder after its commit."""
+    depth = len(Path(spec.gguf_file).parts) if spec.gguf_file is not None else 0
+    return [path, *path.parents][depth].name
 
 
 def _ask_hub(spec: ModelSpec) -> Any:
