@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from cache2cache.errors import C2CError
@@ -27,7 +27,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 PREFIX = "prefix"
-_MARKERS = [chr(code) for code in range(0xE000, 0xE100)]  # private use: no template looks at them
+_PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters that no template looks at
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _locate(text: str, turns: list[_Turn], apply: Callable[[Iterable[_Turn]], st
     out gives the text back, their places are exact, and the content is what agrees around them. A content whose
     marker never shows up so has no segment.
     """
-    opening, closing = [mark for mark in _MARKERS if mark not in text][:2]
+    opening, closing = islice((chr(code) for code in _PRIVATE_USE if chr(code) not in text), 2)
     pattern = re.compile(f"{opening}([0-9]+){closing}")
     contents = {key: part for turn in turns for key, part in turn.parts if key is not None and part.strip()}
 
@@ -230,7 +230,7 @@ def _locate(text: str, turns: list[_Turn], apply: Callable[[Iterable[_Turn]], st
 
     segments: list[Segment] = []
     order = sorted(found, key=lambda key: found[key])
-    for key, following in zip(order, [*order[1:], None], strict=True):
+    for key, following in zip_longest(order, order[1:]):
         at, inside = found[key]
         content = contents[key]
         floor = segments[-1].end if segments else 0
