@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignment.brute import span_map_by_definition
+from cache2cache.alignment import tokens
 from cache2cache.alignment.chat import Rendered, Segment, render
 from cache2cache.alignment.tokens import TokenMap, span_map
 from tiny import tiny_tokenizer
@@ -190,3 +191,29 @@ def test_chats_of_different_models(ours: str, theirs: str) -> None:
             if mine.start <= start and end <= mine.end and left.text[start:end].strip():
                 low, high = right.offsets[j]
                 assert j >= 0 and low < other.end and other.start < high  # content goes to the same content
+
+
+@pytest.mark.parametrize("shape", ["tokens", "pieces of characters", "pieces of one long span"])
+def test_work_grows_with_the_prompt_not_its_square(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def comparisons(length: int) -> int:
+        ours = [(i, min(i + 3, length)) for i in range(0, length, 3)]
+        theirs = [(i, min(i + 5, length)) for i in range(0, length, 5)]
+        if shape == "pieces of characters":
+            ours, theirs = [[(i, i + 1) for i in range(length) for _ in range(4)] for _ in range(2)]
+        if shape == "pieces of one long span":
+            ours, theirs = [(0, length)] * length, [(0, length)] * length
+        count = 0
+
+        def counting(a: int, b: int) -> int:
+            nonlocal count
+            count += 1
+            return min(a, b)
+
+        text = "x" * length
+        with monkeypatch.context() as patch:
+            patch.setattr(tokens, "min", counting, raising=False)
+            span_map(rendered(text, ours), rendered(text, theirs))
+        assert count > 0
+        return count
+
+    assert comparisons(4000) <= 2.1 * comparisons(2000)
