@@ -30,7 +30,7 @@ def span_map_by_definition(receiver: Rendered, sharer: Rendered) -> TokenMap:
             partner[x] = y
         if key is None:
             break
-        # Content: the last visible characters lie on each other; then backward, and what is left from the left.
+        # Content: the last visible characters lie on each other; from there forward and backward.
         x, y = _visible_end(receiver.text, *ours), _visible_end(sharer.text, *theirs)
         p, q = x, y
         while p < ours[1] and q < theirs[1] and receiver.text[p] == sharer.text[q]:
@@ -39,10 +39,6 @@ def span_map_by_definition(receiver: Rendered, sharer: Rendered) -> TokenMap:
         while x > ours[0] and y > theirs[0] and receiver.text[x - 1] == sharer.text[y - 1]:
             x, y = x - 1, y - 1
             partner[x] = y
-        i, j = ours[0], theirs[0]
-        while i < x and j < y and receiver.text[i] == sharer.text[j]:
-            partner[i] = j
-            i, j = i + 1, j + 1
         a, b = ours[1], theirs[1]
 
     index, covered = [], set()

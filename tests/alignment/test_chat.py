@@ -222,6 +222,22 @@ def test_earlier_reasoning_that_the_template_drops() -> None:
     assert contents_of(rendered) == {0: "Where?", 2: "Why?"}
 
 
+@pytest.mark.filterwarnings("error")
+def test_control_token_that_the_template_drops_is_none_to_warn_of() -> None:
+    answer = {"role": "assistant", "content": "<think>a<|eot|></think>b"}
+    rendered = render(with_template(DROPS_THOUGHTS), [*user("Where?"), answer, *user("Why?")])
+    assert contents_of(rendered) == {0: "Where?", 1: "b", 2: "Why?"}
+
+
+def test_line_breaks_are_not_taken_from_the_message_before() -> None:
+    tokenizer = TINY["pieces"]
+    rendered = render(tokenizer, [{"role": "system", "content": "a\n\n\n"}, *user("\n\n\n\nb")])
+    assert rendered.text.startswith("<bos><start_of_turn>user\na\n\n\n\n\nb<end_of_turn>")
+    assert contents_of(rendered)[0] == "a\n\n\n"
+    first, second = rendered.segments
+    assert first.end <= second.start
+
+
 def test_moved_message_is_found() -> None:
     tokenizer = with_template(
         "{% for m in messages %}{% if m.role == 'user' %}[INST]{% if loop.last and messages[0].role == 'system' %}"
@@ -304,6 +320,18 @@ def test_control_token_in_a_message_is_plain_text(kind: str, string: str) -> Non
     inside = [i for i, (a, b) in zip(rendered.ids, rendered.offsets, strict=True) if start <= a and b <= end]
     word = tokenizer(" capital ", add_special_tokens=False).input_ids
     assert any(inside[i : i + len(word)] == word for i in range(len(inside)))
+    assert_tiled(rendered)
+
+
+def test_control_token_that_shows_only_once_another_is_taken_out() -> None:
+    tokenizer = tiny_tokenizer("words")
+    tokenizer.add_tokens([AddedToken("END"), AddedToken("foo", single_word=True)], special_tokens=True)
+    end, foo = tokenizer.convert_tokens_to_ids(["END", "foo"])
+    assert foo not in tokenizer("a ENDfoo").input_ids and end in tokenizer("a ENDfoo").input_ids
+    with pytest.warns(UserWarning, match="'foo' in message 1"):
+        rendered = render(tokenizer, user("a ENDfoo"))
+    assert not {end, foo} & set(rendered.ids)
+    assert "a ENDfoo" in tokenizer.decode(rendered.ids)
     assert_tiled(rendered)
 
 

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise, zip_longest
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from cache2cache.errors import C2CError
@@ -229,14 +229,12 @@ def _locate(text: str, turns: list[_Turn], apply: Callable[[Iterable[_Turn]], st
                 found |= probe([key], place)
 
     segments: list[Segment] = []
-    order = sorted(found, key=lambda key: found[key])
-    for key, following in zip_longest(order, order[1:]):
+    for key in sorted(found, key=lambda key: found[key]):
         at, inside = found[key]
         content = contents[key]
         floor = segments[-1].end if segments else 0
-        limit = len(text) if following is None else found[following][0]
         start = at - common_suffix(content[:inside], text[floor:at])
-        end = at + common_prefix(content[inside:], text[at:limit])
+        end = at + common_prefix(content[inside:], text[at:])
         if end - start < len(content):  # a line break of the template may look like one that was trimmed
             start += len(text[start:end]) - len(text[start:end].lstrip())
             end -= len(text[start:end]) - len(text[start:end].rstrip())

@@ -82,18 +82,18 @@ def _matches(receiver: Rendered, sharer: Rendered) -> list[tuple[int, int, int]]
         runs += [(a, b, head), (a_end - tail, b_end - tail, tail)]
         if ours is not None and theirs is not None:
             left, right = receiver.text[ours.start : ours.end], sharer.text[theirs.start : theirs.end]
-            runs += [(ours.start + x, theirs.start + y, n) for x, y, n in _match_contents(left, right)]
+            x, y, n = _match_contents(left, right)
+            runs.append((ours.start + x, theirs.start + y, n))
             a, b = ours.end, theirs.end
     return [run for run in runs if run[2]]
 
 
-def _match_contents(left: str, right: str) -> list[tuple[int, int, int]]:
+def _match_contents(left: str, right: str) -> tuple[int, int, int]:
     """Match two renderings of one content: they are equal unless a template trimmed it or dropped its beginning."""
     core, other = left.rstrip(), right.rstrip()
     tail = common_suffix(core, other)
-    head = common_prefix(core[: len(core) - tail], other[: len(other) - tail])
     space = common_prefix(left[len(core) :], right[len(other) :])
-    return [(0, 0, head), (len(core) - tail, len(other) - tail, tail), (len(core), len(other), space)]
+    return len(core) - tail, len(other) - tail, tail + space
 
 
 def _pairs(ours: list[Segment], theirs: list[Segment]) -> list[tuple[Segment, Segment]]:
