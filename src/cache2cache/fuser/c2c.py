@@ -14,6 +14,7 @@ and fusing is a handful of batched products over (G, N, width), N being the posi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,9 +53,13 @@ class StackedFFN(nn.Module):
         self.w2 = StackedLinear(groups, inner, dim, bias=False)
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
+    def inner(self, x: Tensor) -> Tensor:
+        """GELU(W1 RMSNorm(x)), (G, N, inner)."""
         inner = F.gelu(self.w1(F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm))
-        return x + self.w2(F.dropout(inner, self.dropout, self.training))
+        return F.dropout(inner, self.dropout, self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(x, self.inner(x), self.w2.weight)
 
 
 class C2CFuser(nn.Module):
@@ -72,7 +77,9 @@ class C2CFuser(nn.Module):
         super().__init__()
         receiver, sharer = config.receiver, config.sharer
         if receiver is None or sharer is None:
-            raise C2CError("a fuser needs to know its models; build it with C2C.from_models, or set receiver and sharer")
+            raise C2CError(
+                "a fuser needs to know its models; build it with C2C.from_models, or set receiver and sharer"
+            )
         pairs = layer_map(config.layer_map, receiver.num_layers, sharer.num_layers)
         self.config = config.model_copy(update={"layer_map": pairs})
         self.register_buffer("receiver_layers", torch.tensor([t for t, _ in pairs]), persistent=False)
@@ -92,7 +99,11 @@ class C2CFuser(nn.Module):
             self.gate_logit = nn.Parameter(torch.full((groups,), float(config.gate_init)))
         self.register_buffer("temperature", torch.tensor(config.initial_temperature))
         self.temperature: Tensor
-        self._kept: tuple[Any, C2CFuser, Tensor] | None = None  # see _inference
+        self._kept: tuple[Any, list[tuple[C2CFuser, Tensor]]] | None = None  # see _inference
+        self.sharer_mean: Tensor
+        self.sharer_std: Tensor
+        self.receiver_mean: Tensor
+        self.receiver_std: Tensor
         if config.normalize:
             for name, width in (("sharer", s), ("receiver", t)):
                 self.register_buffer(f"{name}_mean", torch.zeros(groups, 1, width))
@@ -135,7 +146,7 @@ class C2CFuser(nn.Module):
     # ---- the equations ------------------------------------------------------------------------------------------
 
     def _input(self, sharer: Tensor, receiver: Tensor) -> Tensor:
-        return self.in_receiver(receiver) + self.in_sharer(sharer)
+        return torch.baddbmm(self.in_sharer(sharer), receiver, self.in_receiver.weight)
 
     def change(self, sharer: Tensor, receiver: Tensor) -> Tensor:
         """gate * weight * projected.
@@ -164,7 +175,11 @@ class C2CFuser(nn.Module):
 
     def _weight(self, z: Tensor) -> Tensor:
         """(G, N, heads), or (1, 1, 1) without weighting."""
-        return self.scalar_head(self.scalar_mlp2(z)).sigmoid() if self.config.weighting else z.new_ones(1, 1, 1)
+        if not self.config.weighting:
+            return z.new_ones(1, 1, 1)
+        # head(z + W2 inner) with W2 and the head multiplied first: heads are few, so this saves a whole product.
+        w2_head = torch.bmm(self.scalar_mlp2.w2.weight, self.scalar_head.weight)
+        return torch.baddbmm(self.scalar_head(z), self.scalar_mlp2.inner(z), w2_head).sigmoid()
 
     def _gate(self, z: Tensor) -> Tensor:
         """(G, N or 1, heads or 1): hard in inference, noisy and soft in training."""
@@ -190,39 +205,54 @@ class C2CFuser(nn.Module):
             sharer: (at least `sharer_depth` layers, B, H', T', D'), read.
             where: (3, N) int64: row, receiver position and sharer position of each position to fuse. No receiver
                 position twice.
-            out: the cache that the changes are added to, in place (may be `receiver` itself); None: a copy.
+            out: the cache that the changes are added to, in place (may be `receiver` itself), contiguous; None: a copy.
 
         Returns:
             `out`, or a new cache. Gradients flow into the fuser's parameters when they are enabled.
         """
         if sharer.keys.shape[0] < self.sharer_depth:
-            raise C2CError(f"the sharer's cache has {sharer.keys.shape[0]} layers; this fuser reads {self.sharer_depth}")
+            raise C2CError(
+                f"the sharer's cache has {sharer.keys.shape[0]} layers; this fuser reads {self.sharer_depth}"
+            )
+        untouched = out is None or out is receiver
+        receiver, sharer = _contiguous(receiver), _contiguous(sharer)
         if out is None:
             out = KV(receiver.keys.clone(), receiver.values.clone())
-        layers = len(self.receiver_layers)
-        if self.training:
-            fuser, modules = self, torch.arange(2 * layers, device=where.device)
-        else:
-            # Half precision only where it is the hardware's pace; a CPU computes the few products in float32.
-            fuser, modules = self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
-        if where.shape[1] == 0 or len(modules) == 0:
+        if where.shape[1] == 0:
             return out
-        # The layers whose keys, and those whose values, are fused.
-        keys, values = (part % layers for part in (modules[modules < layers], modules[modules >= layers]))
-        step = where.shape[1] if torch.is_grad_enabled() else CHUNK
-        for row, t, s in where.split(step, dim=1):
-            change = fuser.change(
-                _gather(sharer, self.sharer_layers[keys], self.sharer_layers[values], row, s, fuser.dtype),
-                _gather(receiver, self.receiver_layers[keys], self.receiver_layers[values], row, t, fuser.dtype),
-            )
-            change = change.unflatten(-1, (self.heads, self.head_dim)).to(out.keys.dtype)
-            for target, index, part in (
-                (out.keys, self.receiver_layers[keys], change[: len(keys)]),
-                (out.values, self.receiver_layers[values], change[len(keys) :]),
-            ):
-                place = (index[:, None], row[None], slice(None), t[None])
-                target[place] = target[place] + part if self.config.residual else part
+        parts = self._parts(receiver)
+        for row, t, s in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
+            for fuser, layers in parts:
+                ours = [_vectors(receiver, self.receiver_layers[index], row, t) for _, index in layers]
+                theirs = [_vectors(sharer, self.sharer_layers[index], row, s) for _, index in layers]
+                kinds = [kind for kind, _ in layers]
+                before = _read(receiver, kinds, ours, fuser.dtype)
+                fused = fuser.change(_read(sharer, kinds, theirs, fuser.dtype), before)
+                if self.config.residual:
+                    fused = fused + (before if untouched else _read(out, kinds, ours, fuser.dtype))
+                for kind, place, part in zip(kinds, ours, fused.split([len(place) for place in ours]), strict=True):
+                    _flat(out, kind)[place.flatten()] = part.reshape(-1, self.head_dim).to(out.keys.dtype)
         return out
+
+    def _parts(self, receiver: KV) -> list[tuple[C2CFuser, list[tuple[str, Tensor]]]]:
+        """What computes the changes: a fuser, and of which kind and which entries of the layer map its modules are.
+
+        In inference the keys come first and then the values, so that activations stay few.
+        """
+        if self.training:
+            every = torch.arange(len(self.receiver_layers), device=self.receiver_layers.device)
+            return [(self, [("keys", every), ("values", every)])]
+        # Half precision only where it is the hardware's pace; a CPU computes the few products in float32.
+        leans = self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
+        return [(lean, [(kind, index)]) for kind, (lean, index) in zip(KINDS, leans, strict=True) if len(index)]
+
+    def inputs(self, receiver: KV, sharer: KV, where: Tensor) -> tuple[Tensor, Tensor]:
+        """What all modules read at the given positions: the sharer's (G, N, S) and the receiver's (G, N, T)."""
+        row, t, s = where
+        return (
+            _read(sharer, KINDS, [_vectors(sharer, self.sharer_layers, row, s)] * 2, self.dtype),
+            _read(receiver, KINDS, [_vectors(receiver, self.receiver_layers, row, t)] * 2, self.dtype),
+        )
 
     # ---- inference ----------------------------------------------------------------------------------------------
 
@@ -230,31 +260,39 @@ class C2CFuser(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
-    def _inference(self, dtype: torch.dtype) -> tuple[C2CFuser, Tensor]:
-        """The open modules alone, with normalisation folded into their weights, and which modules (G',) they are.
+    def _inference(self, dtype: torch.dtype) -> list[tuple[C2CFuser, Tensor]]:
+        """For the keys, then for the values: the open modules alone, with normalisation folded into their weights, and
+        which entries of the layer map they are for.
 
         Made once and kept until a parameter changes. Without closed gates and normalisation it shares all weights.
         """
         key = (dtype, tuple(x._version for x in (*self.parameters(), *self.buffers())))
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1], self._kept[2]
+        if self._kept is None or self._kept[0] != key:
+            n = len(self.receiver_layers)
+            indices = [is_open.nonzero().flatten() for is_open in self.open_gates.view(2, n)]
+            self._kept = (key, [(self._lean(kind * n, index, dtype), index) for kind, index in enumerate(indices)])
+        return self._kept[1]
+
+    def _lean(self, start: int, index: Tensor, dtype: torch.dtype) -> C2CFuser:
+        """The modules start + index, ready for inference."""
+
+        def pick(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach()[start : start + len(self.receiver_layers)]
+            return tensor if len(index) == len(tensor) else tensor[index]
+
         with torch.no_grad(), torch.device("meta"):
             lean = type(self)(self.config.model_copy(update={"gating": False, "normalize": False}))
-        groups = self.open_gates.nonzero().flatten()
         for name, _ in list(lean.named_parameters()):
-            weight = self.get_parameter(name).detach()
-            if len(groups) < len(weight):
-                weight = weight[groups]
             owner, _, leaf = name.rpartition(".")
-            setattr(lean.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+            setattr(lean.get_submodule(owner), leaf, nn.Parameter(pick(self.get_parameter(name)), requires_grad=False))
         if self.config.normalize:
             with torch.no_grad():
-                lean._fold(*(getattr(self, name)[groups] for name in STATISTICS), dtype=dtype)
-        lean.to(dtype).eval()
-        self._kept = (key, lean, groups)
-        return lean, groups
+                lean._fold(dtype, *(pick(getattr(self, name)) for name in STATISTICS))
+        return lean.to(dtype).eval()
 
-    def _fold(self, sharer_mean: Tensor, sharer_std: Tensor, receiver_mean: Tensor, receiver_std: Tensor, dtype: torch.dtype) -> None:
+    def _fold(
+        self, dtype: torch.dtype, sharer_mean: Tensor, sharer_std: Tensor, receiver_mean: Tensor, receiver_std: Tensor
+    ) -> None:
         """Put the normalisation of inputs and output into the weights that read and write them."""
         entry = self._sharer_entry
         for part, takes_shift, mean, std in (
@@ -277,12 +315,32 @@ class C2CFuser(nn.Module):
         return self.in_sharer
 
 
+KINDS = ("keys", "values")
 STATISTICS = ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std")
 
 
-def _gather(kv: KV, key_layers: Tensor, value_layers: Tensor, row: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
-    """The cache of the given positions, keys of some layers then values of others: (G, N, H * D)."""
-    parts = []
-    for tensor, layers in ((kv.keys, key_layers), (kv.values, value_layers)):
-        parts.append(tensor[layers[:, None], row[None], :, position[None]])
-    return torch.cat(parts).to(dtype).flatten(-2)
+def _contiguous(kv: KV) -> KV:
+    """The cache itself, unless it is a view with gaps (some rows of a batch): then a copy."""
+    return KV(kv.keys.contiguous(), kv.values.contiguous())
+
+
+def _flat(kv: KV, kind: str) -> Tensor:
+    """All head vectors of the keys or of the values, one after the other: (L * B * H * T, D), a view."""
+    tensor: Tensor = getattr(kv, kind)
+    return tensor.view(-1, tensor.shape[-1])
+
+
+def _vectors(kv: KV, layers: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """Which rows of `_flat` the given layers hold at the given positions: (layers, N, H)."""
+    _, batch, heads, length, _ = kv.keys.shape
+    head = torch.arange(heads, device=layers.device)
+    return ((layers[:, None, None] * batch + row[:, None]) * heads + head) * length + position[:, None]
+
+
+def _read(kv: KV, kinds: Sequence[str], places: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The rows of `_flat` at `places`, for one kind after the other: (G, N, H * D)."""
+    parts = [
+        _flat(kv, kind).index_select(0, place.flatten()).view(*place.shape[:2], -1)
+        for kind, place in zip(kinds, places, strict=True)
+    ]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
