@@ -1,0 +1,154 @@
+"""The benchmark scripts run, on tiny random models, and what they compute is what they say. No time is judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from cache2cache import pair as pair_module
+from cache2cache.alignment.chat import render
+from cache2cache.kv import KV, prefill_prompts
+from cache2cache.models.load import LM
+from cache2cache.pair import C2C
+from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measure(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("measure")
+
+
+@pytest.fixture
+def first_token(measure: ModuleType) -> ModuleType:
+    return importlib.import_module("first_token")
+
+
+def script(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_first_token(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    models = ["--fuser", tiny_pair_folder]
+    for role, family in (("receiver", "llama"), ("sharer", "qwen3")):
+        models += [f"--{role}", tiny_pair_folder.parent / family]
+    sizes = ["--lengths", 96, "--batches", 1, 2, "--map-lengths", 128, "--prompt-tokens", 96]
+    done = script("first_token.py", *models, *sizes, "--quick", "--json", file)
+    assert done.returncode == 0, done.stderr
+    assert "text-to-text over C2C" in done.stdout
+    results = json.loads(file.read_text())
+    assert [(one["batch"], one["tokens"]) for one in results["settings"]] == [(1, 96), (2, 96)]
+    for one in results["settings"]:
+        assert all(value > 0 for values in one["all_seconds"].values() for value in values)
+        assert 0 < one["fused_positions"] <= one["batch"] * 95  # the last token of a prompt is never fused
+        seconds, beyond = one["seconds"], one["beyond"]
+        floor = 2 * results["fuser_weights"] * one["fused_positions"] / max(one["gflops"].values()) / 1e9
+        assert beyond["floor_ms"] == pytest.approx(1e3 * floor)
+        assert beyond["met"] == (beyond["ms"] <= 1.5 * beyond["floor_ms"] + 20)
+        parts = seconds["encode_inside"] + seconds["fuser_inside"]
+        assert parts < seconds["beyond"] < seconds["c2c_prefill"]
+        for ratio in (beyond["ratio"], one["decode"], *one["prefill"].values()):
+            assert math.isfinite(ratio) and ratio > 0
+        per_token = one["bytes"]["receiver"] / (one["batch"] * 95)
+        assert per_token == 3 * 2 * 3 * 8 * 4  # layers, keys and values, heads, head size, float32
+    assert results["text_to_text"]["ratio"] > 0 and results["token_map"][0]["tokens"] == 128
+
+
+def test_a_prompt_that_cannot_be_made_is_one_line(tiny_pair_folder: Path) -> None:
+    models = ["--receiver", tiny_pair_folder.parent / "llama", "--sharer", tiny_pair_folder.parent / "qwen3"]
+    done = script("first_token.py", *models, "--fuser", tiny_pair_folder, "--quick", "--lengths", 3)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().rpartition("\n")[2].startswith("error: no prompt of 3 tokens")
+    assert "Traceback" not in done.stderr
+
+
+def test_fuser_alone() -> None:
+    done = script("fuser.py", "--positions", 8, "--chunks", 4, 8, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    assert "CHUNK 4" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])
+@pytest.mark.parametrize("chat", range(4))
+def test_prompts_have_exactly_the_length_that_is_asked_for(measure: ModuleType, kind: str, chat: int) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    for tokens in (150, 301, 600):
+        assert len(render(tokenizer, measure.chat(tokenizer, chat, tokens, {})).ids) == tokens
+
+
+def test_quantities_take_turns(measure: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every quantity once a round; the first round is dropped if there is time for others, and else kept."""
+    clock = 0.0
+    calls: list[str] = []
+
+    def work(name: str, seconds: float, further: dict[str, float] | None = None) -> Any:
+        def run() -> dict[str, float] | None:
+            nonlocal clock
+            clock += seconds
+            calls.append(name)
+            return further
+
+        return run
+
+    monkeypatch.setattr(measure, "now", lambda: clock)
+    quantities = {"a": work("a", 1.0), "b": work("b", 2.0, {"inside": 0.5})}
+    assert measure.take_turns(quantities, 2, 100) == {"a": [1, 1], "b": [2, 2], "inside": [0.5, 0.5]}
+    assert "".join(calls) == "ababab"
+    assert measure.take_turns(quantities, 5, 7) == {"a": [1, 1], "b": [2, 2], "inside": [0.5, 0.5]}
+    assert measure.take_turns(quantities, 5, 2) == {"a": [1], "b": [2], "inside": [0.5]}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+def test_the_peak_is_seen_though_it_is_gone(measure: ModuleType) -> None:
+    rise = measure.peak_rise(lambda: torch.ones(50_000_000))  # 200 MB, freed at once
+    if rise is None:
+        pytest.skip("this kernel does not let a process reset its peak")
+    assert 195e6 < rise < 260e6
+    assert measure.peak_rise(lambda: None) < 20e6
+
+
+def test_operations_are_counted_from_shapes(measure: ModuleType) -> None:
+    lm = LM(tiny_model("llama"), None, "llama")  # 3 layers of width 48, 6 heads of 8, 3 of keys and values, MLP of 64
+    per_layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64 + 2 * 48
+    expected = sum(2 * 3 * per_layer * n + 3 * 2 * 48 * n * n for n in (5, 9))
+    assert measure.prefill_operations(lm, [5, 9], 3) == expected
+
+
+def test_the_plain_prefill_reads_the_same(first_token: ModuleType) -> None:
+    lm = LM(tiny_model("qwen3"), None, "qwen3")
+    rows = [[5, 6, 7, 8, 9], [20, 21, 22]]
+    ours = prefill_prompts(lm, [[*row, 1] for row in rows]).kv
+    plain = KV.from_cache(first_token.plain_prefill(lm, rows, lm.num_layers))
+    lower = KV.from_cache(first_token.plain_prefill(lm, rows, 2))
+    for row, padding in enumerate((0, 2)):
+        torch.testing.assert_close(plain.keys[:, row, :, padding:], ours.keys[:, row, :, padding:])
+        torch.testing.assert_close(lower.values[:, row, :, padding:], ours.values[:2, row, :, padding:])
+
+
+def test_clocking_leaves_the_pair_as_it_was(first_token: ModuleType, tiny_pair_folder: Path) -> None:
+    models = {
+        family: LM(tiny_model(family), tiny_tokenizer(TOKENIZER_OF[family]), family) for family in ("llama", "qwen3")
+    }
+    pair = C2C.from_pretrained(tiny_pair_folder, receiver=models["llama"], sharers=models["qwen3"])
+    before = pair_module.prefill, pair_module.prefill_prompts
+    with first_token.clocked(pair) as spent:
+        pair.prefill("What is the capital of France?")
+    assert all(seconds > 0 for seconds in spent.values())
+    assert (pair_module.prefill, pair_module.prefill_prompts) == before
+    assert "encode" not in vars(pair) and "forward" not in vars(pair.fusers[0])
+    kept = dict(spent)
+    pair.prefill("What is the capital of France?")
+    assert spent == kept
