@@ -65,7 +65,9 @@ class FuserConfig(BaseModel):
     token_map: Literal["span"] = "span"
     hidden_dim: int = Field(1024, gt=0)
     intermediate_dim: int = Field(1024, gt=0)
-    num_layers: int = Field(3, ge=2, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection")
+    num_layers: int = Field(
+        3, ge=2, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection"
+    )
     dropout: float = Field(0.1, ge=0, lt=1)
     residual: bool = Field(True, description="add to the receiver's cache; off: replace it (ablation 'project')")
     weighting: bool = Field(True, description="dynamic weight per token and receiver head")
@@ -122,7 +124,9 @@ class TrainConfig(BaseModel):
     fuser: FuserConfig = FuserConfig()
     data: list[DataSource] = Field(min_length=1)
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
-    store: Path | None = Field(None, description="sharer prefills made by c2c precompute; without it they are computed live")
+    store: Path | None = Field(
+        None, description="sharer prefills made by c2c precompute; without it they are computed live"
+    )
     output: Path = Path("runs/fuser")
     epochs: int = Field(1, gt=0)
     batch_size: int = Field(16, gt=0)

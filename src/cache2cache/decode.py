@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,13 @@ from .models.load import LM
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a streamed answer: the token and the text that it completes ("" inside a character)."""
+    """A piece of a streamed answer: the token and the text that it completes ("" inside a character).
+
+    `token` is None for what is left of a character that the answer never completed.
+    """
 
     text: str
-    token: int
+    token: int | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,9 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     """
     check_room(lm, prompt.input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
     kwargs.setdefault("pad_token_id", lm.pad_token_id)
-    return lm.model.generate(**prompt.inputs(), **kwargs)
+    settings = kwargs.get("generation_config") or lm.model.generation_config
+    copies = max(kwargs.get(name, getattr(settings, name, 1)) or 1 for name in ("num_beams", "num_return_sequences"))
+    return lm.model.generate(**prompt.inputs(copies), **kwargs)  # type: ignore[operator]
 
 
 def check_room(lm: LM, prompt_tokens: int, new_tokens: int) -> None:
@@ -84,10 +89,12 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Iterator[Chunk]:
+def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, None]:
     """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model."""
     if len(prompt.input_ids) != 1:
-        raise C2CError(f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch")
+        raise C2CError(
+            f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
+        )
     tokens = _Tokens()
     criteria = StoppingCriteriaList([_Stop(tokens.stopped), *kwargs.pop("stopping_criteria", [])])
 
@@ -101,17 +108,19 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Iterator[Chunk]:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     ids: list[int] = []
-    done = ""
+    done = text = ""
     try:
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             ids.append(item)
-            text = "" if lm.tokenizer is None else lm.tokenizer.decode(ids, skip_special_tokens=True)
+            text = "" if lm.tokenizer is None else str(lm.tokenizer.decode(ids, skip_special_tokens=True))
             # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest of it.
             new = "" if text.endswith("\ufffd") else text[len(done) :]
             done += new
             yield Chunk(new, item)
+        if rest := text[len(done) :]:
+            yield Chunk(rest, None)
     finally:
         tokens.stopped.set()
         thread.join()
@@ -128,7 +137,8 @@ def score(lm: LM, prompt: Prefilled, continuations: Sequence[Sequence[Sequence[i
     """
     if len(continuations) != len(prompt.input_ids) or any(not ids for group in continuations for ids in group):
         raise C2CError(
-            f"{len(prompt.input_ids)} prompts and {len(continuations)} groups of continuations were given; expected one "
+            f"{len(prompt.input_ids)} prompts and {len(continuations)} groups of continuations were given; expected "
+            "one "
             "group per prompt and at least one token per continuation"
         )
     flat = [ids for group in continuations for ids in group]

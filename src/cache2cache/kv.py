@@ -82,15 +82,18 @@ class KV:
         """
         keys, values = [], []
         for index, layer in enumerate(cache.layers):
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized:
+            plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+            if not (plain and isinstance(layer, DynamicLayer) and layer.is_initialized):
                 raise C2CError(
-                    f"layer {index} of the cache is a {type(layer).__name__}; only filled DynamicCache layers of full or "
+                    f"layer {index} of the cache is a {type(layer).__name__}; only filled DynamicCache layers of "
+                    "full or "
                     "sliding attention hold one key and one value per position; prefill into a DynamicCache()"
                 )
             assert layer.keys is not None and layer.values is not None
             if layer.keys.shape[-2] != layer.get_seq_length():
                 raise C2CError(
-                    f"layer {index} of the cache kept {layer.keys.shape[-2]} of {layer.get_seq_length()} positions (its "
+                    f"layer {index} of the cache kept {layer.keys.shape[-2]} of {layer.get_seq_length()} positions "
+                    "(its "
                     "sliding window dropped the rest); prefill into a DynamicCache() made without a config"
                 )
             keys.append(layer.keys)
@@ -145,10 +148,13 @@ def check_fusable(config: PretrainedConfig, name: str) -> None:
         C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches.
     """
     cache = DynamicCache(config=config)
-    odd = [type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    odd = [
+        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
+    ]
     if odd:
         raise C2CError(
-            f"{name} ({config.model_type}) keeps {', '.join(sorted(set(odd)))} in its cache; fusing needs one key and one "
+            f"{name} ({config.model_type}) keeps {', '.join(sorted(set(odd)))} in its cache; fusing needs one key "
+            "and one "
             f"value per position in every layer ({', '.join(_FUSABLE)}); choose another model"
         )
 
@@ -189,6 +195,9 @@ def prefill(
             f"the prompt has {length} tokens for {lm.name}, whose context is {lm.context_length}; shorten the prompt"
         )
     layers = num_layers or lm.num_layers
+    if length == 0:  # a prompt of one token, which is left to be read on top of the cache
+        empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
+        return KV(empty, empty)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
     cache = _StackedCache(layers, length)
     padded = not bool(attention_mask.all())
@@ -230,13 +239,16 @@ class Prefilled:
     attention_mask: Tensor
     kv: KV
 
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments for the model's `generate`, with a cache of their own each time."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "past_key_values": self.kv.to_cache(),
-        }
+    def inputs(self, copies: int = 1) -> dict[str, Any]:
+        """Keyword arguments for the model's `generate`, with a cache of their own each time.
+
+        `copies` of each prompt's cache: `generate` multiplies the ids for beams or several returned sequences by
+        itself, but not a cache that it is given.
+        """
+        kv = self.kv
+        if copies > 1:
+            kv = kv.rows(torch.arange(kv.batch_size, device=kv.keys.device).repeat_interleave(copies))
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
 
 
 def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,9 @@ class C2C:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if len(sharers) != len(fusers) or not sharers:
-            raise C2CError(f"{len(sharers)} sharers and {len(fusers)} fusers were given; every sharer needs a fuser of its own")
+            raise C2CError(
+                f"{len(sharers)} sharers and {len(fusers)} fusers were given; every sharer needs a fuser of its own"
+            )
         if mode not in ("parallel", "sequential"):
             raise C2CError(f"unknown fusion mode {mode!r}; expected parallel or sequential")
         for lm in (receiver, *sharers):
@@ -109,7 +111,11 @@ class C2C:
         """A new pair with untrained fusers. `config` is one for all sharers or one each; `kwargs` as for the class."""
         main = load_lm(receiver)
         others = [load_lm(source) for source in _as_list(sharers)]
-        configs = [config or FuserConfig()] * len(others) if config is None or isinstance(config, FuserConfig) else list(config)
+        configs = (
+            [config or FuserConfig()] * len(others)
+            if config is None or isinstance(config, FuserConfig)
+            else list(config)
+        )
         if len(configs) != len(others):
             raise C2CError(f"{len(configs)} fuser configurations for {len(others)} sharers; give one, or one each")
         fusers = [
@@ -150,7 +156,7 @@ class C2C:
             if given is None:
                 given = ModelSpec(source=trained_for.name, revision=trained_for.revision)
             loaded = isinstance(given, (PreTrainedModel, LM))
-            return load_lm(given) if loaded else load_lm(given, **overrides)
+            return load_lm(given) if loaded else load_lm(given, None, **overrides)
 
         others = [None] * len(fusers) if sharers is None else _as_list(sharers)
         if len(others) != len(fusers):
@@ -181,18 +187,21 @@ class C2C:
             if prefix:
                 raise C2CError("prefix needs text or messages; append its token ids to the prompt instead")
             return prompt if isinstance(prompt, PromptIds) else self._same_ids(prompt)
-        mine = render(self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
-        theirs = [
-            render(sharer.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
-            for sharer in self.sharers
-        ]
+        mine, *theirs = (
+            render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
+            for lm in (self.receiver, *self.sharers)
+        )
         maps = [span_map(mine, other) for other in theirs]
-        return PromptIds(mine.ids, [other.ids for other in theirs], [m.index.tolist() for m in maps], [m.coverage for m in maps])
+        return PromptIds(
+            mine.ids, [other.ids for other in theirs], [m.index.tolist() for m in maps], [m.coverage for m in maps]
+        )
 
     def _same_ids(self, ids: Any) -> PromptIds:
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if not row or not all(isinstance(i, int) for i in row):
-            raise C2CError(f"token ids must be one flat, non-empty list or tensor of integers, not {type(ids).__name__}")
+            raise C2CError(
+                f"token ids must be one flat, non-empty list or tensor of integers, not {type(ids).__name__}"
+            )
         alike = [row] * len(self.sharers)
         return PromptIds(row, alike, [range(len(row))] * len(self.sharers), [1.0] * len(self.sharers))
 
@@ -205,18 +214,21 @@ class C2C:
         """
         return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)])
 
-    def fuse(self, batch: Sequence[PromptIds], sharers: Sequence[KV | None] | None = None) -> FusedCache:
+    def fuse(
+        self, batch: Sequence[PromptIds], sharers: Sequence[tuple[KV, Sequence[int]] | None] | None = None
+    ) -> FusedCache:
         """As `prefill`, from encoded prompts.
 
         Args:
             batch: the prompts.
-            sharers: per sharer its cache of the batch, (L, B, H, T', D) padded on the left, where it is known already
-                (from a store, from another machine); None: computed here.
+            sharers: per sharer, where it is known already (from a store, from another machine), its cache of the batch,
+                (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
         self._check(batch)
         clean = prefill_prompts(self.receiver, [p.receiver for p in batch])
         kv, passed = clean.kv, 0
         positions = [0] * len(batch)
+        lengths: Sequence[int]
         for j, (sharer, fuser) in enumerate(zip(self.sharers, self.fusers, strict=True)):
             assert isinstance(fuser, C2CFuser)
             depth = fuser.sharer_depth
@@ -224,18 +236,22 @@ class C2C:
             lengths = sharer_lengths(batch, j)
             if depth == 0 or max(lengths) == 0:
                 continue
-            if known is None:
+            if known is not None:
+                cache, lengths = known
+            else:
                 # Sharer tokens behind the last one that the map names are not read at all.
-                ids, mask = pad_left([p.sharers[j][:n] for p, n in zip(batch, lengths, strict=True)], sharer.pad_token_id, sharer.device)
-                known = prefill(sharer, ids, mask, num_layers=depth)
-            where, read = where_to_fuse(batch, j, clean.kv.length, known.length, lengths)
+                ids, mask = pad_left(
+                    [p.sharers[j][:n] for p, n in zip(batch, lengths, strict=True)], sharer.pad_token_id, sharer.device
+                )
+                cache = prefill(sharer, ids, mask, num_layers=depth)
+            where, read = where_to_fuse(batch, j, clean.kv.length, cache.length, lengths)
             source = clean.kv if self.mode == "parallel" else kv
             # The clean cache is read by every parallel fuser; the last one to read a cache may write into it.
             keep = self.mode == "parallel" and len(self.fusers) > 1 and kv is clean.kv
             out = KV(kv.keys.clone(), kv.values.clone()) if keep else kv
             with torch.no_grad():
-                kv = fuser(source, known.to(source.keys.device), where.to(source.keys.device), out)
-            passed += read * fuser.sharer_reads * known.keys[0, 0, :, 0].nbytes
+                kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), out)
+            passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
             positions = [max(a, sum(i >= 0 for i in p.maps[j][:-1])) for a, p in zip(positions, batch, strict=True)]
         return FusedCache(clean.input_ids, clean.attention_mask, kv, positions, [p.coverage for p in batch], passed)
 
@@ -247,23 +263,31 @@ class C2C:
                 raise C2CError("the prompt has no tokens; give some text, a message or token ids")
             if not len(prompt.sharers) == len(prompt.maps) == len(self.sharers):
                 raise C2CError(
-                    f"a prompt comes with ids for {len(prompt.sharers)} and maps for {len(prompt.maps)} sharers; the pair has {len(self.sharers)}"
+                    f"a prompt comes with ids for {len(prompt.sharers)} and maps for {len(prompt.maps)} sharers; the "
+                    f"pair has {len(self.sharers)}"
                 )
             decode.check_room(self.receiver, len(prompt.receiver), 0)
             for sharer, ids, index in zip(self.sharers, prompt.sharers, prompt.maps, strict=True):
                 decode.check_room(sharer, len(ids), 0)
                 if len(index) != len(prompt.receiver) or max(index) >= len(ids) or min(index) < -1:
                     raise C2CError(
-                        f"a token map of length {len(index)} with entries from {min(index)} to {max(index)} doesn't fit {len(prompt.receiver)} "
-                        f"receiver tokens and {len(ids)} sharer tokens; expected one entry per receiver token, -1 or a sharer position"
+                        f"a token map of length {len(index)} with entries from {min(index)} to {max(index)} doesn't "
+                        f"fit {len(prompt.receiver)} "
+                        f"receiver tokens and {len(ids)} sharer tokens; expected one entry per receiver token, -1 or "
+                        "a sharer position"
                     )
             for lm, ids in zip((self.receiver, *self.sharers), (prompt.receiver, *prompt.sharers), strict=True):
                 if min(ids) < 0 or max(ids) >= lm.vocab_size:
-                    raise C2CError(f"token id {max(ids) if max(ids) >= lm.vocab_size else min(ids)} is outside the vocabulary of {lm.name} ({lm.vocab_size} tokens)")
+                    raise C2CError(
+                        f"token id {max(ids) if max(ids) >= lm.vocab_size else min(ids)} is outside the vocabulary "
+                        f"of {lm.name} ({lm.vocab_size} tokens)"
+                    )
 
     # ---- answers ------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Prompt | Sequence[Prompt] | Tensor | FusedCache, *, prefix: str = "", **kwargs: Any) -> Any:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt] | Tensor | FusedCache, *, prefix: str = "", **kwargs: Any
+    ) -> Any:
         """The receiver's stock `generate` on the fused cache; `kwargs` are its own.
 
         Returns:
@@ -271,7 +295,7 @@ class C2C:
         """
         return decode.generate(self.receiver, self._fused(prompts, prefix), **kwargs)
 
-    def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Iterator[Chunk]:
+    def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
         return decode.stream(self.receiver, self._fused(prompt, prefix), **kwargs)
 
@@ -280,7 +304,9 @@ class C2C:
         batch = as_batch(messages)
         fused = self._fused(batch, prefix)
         sequences = decode.generate(self.receiver, fused, **kwargs)
-        texts = self.receiver.need_tokenizer().batch_decode(sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True)
+        texts = self.receiver.need_tokenizer().batch_decode(
+            sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
+        )
         return texts[0] if batch is not messages else texts
 
     def score(
@@ -362,12 +388,15 @@ def _check_fit(role: str, trained_for: ModelIdentity | None, lm: LM) -> None:
     given = (lm.num_layers, lm.num_kv_heads, lm.head_dim)
     if asked != given:
         raise C2CError(
-            f"the fuser is for {role} {trained_for.name} ({asked[0]} layers, {asked[1]} KV heads of {asked[2]}), but {lm.name} has "
-            f"{given[0]} layers, {given[1]} KV heads of {given[2]}; use the {role} it was trained for, or train a fuser for this pair"
+            f"the fuser is for {role} {trained_for.name} ({asked[0]} layers, {asked[1]} KV heads of {asked[2]}), but "
+            f"{lm.name} has "
+            f"{given[0]} layers, {given[1]} KV heads of {given[2]}; use the {role} it was trained for, or train a "
+            "fuser for this pair"
         )
     if trained_for.fingerprint and trained_for.fingerprint != lm.fingerprint:
         warnings.warn(
-            f"the fuser was trained for {role} {trained_for.name} with weights {trained_for.fingerprint[:12]}, but {lm.name} has weights "
+            f"the fuser was trained for {role} {trained_for.name} with weights {trained_for.fingerprint[:12]}, but "
+            f"{lm.name} has weights "
             f"{lm.fingerprint[:12]}; answers may be worse",
             stacklevel=4,
         )

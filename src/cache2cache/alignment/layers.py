@@ -9,9 +9,7 @@ from ..errors import C2CError
 LAYER_MAPS = ("terminal", "last_aligned", "k_nearest")
 
 
-def layer_map(
-    kind: str | Sequence[tuple[int, int]], receiver_layers: int, sharer_layers: int
-) -> list[tuple[int, int]]:
+def layer_map(kind: str | Sequence[tuple[int, int]], receiver_layers: int, sharer_layers: int) -> list[tuple[int, int]]:
     """Pairs (receiver layer, sharer layer), ascending in the receiver layer; layers not named stay unfused.
 
     Args:
@@ -29,12 +27,15 @@ def layer_map(
         # |t/(lr-1) - s/(ls-1)| compared in integers, so that ties are exact and go to the lower s.
         return [(t, min(range(ls), key=lambda s: (abs(t * max(ls - 1, 1) - s * max(lr - 1, 1)), s))) for t in range(lr)]
     if isinstance(kind, str):
-        raise C2CError(f"unknown layer map {kind!r}; expected {', '.join(LAYER_MAPS)} or a list of [receiver, sharer] pairs")
+        raise C2CError(
+            f"unknown layer map {kind!r}; expected {', '.join(LAYER_MAPS)} or a list of [receiver, sharer] pairs"
+        )
     pairs = sorted((int(t), int(s)) for t, s in kind)
     for t, s in pairs:
         if not (0 <= t < lr and 0 <= s < ls):
             raise C2CError(
-                f"layer pair [{t}, {s}] is outside the models: the receiver has layers 0 to {lr - 1}, the sharer 0 to {ls - 1}"
+                f"layer pair [{t}, {s}] is outside the models: the receiver has layers 0 to {lr - 1}, the sharer 0 "
+                f"to {ls - 1}"
             )
     if len({t for t, _ in pairs}) != len(pairs) or not pairs:
         raise C2CError(f"the layer map {pairs} must name at least one receiver layer and none of them twice")

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cache2cache import __version__
-from cache2cache.cli import ask, chat, models
+from cache2cache.cli import ask, chat, evaluate, models, precompute, train
 from cache2cache.errors import C2CError
 
 
@@ -38,6 +38,9 @@ app = typer.Typer(
 )
 app.command()(ask.ask)
 app.command()(chat.chat)
+app.command()(precompute.precompute)
+app.command()(train.train)
+app.command()(evaluate.evaluate)
 app.add_typer(models.app, name="models")
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from cache2cache.cli import options
 from cache2cache.errors import C2CError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from cache2cache.decode import Chunk
     from cache2cache.pair import C2C
 
 
@@ -73,7 +70,7 @@ def _answer(pair: C2C, messages: list[dict[str, str]], max_new_tokens: int, typi
     text = ""
     try:
         chunks = pair.stream(messages, do_sample=False, max_new_tokens=max_new_tokens)
-        with closing(cast("Generator[Chunk, None, None]", chunks)):
+        with closing(chunks):
             for chunk in chunks:
                 text += chunk.text
                 print(clean(chunk.text), end="", flush=True)

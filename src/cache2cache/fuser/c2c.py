@@ -69,8 +69,8 @@ class C2CFuser(nn.Module):
         receiver_layers, sharer_layers: (n,) int64, the layer map.
         gate_logit: (G,) the gates; without training noise a gate is open where its logit is above 0.
         temperature: (), the present gate temperature (training only).
-        sharer_mean, sharer_std (G, 1, S), receiver_mean, receiver_std (G, 1, T): with `normalize`, the statistics of the
-            calibration pass.
+        sharer_mean, sharer_std (G, 1, S), receiver_mean, receiver_std (G, 1, T): with `normalize`, the statistics of
+            the calibration pass.
     """
 
     def __init__(self, config: FuserConfig) -> None:

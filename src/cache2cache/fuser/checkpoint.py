@@ -23,7 +23,9 @@ PACKAGED = Path(__file__).parent.parent / "fusers"
 DEFAULT = "default"
 
 
-def save(fuser: C2CFuser, folder: str | Path, *, dtype: torch.dtype | None = None, training: dict[str, Any] | None = None) -> None:
+def save(
+    fuser: C2CFuser, folder: str | Path, *, dtype: torch.dtype | None = None, training: dict[str, Any] | None = None
+) -> None:
     """Write a fuser. Each file appears whole or not at all.
 
     Args:
@@ -73,10 +75,15 @@ def resolve(source: str | Path | None, revision: str | None = None) -> Path:
         if (folder / "config.json").is_file():
             return folder
     if Path(name).is_dir():
-        raise C2CError(f"{name} holds no fuser: config.json is missing; give a folder written by save_pretrained or c2c train")
+        raise C2CError(
+            f"{name} holds no fuser: config.json is missing; give a folder written by save_pretrained or c2c train"
+        )
     packaged = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise C2CError(f"no fuser at {name!r}; expected a folder, a hub id such as owner/name, or one that comes packaged: {packaged}")
+        raise C2CError(
+            f"no fuser at {name!r}; expected a folder, a hub id such as owner/name, or one that comes packaged: "
+            f"{packaged}"
+        )
     from ..models.load import download
 
     return download(name, revision, ["config.json", "fuser.safetensors"])
@@ -88,7 +95,9 @@ def read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any]]:
         saved = json.loads((folder / "config.json").read_text())
         fields = dict(saved["fuser"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise C2CError(f"{folder / 'config.json'} is no fuser configuration ({type(error).__name__}: {error}); write it again") from error
+        raise C2CError(
+            f"{folder / 'config.json'} is no fuser configuration ({type(error).__name__}: {error}); write it again"
+        ) from error
     if unknown := sorted(set(fields) - set(FuserConfig.model_fields)):
         warnings.warn(f"{folder}: ignored settings of a newer version: {', '.join(unknown)}", stacklevel=3)
     try:
@@ -120,11 +129,17 @@ def load(source: str | Path | None = None, *, revision: str | None = None) -> C2
         expected = {name: tensor.shape for name, tensor in make_fuser(config).state_dict().items()}
     for name, shape in expected.items():
         if name not in tensors:
-            raise C2CError(f"{path}: tensor {name} of shape {tuple(shape)} is missing; the file doesn't match its config.json")
+            raise C2CError(
+                f"{path}: tensor {name} of shape {tuple(shape)} is missing; the file doesn't match its config.json"
+            )
         if tensors[name].shape != shape:
-            raise C2CError(f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}")
+            raise C2CError(
+                f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}"
+            )
     if extra := sorted(set(tensors) - set(expected)):
-        raise C2CError(f"{path}: tensor {extra[0]} is not part of a {config.variant} fuser; the file doesn't match its config.json")
+        raise C2CError(
+            f"{path}: tensor {extra[0]} is not part of a {config.variant} fuser; the file doesn't match its config.json"
+        )
     fuser = make_fuser(config)
     fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     return fuser.eval()

@@ -363,6 +363,26 @@ def _from_hub(spec: ModelSpec) -> _Found:
     return _Found(path, spec.source, _commit_of(path, spec))
 
 
+def download(repo: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of a hub repository's named files, fetched if they are not in the local hub cache; for fusers.
+
+    Raises:
+        C2CError: no such repository, or the hub does not answer within HUB_SECONDS.
+    """
+    from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
+
+    cached = [try_to_load_from_cache(repo, file, revision=revision) for file in files]
+    if all(isinstance(path, str) for path in cached):
+        return Path(str(cached[0])).parent
+    if constants.HF_HUB_OFFLINE:
+        raise C2CError(f"{repo} is not in the local hub cache and HF_HUB_OFFLINE is set; give a local folder")
+    info = _ask_hub(ModelSpec(source=repo, revision=revision))
+    try:
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=files))
+    except Exception as error:
+        raise C2CError(f"fetching {repo} from the hub failed ({_line(error)}); run the same command again") from error
+
+
 def _in_hub_cache(spec: ModelSpec) -> _Found | None:
     from huggingface_hub import try_to_load_from_cache
 

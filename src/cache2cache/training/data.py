@@ -50,7 +50,9 @@ def examples(config: TrainConfig) -> list[Example]:
         if not rows:
             raise C2CError(f"no rows are left of {source.task or source.rows or source.jsonl}; check split and limits")
         if source.limit and source.limit < len(rows):
-            rows = random.Random(f"{config.seed}:{source.task or source.rows or source.jsonl}").sample(rows, source.limit)
+            rows = random.Random(f"{config.seed}:{source.task or source.rows or source.jsonl}").sample(
+                rows, source.limit
+            )
         found += rows
     if len({e.id for e in found}) != len(found):
         raise C2CError("two sources of the recipe give the same rows; name each source once")
@@ -116,7 +118,10 @@ def read_chat(row: Mapping[str, Any], where: str) -> tuple[tuple[Mapping[str, st
             role = _ROLES.get(str(turn.get("role", turn.get("from"))))
             content = turn.get("content", turn.get("value"))
             if role is None or not isinstance(content, str):
-                raise C2CError(f"{where}: a turn with fields {', '.join(turn)} has no known role and text; expected role and content, or from and value")
+                raise C2CError(
+                    f"{where}: a turn with fields {', '.join(turn)} has no known role and text; expected role and "
+                    "content, or from and value"
+                )
             chat.append({"role": role, "content": content})
         while chat and chat[-1]["role"] != "assistant":
             chat.pop()
@@ -126,7 +131,10 @@ def read_chat(row: Mapping[str, Any], where: str) -> tuple[tuple[Mapping[str, st
     prompt = _first(row, ("instruction", "prompt"))
     response = _first(row, ("response", "output", "completion"))
     if not prompt or not response:
-        raise C2CError(f"{where} has fields {', '.join(row)}; expected messages, conversations, instruction and response, or prompt and completion, all filled")
+        raise C2CError(
+            f"{where} has fields {', '.join(row)}; expected messages, conversations, instruction and response, or "
+            "prompt and completion, all filled"
+        )
     context = _first(row, ("context", "input"))
     return ({"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt},), response
 

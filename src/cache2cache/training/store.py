@@ -47,13 +47,19 @@ class Store:
         try:
             self.config = json.loads((self.folder / "store.json").read_text())
         except (OSError, ValueError) as error:
-            raise C2CError(f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute") from error
+            raise C2CError(
+                f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
+            ) from error
         if self.config.get("format_version") != FORMAT_VERSION:
-            raise C2CError(f"{folder} has store format {self.config.get('format_version')}, this version reads {FORMAT_VERSION}; make it again with c2c precompute")
+            raise C2CError(
+                f"{folder} has store format {self.config.get('format_version')}, this version reads "
+                f"{FORMAT_VERSION}; make it again with c2c precompute"
+            )
         made_for = self.config["sharer"]
         if made_for["fingerprint"] != sharer.fingerprint:
             raise C2CError(
-                f"the store {folder} was made with {made_for['name']} (weights {made_for['fingerprint'][:12]}), the sharer is {sharer.name} "
+                f"the store {folder} was made with {made_for['name']} (weights {made_for['fingerprint'][:12]}), the "
+                f"sharer is {sharer.name} "
                 f"(weights {sharer.fingerprint[:12]}); make a store for this sharer with c2c precompute"
             )
         self.index: dict[str, tuple[Path, int, int, int]] = {}
@@ -78,7 +84,9 @@ class Store:
             os.replace(partial, folder / "store.json")
         store = cls(folder, sharer)
         if store.config["precision"] != precision:
-            raise C2CError(f"the store {folder} holds {store.config['precision']}, {precision} was asked for; use another folder")
+            raise C2CError(
+                f"the store {folder} holds {store.config['precision']}, {precision} was asked for; use another folder"
+            )
         return store
 
     def _read_index(self, path: Path) -> None:
@@ -86,29 +94,44 @@ class Store:
             with safe_open(path, framework="pt") as shard:
                 entries = json.loads(shard.metadata()["index"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it and run c2c precompute again") from error
+            raise C2CError(
+                f"{path} is damaged ({type(error).__name__}); remove it and run c2c precompute again"
+            ) from error
         for number, (key, start, length) in enumerate(entries):
             self.index[key] = (path, number, start, length)
 
     def __contains__(self, ids: Sequence[int]) -> bool:
         return key_of(ids) in self.index
 
-    def read(self, rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.float32) -> KV:
+    def read(
+        self, rows: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+    ) -> KV:
         """The caches of prompts, padded on the left: (L, B, H, T, D).
+
+        Args:
+            rows: token ids of each prompt.
+            lengths: read only that many tokens of each, from its start; None: all.
+            dtype: of the result.
 
         Raises:
             C2CError: a prompt that is not in the store.
         """
         shape = self.config["sharer"]
-        longest = max(map(len, rows), default=0)
-        both = torch.zeros(2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"], dtype=dtype)
-        for row, ids in enumerate(rows):
-            if not len(ids):
+        lengths = [len(row) for row in rows] if lengths is None else lengths
+        longest = max(lengths, default=0)
+        both = torch.zeros(
+            2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"], dtype=dtype
+        )
+        for row, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
+            if not length:
                 continue
             try:
-                path, number, start, length = self.index[key_of(ids)]
+                path, number, start, _ = self.index[key_of(ids)]
             except KeyError:
-                raise C2CError(f"a prompt of {len(ids)} tokens is not in the store {self.folder}; run c2c precompute with the same recipe") from None
+                raise C2CError(
+                    f"a prompt of {len(ids)} tokens is not in the store {self.folder}; run c2c precompute with the "
+                    "same recipe"
+                ) from None
             shard = self._shard(path)
             # (tokens, 2, L, H, D) to (2, L, H, tokens, D)
             piece = shard.get_slice("kv")[start : start + length]
@@ -128,7 +151,13 @@ class Store:
     @property
     def bytes_per_token(self) -> int:
         shape = self.config["sharer"]
-        return 2 * shape["num_layers"] * shape["num_kv_heads"] * shape["head_dim"] * (2 if self.config["precision"] == "bfloat16" else 1)
+        return (
+            2
+            * shape["num_layers"]
+            * shape["num_kv_heads"]
+            * shape["head_dim"]
+            * (2 if self.config["precision"] == "bfloat16" else 1)
+        )
 
     def missing(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The prompts that have still to be computed, each once, longest first."""
@@ -146,7 +175,7 @@ class Store:
         sharer: LM,
         prompts: Sequence[Sequence[int]],
         *,
-        batch_tokens: int = 2048,
+        batch_tokens: int = 512,
         max_bytes: int = 20 * 10**9,
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> None:
@@ -161,10 +190,16 @@ class Store:
         """
         need = self.estimate(prompts)
         if need > max_bytes:
-            raise C2CError(f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer prompts, int8, or a higher limit")
+            raise C2CError(
+                f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
+                "prompts, int8, or a higher limit"
+            )
         free = shutil.disk_usage(self.folder).free
         if need > free - 10**9:
-            raise C2CError(f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; make room or use int8")
+            raise C2CError(
+                f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; "
+                "make room or use int8"
+            )
         todo = self.missing(prompts)
         for stale in self.folder.glob(".shard-*"):  # left by a process that was killed
             if time.time() - stale.stat().st_mtime > 3600:
@@ -172,7 +207,9 @@ class Store:
         for begin in range(0, len(todo), PROMPTS_PER_SHARD):
             self._write_shard(sharer, todo[begin : begin + PROMPTS_PER_SHARD], batch_tokens, progress)
 
-    def _write_shard(self, sharer: LM, prompts: list[list[int]], batch_tokens: int, progress: Callable[[int], None]) -> None:
+    def _write_shard(
+        self, sharer: LM, prompts: list[list[int]], batch_tokens: int, progress: Callable[[int], None]
+    ) -> None:
         pieces: list[Tensor] = []
         kept_as = torch.bfloat16 if self.config["precision"] == "bfloat16" else torch.float32
         begin = 0
@@ -192,7 +229,11 @@ class Store:
             start += len(tokens)
         if self.config["precision"] == "int8":
             coded = [quantize(piece) for piece in pieces]
-            tensors = {"kv": torch.cat([c for c, _, _ in coded]), "low": torch.stack([x for _, x, _ in coded]), "scale": torch.stack([x for _, _, x in coded])}
+            tensors = {
+                "kv": torch.cat([c for c, _, _ in coded]),
+                "low": torch.stack([x for _, x, _ in coded]),
+                "scale": torch.stack([x for _, _, x in coded]),
+            }
         else:
             tensors = {"kv": torch.cat(pieces)}
         path = self.folder / f"shard-{key_of([t for p in prompts for t in p])}.safetensors"

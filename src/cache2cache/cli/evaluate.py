@@ -1,0 +1,49 @@
+"""c2c evaluate [FUSER]: accuracy by option likelihood of receiver, sharer, C2C and the control."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="arc-easy, arc-challenge, openbookqa or a .jsonl; repeatable.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the question sets.")] = "validation",
+    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    prompt: Annotated[str, typer.Option(help="paper or short.")] = "paper",
+    method: Annotated[
+        list[str] | None, typer.Option(help="receiver, sharer, c2c, other; repeatable; all by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first questions of each set.")] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Questions at once.")] = 16,
+    receiver: Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")] = None,
+    sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
+    receiver_dtype: Annotated[str, typer.Option(help="What the receiver computes in.")] = "auto",
+    sharer_dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for samples.jsonl and summary.json.")] = Path("runs/evaluation"),
+) -> None:
+    """Accuracy on question sets, and how much of the gain another question's cache would give as well.
+
+    Run it again after an interruption: what stands in the output folder is not asked again.
+    """
+    from cache2cache.evaluation.likelihood import METHODS
+    from cache2cache.evaluation.report import run
+
+    run(
+        fuser,
+        tasks=task or ["arc-easy", "openbookqa"],
+        split=split,
+        data_dir=data_dir,
+        prompt=prompt,
+        methods=method or list(METHODS),
+        limit=limit,
+        batch_size=batch_size,
+        receiver=(receiver, receiver_dtype),
+        sharer=(sharer, sharer_dtype),
+        output=output,
+    )

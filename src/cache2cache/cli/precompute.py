@@ -1,0 +1,43 @@
+"""c2c precompute RECIPE: the sharer's prefills of a recipe's prompts, once, into a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def precompute(
+    recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of the store; otherwise the recipe's.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="bfloat16, or int8: half the size; its error is printed.")
+    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
+    max_gb: Annotated[float, typer.Option(min=0, help="Refuse to start above this size.")] = 20.0,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that go through the sharer at once.")] = 512,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print prompts, size and time, and write nothing.")
+    ] = False,
+) -> None:
+    """Fill a prefill store. Run it again after an interruption: it goes on where it was."""
+    from cache2cache.errors import C2CError
+    from cache2cache.training.precompute import precompute as run
+    from cache2cache.training.recipe import read_recipe
+
+    config = read_recipe(recipe, settings or [])
+    folder = store or config.store
+    if folder is None:
+        raise C2CError(f"{recipe} names no store; give --store FOLDER")
+    config = config.model_copy(update={"data_dir": data_dir or config.data_dir, "store": folder})
+    run(
+        config,
+        precision=precision,
+        dtype=dtype,
+        max_bytes=int(max_gb * 1e9),
+        batch_tokens=batch_tokens,
+        dry_run=dry_run,
+    )

@@ -1,0 +1,65 @@
+"""c2c train RECIPE: train a fuser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as epochs=2; repeatable.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
+    ] = False,
+) -> None:
+    """Train a fuser. Run it again after an interruption: it goes on from the last checkpoint.
+
+    Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cache2cache.models.load import load_lm
+    from cache2cache.pair import C2C
+    from cache2cache.training.loop import Trainer, prepare
+    from cache2cache.training.recipe import read_recipe
+    from cache2cache.training.store import Store
+
+    config = read_recipe(recipe, settings or [])
+    changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
+    config = config.model_copy(update=changes | ({"store": None} if live else {}))
+    console = Console(stderr=True)
+    pair = C2C.from_models(load_lm(config.receiver), load_lm(config.sharer), config.fuser)
+    store = Store(config.store, pair.sharers[0]) if config.store else None
+    data = prepare(pair, config)
+    trainer = Trainer(pair, config, store, data)
+    parameters = sum(p.numel() for p in pair.fusers.parameters())
+    console.print(
+        f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.too_long} too "
+        f"long, {trainer.steps} steps"
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("training", total=trainer.steps)
+
+        def show(record: dict[str, Any]) -> None:
+            bar.update(
+                task,
+                completed=record["step"],
+                description=f"loss {record['loss']:.3f}, {record['gates_open']} gates open",
+            )
+            if "holdout_loss" in record:
+                console.print(
+                    f"step {record['step']}: hold-out loss {record['holdout_loss']:.4f}, exact "
+                    f"{100 * record['holdout_exact']:.1f}%, {record['seconds']:.0f} s"
+                )
+
+        folder = trainer.run(show)
+    print(folder)

@@ -1,0 +1,175 @@
+"""Accuracy by option likelihood: the option whose letter is likeliest behind "The correct answer is" (paper protocol).
+
+Four methods on the same questions: the receiver alone, the sharer alone, C2C, and C2C with the sharer's cache taken
+from another question of like length. The last one separates what the sharer knows of the question from the mere
+presence of a cache: only the rest of a gain is communication.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from ..decode import score
+from ..errors import C2CError
+from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts
+from ..pair import C2C, FusedCache, PromptIds
+from ..tasks import Question
+from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
+
+METHODS = ("receiver", "sharer", "c2c", "other")
+PROMPTS = {"paper": paper_prompt, "short": short_prompt}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One method's answer to one question: the index it chose, and the letters' log-likelihoods."""
+
+    task: str
+    prompt: str
+    id: str
+    method: str
+    choice: int
+    correct: bool
+    logprobs: list[float]
+
+
+def evaluate(
+    pair: C2C,
+    task: str,
+    questions: Sequence[Question],
+    samples: Path,
+    *,
+    prompt: str = "paper",
+    methods: Sequence[str] = METHODS,
+    batch_size: int = 16,
+    progress: Callable[[int], None] = lambda questions: None,
+) -> list[Answer]:
+    """Answer questions with every method; each question's sharer prefill is computed once for all of them.
+
+    Args:
+        pair: with one sharer.
+        task: a name for the rows written.
+        questions: what to ask.
+        samples: JSONL file that a row per answer is added to; what stands there already is not asked again.
+        prompt: "paper" or "short".
+        methods: of METHODS.
+        batch_size: questions at once, of like length.
+        progress: called with the number of questions of each batch done.
+    """
+    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, METHODS)):
+        if wrong := [g for g in given if g not in known]:
+            raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
+    if len(pair.sharers) != 1:
+        raise C2CError(f"this evaluation takes a pair with one sharer, {len(pair.sharers)} were given")
+    done = [a for a in read_answers(samples) if a.task == task and a.prompt == prompt]
+    have = {(a.id, a.method) for a in done}
+    encoded = [
+        (q, pair.encode([{"role": "user", "content": PROMPTS[prompt](q)}], prefix=ANSWER_PREFIX)) for q in questions
+    ]
+    encoded.sort(key=lambda item: (len(item[1].sharers[0]), item[0].id))
+    with samples.open("a") as file:
+        for batch in _split(encoded, batch_size):
+            wanted = [m for m in methods if any((q.id, m) not in have for q, _ in batch)]
+            if wanted:
+                for answer in _answer(pair, task, prompt, batch, wanted):
+                    if (answer.id, answer.method) not in have:
+                        file.write(json.dumps(asdict(answer)) + "\n")
+                        done.append(answer)
+                file.flush()
+                os.fsync(file.fileno())
+            progress(len(batch))
+    ids = {q.id for q in questions}
+    return [a for a in done if a.id in ids and a.method in methods]
+
+
+def read_answers(samples: Path) -> list[Answer]:
+    """The rows of a samples file; a last line that a kill cut short is dropped from the file."""
+    if not samples.exists():
+        return []
+    lines = samples.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        partial = samples.with_suffix(f".{os.getpid()}")
+        partial.write_text("".join(lines[:-1]))
+        os.replace(partial, samples)
+        lines.pop()
+    try:
+        return [Answer(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise C2CError(f"{samples} holds other rows than answers ({error}); choose another output") from error
+
+
+def _split(items: list[tuple[Question, PromptIds]], size: int) -> list[list[tuple[Question, PromptIds]]]:
+    """Batches of nearly equal size, so that none is left with a single question, which has no other."""
+    count = math.ceil(len(items) / size)
+    bounds = [round(i * len(items) / count) for i in range(count + 1)] if count else []
+    return [items[a:b] for a, b in pairwise(bounds)]
+
+
+def _answer(
+    pair: C2C, task: str, prompt: str, batch: list[tuple[Question, PromptIds]], methods: Sequence[str]
+) -> list[Answer]:
+    sharer, receiver = pair.sharers[0], pair.receiver
+    prompts = [p for _, p in batch]
+    cache = None
+    if set(methods) - {"receiver"}:
+        rows = [p.sharers[0] for p in prompts]
+        ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
+        cache = prefill(sharer, ids, mask)
+    answers = []
+    for method in methods:
+        state: Prefilled
+        lm = receiver
+        if method == "receiver":
+            state = prefill_prompts(receiver, [p.receiver for p in prompts])
+        else:
+            assert cache is not None
+            if method == "sharer":
+                lm, state = sharer, Prefilled(ids, mask, KV(cache.keys[:, :, :, :-1], cache.values[:, :, :, :-1]))
+            elif method == "c2c":
+                state = pair.fuse(prompts, [(cache, [len(p.sharers[0]) for p in prompts])])
+            else:
+                state = fuse_others(pair, prompts, cache)
+        letters = [[lm.continuation_ids(f" {letter}") for letter in q.letters] for q, _ in batch]
+        for (question, _), scores in zip(batch, score(lm, state, letters), strict=True):
+            logprobs = [round(s.logprob, 5) for s in scores]
+            choice = max(range(len(logprobs)), key=logprobs.__getitem__)
+            answers.append(Answer(task, prompt, question.id, method, choice, choice == question.answer, logprobs))
+    return answers
+
+
+def fuse_others(pair: C2C, prompts: Sequence[PromptIds], cache: KV) -> FusedCache:
+    """Each prompt fused with the sharer's cache of the next prompt of the batch (of the first, for the last one)."""
+    if len(prompts) < 2:
+        raise C2CError("the control needs another question; give at least two")
+    turned = [(row + 1) % len(prompts) for row in range(len(prompts))]
+    swapped = [with_others_cache(p, prompts[i]) for p, i in zip(prompts, turned, strict=True)]
+    return pair.fuse(
+        swapped, [(KV(cache.keys[:, turned], cache.values[:, turned]), [len(p.sharers[0]) for p in swapped])]
+    )
+
+
+def with_others_cache(prompt: PromptIds, other: PromptIds) -> PromptIds:
+    """The prompt with the sharer tokens of another one. Both ends of the prompts are template, so the map is kept
+    counted from the end, and what would lie before the other's start reads its first token."""
+    maps, sharers = [], []
+    for index, mine, theirs in zip(prompt.maps, prompt.sharers, other.sharers, strict=True):
+        shift = len(theirs) - len(mine)
+        maps.append([-1 if i < 0 else max(0, i + shift) for i in index])
+        sharers.append(theirs)
+    return PromptIds(prompt.receiver, sharers, maps)
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share, as shares."""
+    if total == 0:
+        raise C2CError("nothing was measured; give at least one question")
+    z, p = 1.959964, right / total
+    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)

@@ -1,0 +1,152 @@
+"""An evaluation run: models in, samples and a summary out, a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..config import ModelSpec
+from ..errors import C2CError
+from ..fuser import checkpoint
+from ..pair import C2C, identity
+from ..tasks import load
+from .likelihood import Answer, evaluate, wilson
+
+LABELS = {
+    "receiver": "receiver alone",
+    "sharer": "sharer alone",
+    "c2c": "C2C",
+    "other": "C2C, another question's cache",
+}
+
+
+def run(
+    fuser: str | None,
+    *,
+    tasks: Sequence[str],
+    split: str,
+    data_dir: Path | None,
+    prompt: str,
+    methods: Sequence[str],
+    limit: int | None,
+    batch_size: int,
+    receiver: tuple[str | None, str],
+    sharer: tuple[str | None, str],
+    output: Path,
+) -> dict[str, Any]:
+    """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
+    config = checkpoint.read_config(checkpoint.resolve(fuser))[0]
+    assert config.receiver is not None and config.sharer is not None
+    pair = C2C.from_pretrained(
+        fuser,
+        receiver=ModelSpec(source=receiver[0] or config.receiver.name, dtype=receiver[1]),
+        sharers=ModelSpec(source=sharer[0] or config.sharer.name, dtype=sharer[1]),
+    )
+    settings = {
+        "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
+        "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
+        "fuser": fuser or checkpoint.DEFAULT,
+        "fuser_hash": file_hash(checkpoint.resolve(fuser) / "fuser.safetensors"),
+        "split": split,
+        "prompt": prompt,
+        "limit": limit,
+    }
+    _claim(output, settings)
+    console = Console(stderr=True)
+    summary: dict[str, Any] = {"settings": settings, "tasks": {}}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    for task in tasks:
+        questions = load(task, split, data_dir)[:limit]
+        with Progress(*columns, console=console) as bar:
+            row = bar.add_task(task, total=len(questions))
+            answers = evaluate(
+                pair, task, questions, output / "samples.jsonl", prompt=prompt, methods=methods,
+                batch_size=batch_size, progress=lambda n: bar.advance(row, n),  # noqa: B023
+            )  # fmt: skip
+        summary["tasks"][task] = summarize(answers, methods)
+    partial = output / f".summary.{os.getpid()}"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, output / "summary.json")
+    Console().print(table(summary))
+    return summary
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Refuse to mix the answers of two settings in one folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "settings.json"
+    if not path.exists():
+        partial = output / f".settings.{os.getpid()}"
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+        os.replace(partial, path)
+    before = json.loads(path.read_text())
+    if changed := sorted(k for k in settings if before.get(k) != settings[k]):
+        raise C2CError(
+            f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
+        )
+
+
+def summarize(answers: Sequence[Answer], methods: Sequence[str]) -> dict[str, Any]:
+    """Accuracy with its 95% Wilson interval per method, and the parts of C2C's gain over the receiver, in points."""
+    result: dict[str, Any] = {}
+    for method in methods:
+        mine = [a.correct for a in answers if a.method == method]
+        low, high = wilson(sum(mine), len(mine))
+        result[method] = {
+            "questions": len(mine),
+            "accuracy": round(100 * sum(mine) / len(mine), 2),
+            "interval": [round(100 * low, 2), round(100 * high, 2)],
+        }
+    if {"receiver", "c2c"} <= set(methods):
+        result["gain"] = round(result["c2c"]["accuracy"] - result["receiver"]["accuracy"], 2)
+        right = {m: {a.id for a in answers if a.method == m and a.correct} for m in ("receiver", "c2c")}
+        result["rescued"], result["harmed"] = (
+            len(right["c2c"] - right["receiver"]),
+            len(right["receiver"] - right["c2c"]),
+        )
+        if "other" in methods:
+            result["presence"] = round(result["other"]["accuracy"] - result["receiver"]["accuracy"], 2)
+    return result
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """The summary as a table: a row per method, a column per task."""
+    tasks = summary["tasks"]
+    made = Table(
+        title="accuracy by option likelihood, % [95% interval]; {split}, {prompt} prompt".format(**summary["settings"])
+    )
+    made.add_column("")
+    for task, result in tasks.items():
+        made.add_column(f"{task} ({next(iter(result.values()))['questions']})", justify="right")
+    for method, label in LABELS.items():
+        if all(method in result for result in tasks.values()):
+            cells = (result[method] for result in tasks.values())
+            made.add_row(
+                label, *(f"{c['accuracy']:.1f}  [{c['interval'][0]:.1f}, {c['interval'][1]:.1f}]" for c in cells)
+            )
+    for key, label in (
+        ("gain", "gain of C2C over the receiver"),
+        ("presence", "… of it with another question's cache"),
+    ):
+        if all(key in result for result in tasks.values()):
+            made.add_row(label, *(f"{result[key]:+.1f}" for result in tasks.values()), style="bold")
+    return made
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    import hashlib
+
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

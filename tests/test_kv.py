@@ -1,0 +1,117 @@
+"""Caches: what a model stores comes back stacked, and a cache built back is worth the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
+
+from cache2cache.errors import C2CError
+from cache2cache.kv import KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
+from cache2cache.models import LM, load_lm
+from tiny import FAMILIES, tiny_model
+
+
+def lm_of(family: str, **overrides: object) -> LM:
+    return load_lm(tiny_model(family, **overrides))
+
+
+def rows_of(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(8, 200, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_is_what_the_model_itself_stores(family: str) -> None:
+    lm = lm_of(family)
+    ids = torch.tensor(rows_of([23]))  # Gemma's window is 8
+    cache = DynamicCache()
+    lm.model(input_ids=ids, past_key_values=cache)
+    stored = KV.from_cache(cache)
+    read = prefill(lm, ids, torch.ones_like(ids))
+    assert read.keys.shape == (lm.num_layers, 1, lm.num_kv_heads, 23, lm.head_dim)
+    torch.testing.assert_close(read.keys, stored.keys, atol=1e-6, rtol=0)
+    torch.testing.assert_close(read.values, stored.values, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_in_pieces_and_of_lower_layers(family: str) -> None:
+    lm = lm_of(family)
+    ids, mask = pad_left(rows_of([20, 9, 14]), 0, "cpu")
+    whole = prefill(lm, ids, mask)
+    pieces = prefill(lm, ids, mask, chunk_tokens=12)
+    lower = prefill(lm, ids, mask, num_layers=2)
+    real = mask.bool()
+    for part, layers in ((pieces, lm.num_layers), (lower, 2)):
+        assert part.keys.shape[0] == layers
+        for a, b in ((part.keys, whole.keys[:layers]), (part.values, whole.values[:layers])):
+            a, b = (x.permute(0, 2, 4, 1, 3)[..., real] for x in (a, b))
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padding_changes_nothing(family: str) -> None:
+    lm = lm_of(family)
+    rows = rows_of([5, 17, 11])
+    ids, mask = pad_left(rows, 0, "cpu")
+    batch = prefill(lm, ids, mask)
+    for row, tokens in enumerate(rows):
+        alone = prefill(lm, *pad_left([tokens], 0, "cpu"))
+        torch.testing.assert_close(batch.keys[:, row, :, -len(tokens) :], alone.keys[:, 0], atol=2e-5, rtol=0)
+        torch.testing.assert_close(batch.values[:, row, :, -len(tokens) :], alone.values[:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_built_back_generates_the_same(family: str) -> None:
+    lm = lm_of(family)
+    rows = rows_of([21, 12])
+    prompt = prefill_prompts(lm, rows)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = lm.model.generate(input_ids=prompt.input_ids, attention_mask=prompt.attention_mask, **options)
+    assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
+    # The prefill can be used again: decoding has not changed it.
+    assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
+
+
+def test_prompts_of_one_token_have_an_empty_cache() -> None:
+    lm = lm_of("llama")
+    prompt = prefill_prompts(lm, [[5]])
+    assert prompt.kv.length == 0
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    assert torch.equal(
+        lm.model.generate(**prompt.inputs(), **options), lm.model.generate(torch.tensor([[5]]), **options)
+    )
+
+
+def test_positions_under_left_padding() -> None:
+    ids, mask = pad_left([[7, 8, 9], [5]], 0, "cpu")
+    assert ids.tolist() == [[7, 8, 9], [0, 0, 5]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert positions_of(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
+
+
+def test_a_window_that_has_dropped_positions_is_refused() -> None:
+    model = tiny_model("gemma3")
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.tensor(rows_of([20])), past_key_values=cache)
+    with pytest.raises(C2CError, match="kept 7 of 20 positions"):
+        KV.from_cache(cache)
+
+
+def test_caches_without_one_key_per_position_are_refused() -> None:
+    with pytest.raises(C2CError, match=r"a state space model .* LinearAttention"):
+        check_fusable(FalconMambaConfig(num_hidden_layers=2, hidden_size=16), "a state space model")
+    check_fusable(tiny_model("gemma3").config, "gemma")
+    model = tiny_model("llama")
+    try:
+        cache = QuantizedCache(backend="quanto", config=model.config)
+    except ImportError:
+        pytest.skip("no backend for quantised caches is installed")
+    with pytest.raises(C2CError, match="Quant"):
+        KV.from_cache(cache)
+
+
+def test_a_prompt_beyond_the_context_is_refused() -> None:
+    lm = lm_of("llama", max_position_embeddings=10)
+    with pytest.raises(C2CError, match=r"11 tokens .* context is 10"):
+        prefill(lm, *pad_left(rows_of([11]), 0, "cpu"))

@@ -1,0 +1,343 @@
+"""The pair on four families of tiny random models with unequal shapes: exactness of everything the seam promises."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LogitsProcessorList
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from cache2cache import C2C, C2CError, FuserConfig, load_lm
+from cache2cache.models import LM
+from cache2cache.pair import PromptIds
+from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
+
+OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+CHATS = [
+    [{"role": "user", "content": "What is the capital of France?"}],
+    [
+        {"role": "system", "content": "You are helpful."},
+        {"role": "user", "content": "水是生命之源。 What is water?"},
+        {"role": "assistant", "content": "It boils."},
+        {"role": "user", "content": "Why?"},
+    ],
+    [{"role": "user", "content": "Plants"}],
+]
+# Every family is once the receiver and once the sharer.
+PAIRS = list(pairwise([*FAMILIES, FAMILIES[0]]))
+
+
+def lm_of(family: str, seed: int = 0, **overrides: Any) -> LM:
+    return load_lm(tiny_model(family, seed, **overrides), tokenizer=tiny_tokenizer(TOKENIZER_OF[family]))
+
+
+def pair_of(receiver: str, *sharers: str, mode: str = "parallel", **settings: Any) -> C2C:
+    torch.manual_seed(0)
+    config = FuserConfig(**{"hidden_dim": 16, "intermediate_dim": 12, "gate_init": 1.0, **settings})
+    others = [lm_of(family, seed=7 + i) for i, family in enumerate(sharers)]
+    return C2C.from_models(lm_of(receiver), others, config, mode=mode)  # type: ignore[arg-type]
+
+
+def alone(lm: LM, chat: list[dict[str, str]]) -> torch.Tensor:
+    """What stock transformers does with the chat."""
+    ids = lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)  # type: ignore[union-attr]
+    return lm.model.generate(**ids, pad_token_id=0, **OPTIONS)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_closed_gates_are_the_receiver(receiver: str, sharer: str) -> None:
+    pair = pair_of(receiver, sharer, gate_init=0.0)
+    for chat in CHATS:
+        if receiver == "llama" and chat[0]["role"] == "system":
+            continue  # the tiny template trims; covered by the alignment tests
+        expected = alone(pair.receiver, chat)
+        assert torch.equal(pair.generate(chat, **OPTIONS), expected)
+        out = pair.generate(chat, output_logits=True, return_dict_in_generate=True, **OPTIONS)
+        plain = pair.receiver.model(expected).logits[0, -8:-1]
+        torch.testing.assert_close(torch.cat(out.logits), plain.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_open_gates_are_not(receiver: str, sharer: str) -> None:
+    pair = pair_of(receiver, sharer)
+    fused = pair.prefill(CHATS[1])
+    clean = pair_of(receiver, sharer, gate_init=0.0).prefill(CHATS[1])
+    assert fused.fused_positions[0] > 20 and 0.1 < fused.coverage[0][0] < 1
+    assert not torch.allclose(fused.kv.values, clean.kv.values, atol=1e-2)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_batch_equals_one_by_one(receiver: str, sharer: str) -> None:
+    pair = pair_of(receiver, sharer)
+    fused = pair.prefill(CHATS)
+    together = pair.generate(fused, **OPTIONS)[:, fused.input_ids.shape[1] :]
+    scores = pair.score(CHATS, [[" A", " Paris"]] * 3)
+    for row, chat in enumerate(CHATS):
+        single = pair.prefill(chat)
+        length = single.kv.length
+        torch.testing.assert_close(fused.kv.keys[:, row, :, -length:], single.kv.keys[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fused.kv.values[:, row, :, -length:], single.kv.values[:, 0], atol=1e-4, rtol=1e-4)
+        assert torch.equal(pair.generate(chat, **OPTIONS)[0, length + 1 :], together[row])
+        for a, b in zip(pair.score(chat, [" A", " Paris"]), scores[row], strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3) and a.num_tokens == b.num_tokens
+    assert fused.bytes_passed == sum(pair.prefill(chat).bytes_passed for chat in CHATS)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_stream_equals_generate(receiver: str, sharer: str) -> None:
+    pair = pair_of(receiver, sharer)
+    for chat in CHATS:
+        fused = pair.prefill(chat)
+        chunks = list(pair.stream(fused, **OPTIONS))
+        expected = pair.generate(chat, **OPTIONS)[0, fused.input_ids.shape[1] :]
+        assert [c.token for c in chunks if c.token is not None] == expected.tolist()
+        text = pair.chat(chat, **OPTIONS)
+        if "\ufffd" not in text or receiver != "gemma3":  # invalid bytes change how the valid ones before them decode
+            assert "".join(c.text for c in chunks) == text
+
+
+def test_characters_of_several_tokens_are_streamed_whole() -> None:
+    pair = pair_of("qwen3", "llama", gate_init=0.0)
+    script = iter("水 é🙂".encode())
+    tokenizer = pair.receiver.tokenizer
+    byte_ids = {byte: tokenizer.convert_tokens_to_ids(c) for byte, c in bytes_to_unicode().items()}  # type: ignore[union-attr]
+
+    def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:] = -float("inf")
+        scores[:, byte_ids[next(script)]] = 0
+        return scores
+
+    options = {"max_new_tokens": 10, "do_sample": False, "logits_processor": LogitsProcessorList([force])}
+    assert [c.text for c in pair.stream(CHATS[0], **options)] == ["", "", "水", " ", "", "é", "", "", "", "🙂"]
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_save_and_load_are_identical(receiver: str, sharer: str, tmp_path: Path) -> None:
+    pair = pair_of(receiver, sharer, variant="c2c-c", layer_map="k_nearest")
+    pair.save_pretrained(tmp_path / "fuser")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same weights: nothing to warn of
+        again = C2C.from_pretrained(tmp_path / "fuser", receiver=pair.receiver, sharers=pair.sharers)
+    for chat in CHATS:
+        a, b = pair.prefill(chat), again.prefill(chat)
+        assert torch.equal(a.kv.keys, b.kv.keys) and torch.equal(a.kv.values, b.kv.values)
+        assert torch.equal(pair.generate(a, **OPTIONS), again.generate(b, **OPTIONS))
+
+
+def test_score_is_the_log_likelihood_of_stock_transformers() -> None:
+    pair = pair_of("qwen3", "llama", gate_init=0.0)
+    model, tokenizer = pair.receiver.model, pair.receiver.tokenizer
+    scores = pair.score(CHATS[0], [" Paris", " A", "北"], prefix="The answer is")
+    text = tokenizer.apply_chat_template(CHATS[0], tokenize=False, add_generation_prompt=True) + "The answer is"  # type: ignore[union-attr]
+    ids = tokenizer(text, add_special_tokens=False).input_ids  # type: ignore[misc]
+    for continuation, got in zip([" Paris", " A", "北"], scores, strict=True):
+        more = tokenizer(continuation, add_special_tokens=False).input_ids  # type: ignore[misc]
+        logprobs = model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(more)[:, None]).sum().item()
+        assert got.logprob == pytest.approx(expected, abs=1e-4)
+        assert got.num_tokens == len(more)
+        assert got.is_greedy == (logprobs.argmax(-1).tolist() == more)
+    greedy = pair.generate(CHATS[0], prefix="The answer is", **OPTIONS)[0, len(ids) :].tolist()
+    assert pair.score(CHATS[0], [greedy], prefix="The answer is")[0].is_greedy
+
+
+def test_two_threads_share_a_pair() -> None:
+    pair = pair_of("gemma3", "qwen2")
+    expected = [pair.generate(chat, **OPTIONS) for chat in CHATS]
+    got: dict[int, list[torch.Tensor]] = {}
+
+    def work(number: int) -> None:
+        got[number] = [pair.generate(chat, **OPTIONS) for _ in range(3) for chat in CHATS]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for results in got.values():
+        assert all(torch.equal(a, b) for a, b in zip(results, expected * 3, strict=True))
+
+
+def test_closing_a_stream_stops_the_model() -> None:
+    pair = pair_of("llama", "qwen3")
+    steps = 0
+
+    def count(*_: Any) -> None:
+        nonlocal steps
+        steps += 1
+
+    hook = pair.receiver.model.register_forward_hook(count)
+    chunks = pair.stream(CHATS[0], max_new_tokens=1500, do_sample=False, eos_token_id=None)
+    next(chunks)
+    chunks.close()  # type: ignore[attr-defined]
+    hook.remove()
+    assert steps < 400 and threading.active_count() < 10
+
+
+def test_an_error_while_streaming_reaches_the_reader() -> None:
+    pair = pair_of("llama", "qwen3")
+    with pytest.raises(ValueError, match="model_kwargs"):
+        list(pair.stream(CHATS[0], no_such_option=1))
+
+
+def test_the_options_of_generate_pass_through() -> None:
+    pair = pair_of("llama", "qwen3")
+    fused = pair.prefill(CHATS[:2])
+    torch.manual_seed(3)
+    sampled = pair.generate(fused, do_sample=True, top_p=0.9, max_new_tokens=5, eos_token_id=None)
+    torch.manual_seed(3)
+    again = pair.receiver.model.generate(
+        **fused.inputs(), do_sample=True, top_p=0.9, max_new_tokens=5, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(sampled, again)
+
+
+def test_beams_on_a_clean_cache_are_those_of_stock_transformers() -> None:
+    pair = pair_of("llama", "qwen3", gate_init=0.0)
+    fused = pair.prefill(CHATS[:1] + CHATS[2:])
+    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2, "pad_token_id": 0}
+    expected = pair.receiver.model.generate(input_ids=fused.input_ids, attention_mask=fused.attention_mask, **options)
+    assert expected.shape[0] == 4
+    assert torch.equal(pair.generate(fused, **options), expected)
+
+
+# ---- ids, several sharers, what is and isn't computed ---------------------------------------------------------------
+
+
+def test_token_ids_need_no_tokenizer() -> None:
+    torch.manual_seed(0)
+    config = FuserConfig(hidden_dim=8, intermediate_dim=8, gate_init=1.0)
+    pair = C2C.from_models(tiny_model("qwen3"), tiny_model("qwen2", 5), config)
+    ids = torch.randint(5, 200, (2, 9))
+    batch = pair.generate(ids, **OPTIONS)
+    for row in range(2):
+        assert torch.equal(pair.generate(ids[row], **OPTIONS)[0], batch[row])
+        assert torch.equal(pair.generate(ids[row].tolist(), **OPTIONS)[0], batch[row])
+    alike = PromptIds(ids[0].tolist(), [ids[0].tolist()], [range(9)])
+    assert torch.equal(pair.generate(alike, **OPTIONS)[0], batch[0])
+    with pytest.raises(C2CError, match="no tokenizer"):
+        pair.prefill("text")
+
+
+def test_positions_without_a_partner_stay_as_they_are() -> None:
+    pair = pair_of("llama", "qwen3")
+    prompt = PromptIds([9, 10, 11, 12, 13], [[20, 21, 22]], [[-1, 0, -1, 2, 2]])
+    clean = pair_of("llama", "qwen3", gate_init=0.0).prefill(prompt)
+    fused = pair.prefill(prompt)
+    same = [torch.equal(fused.kv.keys[:, :, :, t], clean.kv.keys[:, :, :, t]) for t in range(4)]
+    assert same == [True, False, True, False]
+    assert fused.fused_positions == [2]
+
+
+def test_the_sharer_reads_no_further_than_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pair_of("llama", "qwen2")  # 3 layers read the sharer's upper 3 of 5
+    fuser = pair.fusers[0]
+    with torch.no_grad():
+        fuser.gate_logit.copy_(torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, -1.0]))  # keys of 0 and 1, values of 0
+    seen: list[tuple[int, ...]] = []
+    for index, layer in enumerate(pair.sharers[0].decoder.layers):
+        layer.register_forward_pre_hook(lambda m, a, i=index: seen.append((i, a[0].shape[1])))
+    prompt = PromptIds([9, 10, 11, 12], [[20, 21, 22, 23, 24]], [[0, 1, 1, 4]])
+    fused = pair.prefill(prompt)
+    assert seen == [(i, 2) for i in range(4)]  # sharer layers 0 to 3, and only the two tokens that are mapped
+    kind_layers, width, floats, tokens = 3, 12, 4, 2
+    assert fused.bytes_passed == kind_layers * width * floats * tokens
+    with torch.no_grad():
+        fuser.gate_logit.fill_(-1)
+    seen.clear()
+    pair.prefill(prompt)
+    assert seen == []
+
+
+def test_no_lm_head_before_the_last_position() -> None:
+    pair = pair_of("qwen3", "llama")
+    shapes: list[int] = []
+    pair.receiver.model.lm_head.register_forward_pre_hook(lambda m, a: shapes.append(a[0].shape[1]))
+    pair.sharers[0].model.lm_head.register_forward_pre_hook(lambda m, a: shapes.append(-1))
+    pair.generate(CHATS[1], **OPTIONS)
+    assert shapes == [1] * 7
+
+
+def test_parallel_sharers_commute_and_sequential_ones_do_not() -> None:
+    def answer(order: list[int], mode: str) -> torch.Tensor:
+        pair = pair_of("llama", "qwen3", "gemma3", mode=mode)
+        turned = C2C(pair.receiver, [pair.sharers[i] for i in order], [pair.fusers[i] for i in order], mode=mode)  # type: ignore[arg-type,misc]
+        return turned.prefill(CHATS[1]).kv.keys
+
+    torch.testing.assert_close(answer([0, 1], "parallel"), answer([1, 0], "parallel"), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(answer([0, 1], "sequential"), answer([1, 0], "sequential"), atol=1e-3)
+
+
+def test_parallel_changes_are_summed() -> None:
+    pair = pair_of("llama", "qwen3", "gemma3")
+    both = pair.prefill(CHATS[0]).kv
+    single = [C2C(pair.receiver, [pair.sharers[i]], [pair.fusers[i]]).prefill(CHATS[0]).kv for i in range(2)]  # type: ignore[list-item]
+    clean = pair_of("llama", "qwen3", gate_init=0.0).prefill(CHATS[0]).kv
+    torch.testing.assert_close(
+        both.values - clean.values, sum(s.values - clean.values for s in single), atol=1e-5, rtol=1e-5
+    )  # type: ignore[arg-type]
+
+
+def test_prompts_beyond_gemmas_window() -> None:
+    for receiver, sharer in (("gemma3", "llama"), ("llama", "gemma3")):
+        chat = [{"role": "user", "content": "Plants make food from sunlight, water and air. " * 4}]
+        closed = pair_of(receiver, sharer, gate_init=0.0)
+        assert torch.equal(closed.generate(chat, **OPTIONS), alone(closed.receiver, chat))
+        assert pair_of(receiver, sharer).prefill(chat).fused_positions[0] > 25  # the window is 8
+
+
+# ---- wrong input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "empty"),
+        ([], "no prompts"),
+        ([{"role": "user", "content": ""}], "empty"),
+        ([{"role": "user"}], "content"),
+        (torch.empty(0, dtype=torch.long), "non-empty"),
+        ([5, 100_000], "token id 100000 is outside the vocabulary"),
+        (PromptIds([5, 6], [[7]], [[0, 1]]), "doesn't fit 2 receiver tokens and 1 sharer"),
+        (PromptIds([5, 6], [], []), "the pair has 1"),
+    ],
+)
+def test_wrong_prompts(prompt: Any, words: str) -> None:
+    with pytest.raises(C2CError, match=words):
+        pair_of("qwen3", "qwen2").prefill(prompt)
+
+
+def test_a_prompt_or_answer_beyond_the_context() -> None:
+    torch.manual_seed(0)
+    config = FuserConfig(hidden_dim=8, intermediate_dim=8)
+    pair = C2C.from_models(
+        lm_of("qwen3", max_position_embeddings=40), lm_of("qwen2", max_position_embeddings=70), config
+    )
+    with pytest.raises(C2CError, match=r"context of .*, 40 tokens"):
+        pair.chat(CHATS[0], **OPTIONS)  # one token a byte
+    with pytest.raises(C2CError, match="30 prompt tokens and 20 new ones"):
+        pair.generate(list(range(30)), max_new_tokens=20)
+
+
+def test_a_fuser_for_other_shapes_or_weights(tmp_path: Path) -> None:
+    pair = pair_of("llama", "qwen3")
+    pair.save_pretrained(tmp_path)
+    with pytest.raises(C2CError, match=r"3 layers, 3 KV heads of 8\), but .* has 5 layers, 1 KV heads of 12"):
+        C2C.from_pretrained(tmp_path, receiver=lm_of("qwen2"), sharers=pair.sharers)
+    with pytest.warns(UserWarning, match="trained for sharer .* with weights .* has weights"):
+        C2C.from_pretrained(tmp_path, receiver=pair.receiver, sharers=lm_of("qwen3", seed=99))
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(C2CError, match="unknown fuser variant 'c3c'; expected one of c2c, c2c-c"):
+        pair_of("llama", "qwen3", variant="c3c")
+    with pytest.raises(C2CError, match="unknown fusion mode"):
+        pair_of("llama", "qwen3", mode="both")
+    with pytest.raises(C2CError, match="2 sharers"):
+        C2C.from_models(lm_of("llama"), [lm_of("qwen3"), lm_of("qwen2")], [FuserConfig()])
