@@ -16,6 +16,18 @@ from ..tasks import Question, load
 from ..tasks.base import read_rows
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 
+# Rows of train splits that ask, word for word, what a row of a validation split of these sets or of MMLU-Redux asks.
+# They are never trained on. tests/training/test_data.py finds this list again from the data.
+HELD_OUT = {
+    "arc-easy": ["Mercury_7068793", "NYSEDREGENTS_2016_4_12"],
+    "arc-challenge": ["Mercury_7219643"],
+    "openbookqa": [
+        "923", "10-230", "11-742", "12-140", "12-194", "12-209", "12-244", "12-253", "12-353", "12-474", "12-589",
+        "12-605", "12-1001", "13-106", "13-497", "13-631", "13-892", "13-914", "14-377", "14-380", "14-895", "14-1396",
+        "14-1449", "14-1485",
+    ],
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Example:
@@ -39,6 +51,8 @@ class Example:
 def examples(config: TrainConfig) -> list[Example]:
     """All examples of a recipe, each source drawn with the run's seed, in an order that depends on nothing else.
 
+    Rows of `HELD_OUT` are dropped at the end, so a `limit` can give a few rows less.
+
     Raises:
         C2CError: a source that is empty, unreadable or holds rows without a response.
     """
@@ -57,7 +71,8 @@ def examples(config: TrainConfig) -> list[Example]:
     if len({e.id for e in found}) != len(found):
         raise C2CError("two sources of the recipe give the same rows; name each source once")
     random.Random(config.seed).shuffle(found)
-    return found
+    dropped = {f"{task}:{row}" for task, rows in HELD_OUT.items() for row in rows}
+    return [e for e in found if e.id not in dropped]
 
 
 def question_example(task: str, question: Question) -> Example:
