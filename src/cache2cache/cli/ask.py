@@ -42,6 +42,7 @@ def ask(
     dtype: options.Dtype = None,
     device: options.Device = None,
     system: options.System = None,
+    picture: Annotated[Path | None, typer.Option(help="Also write what was shown to this SVG file.")] = None,
 ) -> None:
     """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
     chosen = list(dict.fromkeys(only or DEFAULT))
@@ -53,6 +54,8 @@ def ask(
 
     questions: list[str | Question] = [question] if question is not None else [*tasks.load(str(_DEMO))]
 
+    from rich.console import Console
+
     from cache2cache.cli import view
     from cache2cache.methods import METHODS, Ask
 
@@ -61,7 +64,7 @@ def ask(
     show = view.silent if as_json else view.shower()
     if question is None and not as_json:
         print(DEMO_NOTE)
-    results = []
+    results, shown = [], []
     for number, item in enumerate(questions, 1):
         prompt = Ask.of(item, system=system)
         title = f"Question {number} of {len(questions)}" if len(questions) > 1 else "Question"
@@ -69,9 +72,13 @@ def ask(
         runs = {method: METHODS[method](pair, prompt, max_new_tokens) for method in chosen}
         answers = show(title, prompt.prompt, runs, LABELS)
         letters = [_letter(item, answer) for answer in answers]
+        right = None if isinstance(item, str) else item.letter
+        shown.append(view.Shown(title, prompt.prompt, answers, letters, right))
         if not as_json:
-            view.table(answers, letters, None if isinstance(item, str) else item.letter, LABELS)
+            Console().print(view.table(answers, letters, right, LABELS))
         results.append(_result(item, prompt.prompt, answers, letters))
+    if picture is not None:
+        view.picture(picture, shown, LABELS)
     if as_json:
         print(json.dumps({**names, "questions": results}, ensure_ascii=False, indent=2))
 

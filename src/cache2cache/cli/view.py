@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
-import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from rich import box
@@ -48,7 +51,7 @@ def panels(title: str, prompt: str, runs: Runs, labels: Mapping[str, str]) -> li
 
 
 def _grid(
-    runs: Runs, answers: Mapping[str, Answer], running: str | None, labels: Mapping[str, str], width: int
+    runs: Iterable[str], answers: Mapping[str, Answer], running: str | None, labels: Mapping[str, str], width: int
 ) -> RenderableType:
     cells = [_panel(answers.get(method), method == running, labels[method]) for method in runs]
     if width < _WIDE or len(cells) == 1:
@@ -95,7 +98,31 @@ def silent(title: str, prompt: str, runs: Runs, labels: Mapping[str, str]) -> li
     return [list(run)[-1] for run in runs.values()]
 
 
-def table(answers: list[Answer], letters: list[str | None], right: str | None, labels: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """One question as it was shown: with `letters` and the `right` one if it has options."""
+
+    title: str
+    prompt: str
+    answers: list[Answer]
+    letters: list[str | None]
+    right: str | None
+
+
+def picture(path: Path, shown: list[Shown], labels: Mapping[str, str]) -> None:
+    """Write questions, answers and their figures as an SVG picture of a terminal."""
+    console = Console(file=io.StringIO(), record=True, width=112, force_terminal=True)
+    for one in shown:
+        console.print(Panel(Text(clean(one.prompt)), title=one.title, border_style="cyan"))
+        answers = {answer.method: answer for answer in one.answers}
+        console.print(_grid(answers, answers, None, labels, console.width))
+        console.print(table(one.answers, one.letters, one.right, labels))
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(console.export_svg(title="c2c ask"), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def table(answers: list[Answer], letters: list[str | None], right: str | None, labels: Mapping[str, str]) -> Table:
     """Clock, tokens and bytes of each answer; for a multiple-choice question also its letter."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     out.add_column("", no_wrap=True)
@@ -108,7 +135,7 @@ def table(answers: list[Answer], letters: list[str | None], right: str | None, l
         verdict = [] if right is None else [f"{letter or '-'} {'yes' if letter == right else 'no'}"]
         row = [labels[answer.method], *verdict, f"{answer.first_token_s:.2f} s", f"{answer.total_s:.2f} s", tokens]
         out.add_row(*row, f"{answer.bytes_passed:,}")
-    Console(file=sys.stdout).print(out)
+    return out
 
 
 def _closing(run: Iterator[Answer]) -> Iterator[Answer]:
