@@ -23,6 +23,7 @@ def train(
 
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,7 +37,9 @@ def train(
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
     console = Console(stderr=True)
-    pair = C2C.from_models(load_lm(config.receiver), load_lm(config.sharer), config.fuser)
+    receiver, sharer = load_lm(config.receiver), load_lm(config.sharer)
+    torch.manual_seed(config.seed)  # the fuser's first weights
+    pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
     data = prepare(pair, config)
     trainer = Trainer(pair, config, store, data)

@@ -62,9 +62,9 @@ def evaluate(
         batch_size: questions at once, of like length.
         progress: called with the number of questions of each batch done.
     """
-    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, METHODS)):
-        if wrong := [g for g in given if g not in known]:
-            raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
+    check_names(prompt, methods)
+    if len({q.id for q in questions}) != len(questions):
+        raise C2CError(f"two questions of {task} have the same id; give each row its own")
     if len(pair.sharers) != 1:
         raise C2CError(f"this evaluation takes a pair with one sharer, {len(pair.sharers)} were given")
     done = [a for a in read_answers(samples) if a.task == task and a.prompt == prompt]
@@ -88,6 +88,13 @@ def evaluate(
     return [a for a in done if a.id in ids and a.method in methods]
 
 
+def check_names(prompt: str, methods: Sequence[str]) -> None:
+    """Raise a C2CError for a prompt or method that doesn't exist."""
+    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, METHODS)):
+        if wrong := [g for g in given if g not in known]:
+            raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
+
+
 def read_answers(samples: Path) -> list[Answer]:
     """The rows of a samples file; a last line that a kill cut short is dropped from the file."""
     if not samples.exists():
@@ -105,9 +112,9 @@ def read_answers(samples: Path) -> list[Answer]:
 
 
 def _split(items: list[tuple[Question, PromptIds]], size: int) -> list[list[tuple[Question, PromptIds]]]:
-    """Batches of nearly equal size, so that none is left with a single question, which has no other."""
-    count = math.ceil(len(items) / size)
-    bounds = [round(i * len(items) / count) for i in range(count + 1)] if count else []
+    """Batches of nearly equal size, none with a single question, which has no other: three at once for a size of 2."""
+    count = max(1, min(math.ceil(len(items) / size), len(items) // 2))
+    bounds = [round(i * len(items) / count) for i in range(count + 1)]
     return [items[a:b] for a, b in pairwise(bounds)]
 
 

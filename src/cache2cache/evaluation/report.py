@@ -17,7 +17,7 @@ from ..errors import C2CError
 from ..fuser import checkpoint
 from ..pair import C2C, identity
 from ..tasks import load
-from .likelihood import Answer, evaluate, wilson
+from .likelihood import Answer, check_names, evaluate, wilson
 
 LABELS = {
     "receiver": "receiver alone",
@@ -42,6 +42,10 @@ def run(
     output: Path,
 ) -> dict[str, Any]:
     """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
+    check_names(prompt, methods)
+    questions = {task: load(task, split, data_dir)[:limit] for task in tasks}
+    if empty := [task for task, rows in questions.items() if not rows]:
+        raise C2CError(f"{empty[0]} holds no questions; give at least one")
     config = checkpoint.read_config(checkpoint.resolve(fuser))[0]
     assert config.receiver is not None and config.sharer is not None
     pair = C2C.from_pretrained(
@@ -62,12 +66,11 @@ def run(
     console = Console(stderr=True)
     summary: dict[str, Any] = {"settings": settings, "tasks": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    for task in tasks:
-        questions = load(task, split, data_dir)[:limit]
+    for task, rows in questions.items():
         with Progress(*columns, console=console) as bar:
-            row = bar.add_task(task, total=len(questions))
+            row = bar.add_task(task, total=len(rows))
             answers = evaluate(
-                pair, task, questions, output / "samples.jsonl", prompt=prompt, methods=methods,
+                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods,
                 batch_size=batch_size, progress=lambda n: bar.advance(row, n),  # noqa: B023
             )  # fmt: skip
         summary["tasks"][task] = summarize(answers, methods)

@@ -127,9 +127,13 @@ def read_chat(row: Mapping[str, Any], where: str) -> tuple[tuple[Mapping[str, st
     `messages` (role, content), `conversations` (from, value), instruction with context or input and response or
     output, prompt with completion or response. The last assistant turn is the response.
     """
+    if not isinstance(row, Mapping):
+        raise C2CError(f"{where} is {type(row).__name__}; expected an object with fields")
     if turns := row.get("messages") or row.get("conversations"):
         chat = []
         for turn in turns:
+            if not isinstance(turn, Mapping):
+                raise C2CError(f"{where}: a turn is {type(turn).__name__}; expected an object with role and content")
             role = _ROLES.get(str(turn.get("role", turn.get("from"))))
             content = turn.get("content", turn.get("value"))
             if role is None or not isinstance(content, str):
@@ -142,7 +146,7 @@ def read_chat(row: Mapping[str, Any], where: str) -> tuple[tuple[Mapping[str, st
             chat.pop()
         if len(chat) < 2 or not chat[-1]["content"].strip():
             raise C2CError(f"{where} has no assistant turn behind a user turn; leave the row out")
-        return tuple(chat[:-1]), chat[-1]["content"]
+        return tuple(chat[:-1]), chat[-1]["content"].strip()
     prompt = _first(row, ("instruction", "prompt"))
     response = _first(row, ("response", "output", "completion"))
     if not prompt or not response:

@@ -261,14 +261,14 @@ class Trainer:
         self.fuser.train()
         self.fuser.set_progress(self.step)
         loss, _ = response_loss(self.pair, batch, self.store, self.config.loss)
-        if not torch.isfinite(loss):
-            raise C2CError(
-                f"the loss is {loss.item()} at step {self.step + 1}; lower the learning rate; the last checkpoint is "
-                f"kept in {self.output}"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.fuser.parameters(), self.config.clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise C2CError(
+                f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.step + 1}; lower the learning "
+                f"rate; the last checkpoint is kept in {self.output}"
+            )
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
@@ -316,8 +316,9 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "items": [item.id for item in self.data.train],
+            "evaluation": self.last_evaluation,
         }
-        partial = self.output / f".checkpoint.{os.getpid()}"
+        partial = self.output / ".checkpoint.pt"  # one that a kill left is overwritten
         torch.save(state, partial)
         os.replace(partial, self.output / "checkpoint.pt")
 
@@ -327,15 +328,16 @@ class Trainer:
             return
         try:
             state = torch.load(path, weights_only=True)
+            items = state["items"]
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
-        if state["items"] != [item.id for item in self.data.train]:
+        if items != [item.id for item in self.data.train]:
             raise C2CError(f"the data of the run in {self.output} has changed; choose another output, or remove it")
         self.fuser.load_state_dict(state["fuser"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.last_evaluation = state["step"], state["seconds"], state["evaluation"]
         self._cut_log()
 
     def _cut_log(self) -> None:

@@ -41,7 +41,7 @@ def precompute(
     )
     if dry_run:
         return None
-    store = Store.create(config.store, sharer, precision)  # type: ignore[arg-type]
+    store = Store(config.store, sharer, precision)  # type: ignore[arg-type]
     todo = store.missing(prompts)
     columns = (TextColumn("prefilling"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:

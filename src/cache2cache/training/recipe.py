@@ -21,7 +21,7 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
         C2CError: an unreadable file, an unknown key (with a suggestion), a value that doesn't fit.
     """
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(path.read_bytes())
     except OSError as error:
         raise C2CError(
             f"no recipe at {path} ({error.strerror}); give the path of a YAML file such as recipes/default.yaml"
@@ -40,7 +40,10 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise C2CError(f"{parent} of the setting {setting!r} has no keys of its own")
-        place[leaf] = yaml.safe_load(value)
+        try:
+            place[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise C2CError(f"the value of the setting {setting!r} is no valid YAML; quote it") from error
     try:
         return TrainConfig.model_validate(recipe)
     except ValidationError as error:

@@ -40,16 +40,29 @@ def key_of(ids: Sequence[int]) -> str:
 
 
 class Store:
-    """The prefills of one sharer. Open an existing one with `Store(folder, sharer)`."""
+    """The prefills of one sharer.
 
-    def __init__(self, folder: str | Path, sharer: LM) -> None:
+    Args:
+        folder: of an existing store, or with `precision` perhaps of a new one, which the first `fill` puts there.
+        sharer: the model. A store made with another one is refused.
+        precision: "bfloat16" or "int8"; a store that holds the other one is refused.
+    """
+
+    def __init__(self, folder: str | Path, sharer: LM, precision: Precision | None = None) -> None:
         self.folder = Path(folder)
         try:
             self.config = json.loads((self.folder / "store.json").read_text())
         except (OSError, ValueError) as error:
-            raise C2CError(
-                f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
-            ) from error
+            if precision is None or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                raise C2CError(
+                    f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
+                ) from error
+            self.config = {
+                "format_version": FORMAT_VERSION,
+                "sharer": identity(sharer).model_dump(),
+                "precision": precision,
+                "computed_in": str(sharer.dtype).removeprefix("torch."),
+            }
         if self.config.get("format_version") != FORMAT_VERSION:
             raise C2CError(
                 f"{folder} has store format {self.config.get('format_version')}, this version reads "
@@ -62,32 +75,14 @@ class Store:
                 f"sharer is {sharer.name} "
                 f"(weights {sharer.fingerprint[:12]}); make a store for this sharer with c2c precompute"
             )
+        if precision not in (None, self.config["precision"]):
+            raise C2CError(
+                f"the store {folder} holds {self.config['precision']}, {precision} was asked for; use another folder"
+            )
         self.index: dict[str, tuple[Path, int, int, int]] = {}
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._read_index(path)
         self._open: dict[Path, Any] = {}
-
-    @classmethod
-    def create(cls, folder: str | Path, sharer: LM, precision: Precision = "bfloat16") -> Store:
-        """Open a store, making it first if it isn't there. One of another sharer or precision is refused."""
-        folder = Path(folder)
-        if not (folder / "store.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            config = {
-                "format_version": FORMAT_VERSION,
-                "sharer": identity(sharer).model_dump(),
-                "precision": precision,
-                "computed_in": str(sharer.dtype).removeprefix("torch."),
-            }
-            partial = folder / f".store.json.{os.getpid()}"
-            partial.write_text(json.dumps(config, indent=2) + "\n")
-            os.replace(partial, folder / "store.json")
-        store = cls(folder, sharer)
-        if store.config["precision"] != precision:
-            raise C2CError(
-                f"the store {folder} holds {store.config['precision']}, {precision} was asked for; use another folder"
-            )
-        return store
 
     def _read_index(self, path: Path) -> None:
         try:
@@ -194,12 +189,17 @@ class Store:
                 f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
                 "prompts, int8, or a higher limit"
             )
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())).free
         if need > free - 10**9:
             raise C2CError(
                 f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; "
                 "make room or use int8"
             )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "store.json").exists():
+            partial = self.folder / f".store.json.{os.getpid()}"
+            partial.write_text(json.dumps(self.config, indent=2) + "\n")
+            os.replace(partial, self.folder / "store.json")
         todo = self.missing(prompts)
         for stale in self.folder.glob(".shard-*"):  # left by a process that was killed
             if time.time() - stale.stat().st_mtime > 3600:
