@@ -215,17 +215,24 @@ class C2C:
         return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)])
 
     def fuse(
-        self, batch: Sequence[PromptIds], sharers: Sequence[tuple[KV, Sequence[int]] | None] | None = None
+        self,
+        batch: Sequence[PromptIds],
+        *,
+        clean: Prefilled | None = None,
+        sharers: Sequence[tuple[KV, Sequence[int]] | None] | None = None,
     ) -> FusedCache:
         """As `prefill`, from encoded prompts.
 
         Args:
             batch: the prompts.
+            clean: the receiver's own prefill of the batch, where it is known already; it stays as it is.
             sharers: per sharer, where it is known already (from a store, from another machine), its cache of the batch,
                 (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
         self._check(batch)
-        clean = prefill_prompts(self.receiver, [p.receiver for p in batch])
+        # The first change to the receiver's cache needs a copy if anyone else reads the clean one.
+        shared = clean is not None or (self.mode == "parallel" and len(self.fusers) > 1)
+        clean = clean or prefill_prompts(self.receiver, [p.receiver for p in batch])
         kv, passed = clean.kv, 0
         positions = [0] * len(batch)
         lengths: Sequence[int]
@@ -246,10 +253,8 @@ class C2C:
                 cache = prefill(sharer, ids, mask, num_layers=depth)
             where, read = where_to_fuse(batch, j, clean.kv.length, cache.length, lengths)
             source = clean.kv if self.mode == "parallel" else kv
-            # The clean cache is read by every parallel fuser; the last one to read a cache may write into it.
-            keep = self.mode == "parallel" and len(self.fusers) > 1 and kv is clean.kv
-            out = KV(kv.keys.clone(), kv.values.clone()) if keep else kv
             with torch.no_grad():
+                out = None if shared and kv is clean.kv else kv
                 kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), out)
             passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
             positions = [max(a, sum(i >= 0 for i in p.maps[j][:-1])) for a, p in zip(positions, batch, strict=True)]

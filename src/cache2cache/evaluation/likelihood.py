@@ -128,20 +128,21 @@ def _answer(
         rows = [p.sharers[0] for p in prompts]
         ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
         cache = prefill(sharer, ids, mask)
+    clean = prefill_prompts(receiver, [p.receiver for p in prompts])
     answers = []
     for method in methods:
         state: Prefilled
         lm = receiver
         if method == "receiver":
-            state = prefill_prompts(receiver, [p.receiver for p in prompts])
+            state = clean
         else:
             assert cache is not None
             if method == "sharer":
                 lm, state = sharer, Prefilled(ids, mask, KV(cache.keys[:, :, :, :-1], cache.values[:, :, :, :-1]))
             elif method == "c2c":
-                state = pair.fuse(prompts, [(cache, [len(p.sharers[0]) for p in prompts])])
+                state = pair.fuse(prompts, clean=clean, sharers=[(cache, [len(p.sharers[0]) for p in prompts])])
             else:
-                state = fuse_others(pair, prompts, cache)
+                state = fuse_others(pair, prompts, clean, cache)
         letters = [[lm.continuation_ids(f" {letter}") for letter in q.letters] for q, _ in batch]
         for (question, _), scores in zip(batch, score(lm, state, letters), strict=True):
             logprobs = [round(s.logprob, 5) for s in scores]
@@ -150,15 +151,14 @@ def _answer(
     return answers
 
 
-def fuse_others(pair: C2C, prompts: Sequence[PromptIds], cache: KV) -> FusedCache:
+def fuse_others(pair: C2C, prompts: Sequence[PromptIds], clean: Prefilled, cache: KV) -> FusedCache:
     """Each prompt fused with the sharer's cache of the next prompt of the batch (of the first, for the last one)."""
     if len(prompts) < 2:
         raise C2CError("the control needs another question; give at least two")
     turned = [(row + 1) % len(prompts) for row in range(len(prompts))]
     swapped = [with_others_cache(p, prompts[i]) for p, i in zip(prompts, turned, strict=True)]
-    return pair.fuse(
-        swapped, [(KV(cache.keys[:, turned], cache.values[:, turned]), [len(p.sharers[0]) for p in swapped])]
-    )
+    others = KV(cache.keys[:, turned], cache.values[:, turned]), [len(p.sharers[0]) for p in swapped]
+    return pair.fuse(swapped, clean=clean, sharers=[others])
 
 
 def with_others_cache(prompt: PromptIds, other: PromptIds) -> PromptIds:
