@@ -37,7 +37,9 @@ def train(
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
     console = Console(stderr=True)
-    receiver, sharer = load_lm(config.receiver), load_lm(config.sharer)
+    # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
+    as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
+    receiver, sharer = load_lm(config.receiver), load_lm(config.sharer, None, **as_small)
     torch.manual_seed(config.seed)  # the fuser's first weights
     pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
