@@ -1,0 +1,295 @@
+"""c2c precompute, train and evaluate from end to end on tiny models: files, exit codes, reruns, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache2cache.cli import main
+from cache2cache.evaluation.likelihood import read_answers
+from cache2cache.kv import KV
+from cache2cache.pair import C2C
+from cache2cache.training import store
+from cache2cache.training.loop import Trainer
+from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
+from training.runs import recipe_of, write_models, write_questions, write_recipe
+
+
+def c2c(*arguments: object) -> int:
+    """Run a command in this process and return its exit code."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    return int(leaving.value.code or 0)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def recipe(models: Path, tmp_path: Path) -> Path:
+    """A recipe with a store, its models being those of the module."""
+    sources = {role: recipe_of(models)[role] for role in ("receiver", "sharer")}
+    return write_recipe(tmp_path, store=str(tmp_path / "store"), **sources)
+
+
+@pytest.fixture(scope="module")
+def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a trained fuser."""
+    folder = tmp_path_factory.mktemp("trained")
+    sources = {role: recipe_of(models)[role] for role in ("receiver", "sharer")}
+    assert c2c("train", write_recipe(folder, **sources)) == 0
+    return folder / "run"
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """refused(command, …): the one line it fails with, after making sure of exit code 1 and of no traceback."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert c2c(*arguments) == 1
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err and printed.out == ""
+        line = printed.err.rstrip("\n").rpartition("\n")[2]
+        assert line.startswith("error: ") and "unexpected" not in line, printed.err
+        return line
+
+    return run
+
+
+# ---- from rows to a table -------------------------------------------------------------------------------------------
+
+
+def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert c2c("precompute", recipe, "--dry-run") == 0
+    assert not (tmp_path / "store").exists()
+    assert "22 prompts, " in capsys.readouterr().err
+    assert c2c("precompute", recipe) == 0
+    said = capsys.readouterr().err
+    assert "relative error of int8" in said and f"{tmp_path / 'store'}: 22 prompts" in said.replace("\n", "")
+    shards = files(tmp_path / "store")
+    assert sorted(Path(name).suffix for name in shards) == [".json", ".safetensors"]
+
+    assert c2c("train", recipe) == 0
+    printed = capsys.readouterr()
+    fuser = tmp_path / "run" / "fuser"
+    assert printed.out == f"{fuser}\n"
+    assert "16 examples, 6 held out, 0 too long, 12 steps" in printed.err.replace("\n", " ")
+    assert "step 12: hold-out loss " in printed.err
+    assert sorted(files(tmp_path / "run")) == sorted(
+        ["checkpoint.pt", "log.jsonl", "recipe.json"]
+        + [f"fuser/{name}" for name in ("config.json", "fuser.safetensors", "training_ids.txt")]
+    )
+    assert C2C.from_pretrained(fuser).chat([{"role": "user", "content": "What is it?"}], max_new_tokens=3)
+
+    questions = write_questions(tmp_path / "questions.jsonl")
+    command = ("evaluate", fuser, "--task", questions, "--output", tmp_path / "out", "--batch-size", 4)
+    assert c2c(*command) == 0
+    assert "gain of C2C over the receiver" in capsys.readouterr().out
+    assert len(read_answers(tmp_path / "out" / "samples.jsonl")) == 36
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary["tasks"][str(questions)]) >= {"receiver", "sharer", "c2c", "other", "gain", "presence"}
+
+    before = files(tmp_path)
+    for again in (("precompute", recipe), ("train", recipe), command):
+        assert c2c(*again) == 0
+    assert files(tmp_path) == before  # nothing was left to do
+
+
+def test_options_over_the_recipe(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert c2c("precompute", recipe, "--store", "kept", "--precision", "int8", "--dtype", "bfloat16") == 0
+    kept = json.loads(Path("kept/store.json").read_text())
+    assert (kept["precision"], kept["computed_in"]) == ("int8", "bfloat16")
+    assert c2c("train", recipe, "--set", "store=kept", "--set", "epochs=1", "--output", "mine") == 0
+    saved = json.loads(Path("mine/fuser/config.json").read_text())["training"]
+    assert (saved["steps"], saved["recipe"]["epochs"]) == (4, 1)
+    assert c2c("train", recipe, "--live", "--output", "live") == 0  # the recipe's store doesn't exist
+    assert sorted(p.name for p in Path().iterdir()) == ["kept", "live", "mine"]
+    assert not (tmp_path / "store").exists() and not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_during_precompute(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "PROMPTS_PER_SHARD", 5)
+    compute, calls = store.prefill, []
+
+    def stop(*arguments: Any) -> KV:
+        calls.append(1)
+        if len(calls) == 13:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    monkeypatch.setattr(store, "prefill", stop)
+    assert c2c("precompute", recipe, "--batch-tokens", 1) == 130
+    assert capsys.readouterr().err.rstrip().endswith("interrupted")
+    before = files(tmp_path / "store")
+    assert len(before) == 3 and not any(name.startswith(".") for name in before)  # ten prompts and store.json
+    assert c2c("precompute", recipe, "--batch-tokens", 1) == 0
+    assert len(calls) == 13 + 12
+    assert {name: files(tmp_path / "store")[name] for name in before} == before
+
+
+def test_ctrl_c_during_training(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], trained: Path
+) -> None:
+    step = Trainer._train_step
+
+    def stop(self: Trainer, batch: Any) -> dict[str, Any]:
+        if self.step == 4:
+            os.kill(os.getpid(), 2)
+        return step(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_train_step", stop)
+        assert c2c("train", recipe, "--live") == 130
+    assert capsys.readouterr().err.rstrip().endswith("interrupted")
+    assert sorted(files(tmp_path / "run")) == ["checkpoint.pt", "log.jsonl", "recipe.json"]
+    assert c2c("train", recipe, "--live") == 0
+    assert files(tmp_path / "run")["fuser/fuser.safetensors"] == files(trained)["fuser/fuser.safetensors"]
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+def test_bad_recipes(recipe: Path, tmp_path: Path, refused: Refused) -> None:
+    before = files(tmp_path)
+    for command, *more in (["precompute"], ["train", "--live"]):
+        assert "no recipe at none.yaml" in refused(command, "none.yaml")
+        assert "unknown key epoch; did you mean epochs?" in refused(command, recipe, "--set", "epoch=2")
+        assert "epochs: " in refused(command, recipe, "--set", "epochs=many")
+        for content, words in (("", "no rows are left"), ("{half", "cannot be read as JSON lines"), ("[]", "is list")):
+            (tmp_path / "bad.jsonl").write_text(content)
+            assert words in refused(command, recipe, *more, "--set", f"data=[{{jsonl: {tmp_path / 'bad.jsonl'}}}]")
+        assert "none.jsonl cannot be read" in refused(command, recipe, *more, "--set", "data=[{jsonl: none.jsonl}]")
+    (tmp_path / "bad.jsonl").unlink()
+    assert files(tmp_path) == before
+
+
+def test_bad_models(recipe: Path, tmp_path: Path, refused: Refused) -> None:
+    before = files(tmp_path)
+    for command in ("precompute", "train"):
+        line = refused(command, recipe, "--set", "receiver.source=smollm2-135m")
+        assert "did you mean smollm2-135m-instruct" in line
+        assert str(tmp_path / "none") in refused(command, recipe, "--set", f"sharer.source={tmp_path / 'none'}")
+        line = refused(command, recipe, "--set", "fuser.variant=c3c")
+        assert "unknown fuser variant 'c3c'; expected one of c2c, c2c-c" in line
+    assert files(tmp_path) == before
+
+
+def test_bad_stores(recipe: Path, models: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "is no prefill store" in refused("train", recipe)
+    assert "names no store; give --store" in refused("precompute", recipe, "--set", "store=null")
+    assert "unknown precision 'int4'; expected bfloat16 or int8" in refused("precompute", recipe, "--precision", "int4")
+    assert "GB, the limit is 0.0 GB" in refused("precompute", recipe, "--max-gb", "0.0001")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "rows.jsonl"]
+
+    assert c2c("precompute", recipe) == 0
+    before = files(tmp_path)
+    other = tmp_path / "other"
+    tiny_model("qwen3", 5).save_pretrained(other)
+    tiny_tokenizer(TOKENIZER_OF["qwen3"]).save_pretrained(other)
+    for command in ("precompute", "train"):
+        line = refused(command, recipe, "--set", f"sharer.source={other}")
+        assert str(models / "qwen3") in line and str(other) in line
+    shutil.rmtree(other)
+    assert "holds bfloat16, int8 was asked for" in refused("precompute", recipe, "--precision", "int8")
+    more = {"instruction": "What is not in the store?", "response": "This."}
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(more) + "\n")
+    assert "is not in the store" in refused("train", recipe, "--output", tmp_path / "more")
+    shutil.rmtree(tmp_path / "more", ignore_errors=True)
+    (shard,) = (tmp_path / "store").glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:-9])
+    for command in ("precompute", "train"):
+        assert f"{shard.name} is damaged" in refused(command, recipe)
+    assert set(files(tmp_path)) == set(before)
+
+
+def test_folders_that_cannot_be_written(recipe: Path, trained: Path, tmp_path: Path, refused: Refused) -> None:
+    below = tmp_path / "file" / "folder"
+    below.parent.write_text("a file, not a folder")
+    questions = write_questions(tmp_path / "questions.jsonl", 3)
+    for command in (
+        ("precompute", recipe, "--store", below),
+        ("train", recipe, "--live", "--output", below),
+        ("evaluate", trained / "fuser", "--task", questions, "--output", below),
+    ):
+        line = refused(*command)
+        assert "Not a directory" in line and str(below) in line
+
+
+def test_bad_evaluations(trained: Path, models: Path, tmp_path: Path, refused: Refused) -> None:
+    questions = write_questions(tmp_path / "questions.jsonl", 3)
+    fuser, output = trained / "fuser", tmp_path / "out"
+    common = ("evaluate", fuser, "--output", output, "--task")
+    assert "unknown task 'arc-hard'; expected one of" in refused(*common, "arc-hard")
+    assert "no file none.jsonl" in refused(*common, "none.jsonl")
+    assert "unknown prompt 'long'" in refused(*common, questions, "--prompt", "long")
+    assert "unknown method 'text'" in refused(*common, questions, "--method", "text")
+    assert "has no split 'train' under" in refused(*common, "arc-easy", "--data-dir", tmp_path, "--split", "train")
+    assert not output.exists()
+    (tmp_path / "bad.jsonl").write_text('{"question": "?", "options": ["x"], "answer": 0}\n')
+    assert "bad.jsonl, line 1" in refused(*common, tmp_path / "bad.jsonl")
+    assert c2c("evaluate", fuser, "--batch-size", 1) == 2 and c2c("evaluate", fuser, "--limit", 1) == 2
+
+    other = tmp_path / "qwen2"
+    tiny_model("qwen2").save_pretrained(other)
+    tiny_tokenizer(TOKENIZER_OF["qwen2"]).save_pretrained(other)
+    line = refused(*common, questions, "--receiver", other)
+    assert f"{models / 'llama'} (3 layers, 3 KV heads of 8)" in line and f"{other} has 5 layers, 1 KV heads" in line
+    line = refused(*common, questions, "--sharer", other)
+    assert f"{models / 'qwen3'} (4 layers, 2 KV heads of 16)" in line and f"{other} has 5 layers" in line
+    assert not output.exists()
+
+    assert c2c(*common, questions) == 0
+    assert "another prompt; choose another --output" in refused(*common, questions, "--prompt", "short")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (os.environ["EVIL_FILE"], "w"))
+
+
+def test_bad_fusers(trained: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVIL_FILE", str(tmp_path / "touched"))
+    evil = pickle.dumps(Evil())
+    questions = write_questions(tmp_path / "questions.jsonl", 3)
+    folder = tmp_path / "fuser"
+    shutil.copytree(trained / "fuser", folder)
+    command = ("evaluate", folder, "--task", questions, "--output", tmp_path / "out")
+    weights = folder / "fuser.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], whole[:40], b"", evil):
+        weights.write_bytes(content)
+        assert "fuser.safetensors is damaged" in refused(*command)
+    weights.unlink()
+    (folder / "fuser.bin").write_bytes(evil)
+    assert "has fuser.bin, a pickle, which is not read" in refused(*command)
+    assert not (tmp_path / "touched").exists()
+    pickle.loads(evil).close()
+    assert (tmp_path / "touched").exists()  # it does run when it is unpickled
+    (folder / "config.json").write_text("{")
+    assert "is no fuser configuration" in refused(*command)
+    (folder / "config.json").unlink()
+    assert "holds no fuser: config.json is missing" in refused(*command)
+    assert "no fuser at" in refused("evaluate", "none", *command[2:])
+    assert not (tmp_path / "out").exists()

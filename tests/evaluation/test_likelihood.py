@@ -1,0 +1,267 @@
+"""Accuracy by option likelihood, against stock transformers; and the control, which must never see its own question."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache2cache import C2C, C2CError
+from cache2cache.evaluation import likelihood
+from cache2cache.evaluation.likelihood import Answer, evaluate, fuse_others, wilson, with_others_cache
+from cache2cache.kv import KV, pad_left, prefill, prefill_prompts
+from cache2cache.models import LM
+from cache2cache.pair import FusedCache, PromptIds
+from cache2cache.tasks import Question, load
+from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
+from training.runs import pair_of, write_questions
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[Question]:
+    made = load(str(write_questions(tmp_path / "questions.jsonl", 9)))
+    assert sorted({len(q.options) for q in made}) == [3, 4, 5]
+    return made
+
+
+def by_method(answers: list[Answer], method: str) -> dict[str, Answer]:
+    return {a.id: a for a in answers if a.method == method}
+
+
+def letters_of_stock(lm: LM, prompt: str, letters: str) -> list[float]:
+    """The letters' log-likelihoods behind the prompt, each from one ordinary forward pass over everything."""
+    tokenizer = lm.need_tokenizer()
+    chat = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) + ANSWER_PREFIX
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = []
+    for letter in letters:
+        more = tokenizer(f" {letter}", add_special_tokens=False)["input_ids"]
+        logprobs = lm.model(torch.tensor([ids + more])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        found.append(logprobs.gather(1, torch.tensor(more)[:, None]).sum().item())
+    return found
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "text_of"), [("paper", paper_prompt), ("short", short_prompt)])
+@pytest.mark.parametrize(("receiver", "sharer"), [("llama", "qwen3"), ("gemma3", "llama"), ("qwen2", "gemma3")])
+def test_each_model_alone_answers_as_in_stock_transformers(
+    receiver: str, sharer: str, prompt: str, text_of: Any, questions: list[Question], tmp_path: Path
+) -> None:
+    pair = pair_of(receiver, sharer)
+    answers = evaluate(pair, "own", questions, tmp_path / "samples.jsonl", prompt=prompt, batch_size=4)
+    assert len(answers) == 4 * 9
+    for method, lm in (("receiver", pair.receiver), ("sharer", pair.sharers[0])):
+        mine = by_method(answers, method)
+        choices = set()
+        for question in questions:
+            answer = mine[question.id]
+            expected = letters_of_stock(lm, text_of(question), question.letters)
+            assert answer.logprobs == pytest.approx(expected, abs=1e-3)
+            assert answer.choice == expected.index(max(expected)) < len(question.options)
+            assert answer.correct == (answer.choice == question.answer)
+            assert (answer.task, answer.prompt) == ("own", prompt)
+            choices.add(answer.choice)
+        assert len({tuple(a.logprobs) for a in mine.values()}) == 9 and choices
+    assert by_method(answers, "receiver") != by_method(answers, "sharer")
+
+
+def test_closed_gates_answer_as_the_receiver(questions: list[Question], tmp_path: Path) -> None:
+    answers = evaluate(pair_of(gate_init=0.0), "own", questions, tmp_path / "samples.jsonl")
+    alone = by_method(answers, "receiver")
+    for method in ("c2c", "other"):
+        mine = by_method(answers, method)
+        assert {i: a.choice for i, a in mine.items()} == {i: a.choice for i, a in alone.items()}
+        for i, answer in mine.items():
+            assert answer.logprobs == pytest.approx(alone[i].logprobs, abs=1e-4)
+
+
+def test_c2c_answers_from_the_fused_cache(questions: list[Question], tmp_path: Path) -> None:
+    """As `pair.score` does one question at a time, and the control as on the other question's cache."""
+    pair = pair_of()
+    answers = evaluate(pair, "own", questions, tmp_path / "samples.jsonl", prompt="short", batch_size=9)
+    chats = {q.id: [{"role": "user", "content": short_prompt(q)}] for q in questions}
+    for question in questions:
+        letters = [f" {letter}" for letter in question.letters]
+        expected = [s.logprob for s in pair.score(chats[question.id], letters, prefix=ANSWER_PREFIX)]
+        assert by_method(answers, "c2c")[question.id].logprobs == pytest.approx(expected, abs=1e-3)
+    encoded = {i: pair.encode(chat, prefix=ANSWER_PREFIX) for i, chat in chats.items()}
+    order = sorted(encoded, key=lambda i: (len(encoded[i].sharers[0]), i))
+    for place, i in enumerate(order):
+        mixed = with_others_cache(encoded[i], encoded[order[(place + 1) % 9]])
+        letters = [f" {letter}" for letter in next(q for q in questions if q.id == i).letters]
+        expected = [s.logprob for s in pair.score(mixed, letters)]
+        got = by_method(answers, "other")[i].logprobs
+        assert got == pytest.approx(expected, abs=1e-3)
+        assert got != pytest.approx(by_method(answers, "c2c")[i].logprobs, abs=1e-3)
+
+
+# ---- the control ----------------------------------------------------------------------------------------------------
+
+
+def prompts_of(pair: C2C) -> list[PromptIds]:
+    texts = [
+        "Which is it?\nA. iron\nB. water\nAnswer.",
+        "What?\nA. x\nB. yes\nAnswer.",
+        "Plants and light, which? Answer.",
+    ]
+    return [pair.encode([{"role": "user", "content": t}], prefix=ANSWER_PREFIX) for t in texts]
+
+
+def caches_of(pair: C2C, prompts: list[PromptIds]) -> KV:
+    return prefill(pair.sharers[0], *pad_left([p.sharers[0] for p in prompts], 0, "cpu"))
+
+
+def control(pair: C2C, prompts: list[PromptIds], cache: KV) -> FusedCache:
+    return fuse_others(pair, prompts, prefill_prompts(pair.receiver, [p.receiver for p in prompts]), cache)
+
+
+def test_the_control_reads_the_next_question_alone() -> None:
+    """Damage one question's cache: only the question before it, in the circle of the batch, may notice."""
+    pair = pair_of()
+    prompts = prompts_of(pair)
+    for damaged in range(3):
+        cache = caches_of(pair, prompts)
+        cache.keys[:, damaged] = cache.values[:, damaged] = float("nan")
+        fused = control(pair, prompts, cache).kv
+        noticed = []
+        for row, prompt in enumerate(prompts):
+            mine = fused.keys[:, row, :, fused.length - len(prompt.receiver) + 1 :]
+            noticed.append(bool(mine.isnan().any()))
+        assert noticed == [row == (damaged - 1) % 3 for row in range(3)]
+
+
+def test_the_control_is_the_fuser_on_the_others_cache() -> None:
+    """Position by position, with a fuser that leaves nothing of the receiver's own cache ("project")."""
+    pair = pair_of(residual=False, gating=False)
+    with torch.no_grad():
+        pair.fusers[0].in_receiver.weight.zero_()
+    prompts = prompts_of(pair)
+    assert len({len(p.sharers[0]) for p in prompts}) == 3
+    fused = control(pair, prompts, caches_of(pair, prompts))
+    for row, prompt in enumerate(prompts):
+        other = prompts[(row + 1) % 3]
+        theirs, mine = other.sharers[0], prompt.sharers[0]
+        layers = pair.sharers[0].model(torch.tensor([theirs])).past_key_values.layers
+        sharer = KV(torch.stack([x.keys for x in layers]), torch.stack([x.values for x in layers]))
+        length = len(prompt.receiver) - 1
+        blank = KV(torch.zeros(3, 1, 3, length, 8), torch.zeros(3, 1, 3, length, 8))
+        positions = [(t, s) for t, s in enumerate(prompt.maps[0][:-1]) if s >= 0]
+        # Counted from the end, where both prompts have the same template; before its start its first token.
+        where = [(0, t, max(0, len(theirs) - (len(mine) - s))) for t, s in positions]
+        with torch.no_grad():
+            expected = pair.fusers[0](blank, sharer, torch.tensor(where).T)
+        at = [t for t, _ in positions]
+        start = fused.kv.length - length
+        torch.testing.assert_close(
+            fused.kv.keys[:, row, :, start:][:, :, at], expected.keys[:, 0][:, :, at], atol=1e-4, rtol=1e-4
+        )
+        assert len(at) > 20 and fused.fused_positions[row] == len(at)
+
+
+def test_the_last_tokens_keep_their_partners() -> None:
+    mine = PromptIds([1, 2, 3, 4], [[10, 11, 12, 13, 14]], [[-1, 0, 3, 4]])
+    longer = PromptIds([5], [[20, 21, 22, 23, 24, 25, 26]], [[0]])
+    shorter = PromptIds([5], [[30, 31, 32]], [[0]])
+    assert with_others_cache(mine, longer) == PromptIds(mine.receiver, longer.sharers, [[-1, 2, 5, 6]])
+    assert with_others_cache(mine, shorter) == PromptIds(mine.receiver, shorter.sharers, [[-1, 0, 1, 2]])
+
+
+def test_a_single_question_has_no_other(questions: list[Question], tmp_path: Path) -> None:
+    with pytest.raises(C2CError, match="the control needs another question; give at least two"):
+        evaluate(pair_of(), "own", questions[:1], tmp_path / "samples.jsonl")
+    assert len(evaluate(pair_of(), "own", questions[:1], tmp_path / "s.jsonl", methods=["receiver", "c2c"])) == 2
+
+
+def test_no_batch_holds_a_single_question() -> None:
+    for count in range(2, 70):
+        items: list[Any] = list(range(count))
+        for size in range(2, 20):
+            made = likelihood._split(items, size)
+            assert [i for batch in made for i in batch] == items
+            assert all(2 <= len(batch) <= max(size, 3) for batch in made)
+            assert max(map(len, made)) - min(map(len, made)) <= 1
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_samples_file_is_completed(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, path = pair_of(), tmp_path / "samples.jsonl"
+    told: list[int] = []
+    once = evaluate(pair, "own", questions, path, batch_size=4, progress=told.append)
+    whole = path.read_bytes()
+    assert told == [3, 3, 3] and whole.count(b"\n") == 36
+    first_lines = len(b"".join(whole.splitlines(keepends=True)[:17]))
+    for cut in (first_lines + 30, first_lines, len(whole) - 1, 5, 0):
+        path.write_bytes(whole[:cut])
+        again = evaluate(pair, "own", questions, path, batch_size=4)
+        assert path.read_bytes() == whole
+        assert sorted(again, key=str) == sorted(once, key=str)
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("samples.jsonl", "questions.jsonl")] == []
+
+    def never(*_: Any) -> None:
+        raise AssertionError("everything has been answered")
+
+    monkeypatch.setattr(likelihood, "_answer", never)
+    assert len(evaluate(pair, "own", questions, path, batch_size=4)) == 36
+
+
+def test_only_what_is_asked_for_comes_back(questions: list[Question], tmp_path: Path) -> None:
+    """One file holds several tasks and prompts; fewer questions or methods later give fewer answers."""
+    pair, path = pair_of(), tmp_path / "samples.jsonl"
+    evaluate(pair, "one", questions, path)
+    evaluate(pair, "two", questions[:4], path, prompt="short", methods=["receiver"])
+    assert len(path.read_text().splitlines()) == 40
+    again = evaluate(pair, "one", questions[2:5], path, methods=["c2c", "receiver"])
+    assert {(a.id, a.method) for a in again} == {(q.id, m) for q in questions[2:5] for m in ("c2c", "receiver")}
+    assert all((a.task, a.prompt) == ("one", "paper") for a in again) and len(again) == 6
+    assert len(path.read_text().splitlines()) == 40
+    more = evaluate(pair, "two", questions[:4], path, prompt="short", methods=["receiver", "c2c"])
+    assert len(more) == 8 and len(path.read_text().splitlines()) == 44
+
+
+def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
+    pair, path = pair_of(), tmp_path / "samples.jsonl"
+    with pytest.raises(C2CError, match="unknown prompt 'long'; expected one of paper, short"):
+        evaluate(pair, "own", questions, path, prompt="long")
+    with pytest.raises(C2CError, match="unknown method 'text'; expected one of receiver, sharer, c2c, other"):
+        evaluate(pair, "own", questions, path, methods=["c2c", "text"])
+    with pytest.raises(C2CError, match="two questions of own have the same id"):
+        evaluate(pair, "own", [questions[0], replace(questions[1], id=questions[0].id)], path)
+    both = C2C(pair.receiver, [pair.sharers[0]] * 2, [pair.fusers[0]] * 2)  # type: ignore[list-item]
+    with pytest.raises(C2CError, match="a pair with one sharer, 2 were given"):
+        evaluate(both, "own", questions, path)
+    assert not path.exists()
+    for content in ('{"other": 1}\n', "text\n", "[]\n", json.dumps([1]) + "\n"):
+        path.write_text(content)
+        with pytest.raises(
+            C2CError, match=r"samples.jsonl holds other rows than answers \(.*\); choose another output"
+        ):
+            evaluate(pair, "own", questions, path)
+        assert path.read_text() == content
+
+
+# ---- the interval ---------------------------------------------------------------------------------------------------
+
+
+def test_wilson() -> None:
+    """The examples of Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3."""
+    for right, total, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 1 - 0.1611, 1.0),
+    ):
+        assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
+    with pytest.raises(C2CError, match="nothing was measured"):
+        wilson(0, 0)

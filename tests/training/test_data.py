@@ -1,0 +1,278 @@
+"""Training examples: layouts of rows, draws that only the seed decides, and no question that is measured on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache2cache import C2CError
+from cache2cache.config import TrainConfig
+from cache2cache.fuser import checkpoint
+from cache2cache.tasks import Question, load
+from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
+from cache2cache.training import data
+from cache2cache.training.data import HELD_OUT, Example, examples, question_example, read_chat
+from cache2cache.training.recipe import read_recipe
+from training.runs import config_of, write_rows
+
+ROOT = Path(__file__).parents[2]
+TASKS = ("arc-easy", "arc-challenge", "openbookqa")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Q", "response": "A"}, ([user("Q")], "A")),
+        ({"instruction": " Q ", "context": " C ", "response": " A\n", "category": "x"}, ([user("Q\n\nC")], "A")),
+        ({"instruction": "Q", "input": "I", "output": "A"}, ([user("Q\n\nI")], "A")),
+        ({"instruction": "Q", "input": "", "output": "A"}, ([user("Q")], "A")),
+        ({"prompt": "Q", "completion": "A"}, ([user("Q")], "A")),
+        ({"prompt": "Q", "response": "A"}, ([user("Q")], "A")),
+        ({"messages": [user("Q"), {"role": "assistant", "content": " A "}]}, ([user("Q")], "A")),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "S"},
+                    {"from": "human", "value": "Q"},
+                    {"from": "gpt", "value": "A"},
+                    {"from": "human", "value": "Q2"},
+                    {"from": "gpt", "value": "A2"},
+                    {"from": "human", "value": "never answered"},
+                ]
+            },
+            (
+                [
+                    {"role": "system", "content": "S"},
+                    user("Q"),
+                    {"role": "assistant", "content": "A"},
+                    user("Q2"),
+                ],
+                "A2",
+            ),
+        ),
+    ],
+)
+def test_layouts(row: dict[str, Any], expected: tuple[list[dict[str, str]], str]) -> None:
+    messages, response = read_chat(row, "row")
+    assert (list(messages), response) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"question": "Q", "answer": "A"}, "file, row 7 has fields question, answer; expected messages, conversations"),
+        ({"instruction": "Q", "response": "  "}, "file, row 7 has fields instruction, response; expected"),
+        ({"instruction": 5, "response": "A"}, "expected messages"),
+        ({"messages": [user("Q")]}, "file, row 7 has no assistant turn behind a user turn"),
+        ({"messages": [{"role": "assistant", "content": "A"}]}, "no assistant turn behind"),
+        ({"messages": [user("Q"), {"role": "assistant", "content": " "}]}, "no assistant turn behind"),
+        ({"messages": [user("Q"), {"role": "tool", "content": "A"}]}, "a turn with fields role, content has no known"),
+        ({"messages": [{"role": "user", "content": ["parts"]}]}, "a turn with fields role, content has no known role"),
+        ({"messages": "Q"}, "row 7: a turn is str; expected an object"),
+        ([1, 2], "file, row 7 is list; expected an object"),
+    ],
+)
+def test_rows_that_are_none(row: Any, words: str) -> None:
+    with pytest.raises(C2CError, match=words):
+        read_chat(row, "file, row 7")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "Q", "completion": "A"}\n{half\n', "rows.jsonl cannot be read as JSON lines"),
+        (b"\xff\xfe\xfd\n", "rows.jsonl cannot be read as JSON lines"),
+        (b'{"prompt": "Q", "completion": "A"}\n\n{"prompt": "Q"}\n', "rows.jsonl, row 1 has fields prompt;"),
+        (b'"text"\n', "rows.jsonl, row 0 is str"),
+        (b"", "no rows are left of .*rows.jsonl"),
+        (b"\n\n", "no rows are left of .*rows.jsonl"),
+    ],
+)
+def test_files_that_are_none(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(C2CError, match=words):
+        examples(config_of(tmp_path))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(C2CError, match=r"rows.jsonl cannot be read .*No such file"):
+        examples(config_of(tmp_path))
+    with pytest.raises(C2CError, match="unknown task 'arc-hard'; expected one of"):
+        examples(config_of(tmp_path, data=[{"task": "arc-hard"}]))
+    with pytest.raises(C2CError, match="has no split 'train' under"):
+        examples(config_of(tmp_path, data=[{"task": "arc-easy"}], data_dir=tmp_path))
+
+
+# ---- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_has_one_of_four_forms() -> None:
+    seen = set()
+    for n in range(60):
+        question = Question(f"q{n}", "Which?", ("x", "y", "z"), 1)
+        example = question_example("arc-easy", question)
+        assert example == question_example("arc-easy", question) and example.id == f"arc-easy:q{n}"
+        prompts = {paper_prompt(question): "paper", short_prompt(question): "short"}
+        (message,) = example.messages
+        if example.prefix:
+            assert (example.prefix, example.response, example.ends) == (ANSWER_PREFIX, " B", False)
+        else:
+            assert (example.response, example.ends) == (f"{ANSWER_PREFIX} B", True)
+        seen.add((prompts[message["content"]], bool(example.prefix)))
+    assert len(seen) == 4
+
+
+# ---- draws ----------------------------------------------------------------------------------------------------------
+
+
+def mirror(folder: Path, train: list[str]) -> Path:
+    """A data folder with an OpenBookQA train split of these row ids."""
+    path = folder / "allenai" / "openbookqa" / "main" / "train.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    choices = {"text": ["x", "y"], "label": ["A", "B"]}
+    with gzip.open(path, "wt") as file:
+        for row in train:
+            file.write(
+                json.dumps({"id": row, "question_stem": f"q {row}", "choices": choices, "answerKey": "B"}) + "\n"
+            )
+    return folder
+
+
+def test_limits_are_drawn_with_the_seed_and_nothing_else(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 40)
+    folder = mirror(tmp_path / "mirror", [str(5000 + n) for n in range(30)])
+    sources = [{"jsonl": str(tmp_path / "rows.jsonl"), "limit": 12}, {"task": "openbookqa", "limit": 9}]
+
+    def drawn(**changes: Any) -> list[Example]:
+        return examples(config_of(tmp_path, **{"data": sources, "data_dir": folder, **changes}))
+
+    first = drawn()
+    assert [e.id.split(":")[0] for e in first].count("openbookqa") == 9 and len(first) == 21
+    # Not the order of the sources, and the same whatever else the run does, its models included.
+    assert drawn(batch_size=1, receiver={"source": "another"}, sharer={"source": "one more"}) == first
+    assert [e.id for e in first] != sorted(e.id for e in first)
+    other = drawn(seed=1)
+    assert {e.id for e in other} != {e.id for e in first}
+    # A source draws the same rows whatever stands beside it.
+    alone = drawn(data=sources[1:])
+    assert {e.id for e in alone} == {e.id for e in first if e.id.startswith("openbookqa")}
+    assert len(drawn(data=[{**sources[0], "limit": 400}])) == 40
+
+
+def test_lengths(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * n, "completion": "one two, three four" if n % 2 else "short one"} for n in range(1, 11)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"jsonl": str(tmp_path / "rows.jsonl"), "max_prompt_chars": 6, "max_response_chars": 12}
+    made = {int(e.id.rpartition(":")[2]): e for e in examples(config_of(tmp_path, data=[source]))}
+    assert sorted(made) == [0, 1, 2, 3, 4, 5]
+    assert (made[0].response, made[0].ends) == ("one two,", False)  # at a word; what was cut off doesn't end
+    assert (made[1].response, made[1].ends) == ("short one", True)
+    with pytest.raises(C2CError, match=r"no rows are left of .*; check split and limits"):
+        examples(config_of(tmp_path, data=[{**source, "jsonl": write_rows(tmp_path / "long.jsonl")}]))
+
+
+def test_a_source_named_twice(tmp_path: Path) -> None:
+    source = {"jsonl": str(write_rows(tmp_path / "rows.jsonl"))}
+    with pytest.raises(C2CError, match="two sources of the recipe give the same rows"):
+        examples(config_of(tmp_path, data=[source, {**source, "limit": 2}]))
+
+
+def test_held_out_rows_are_dropped_and_move_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = HELD_OUT["openbookqa"][:4]
+    folder = mirror(tmp_path / "mirror", [*twins, *(str(5000 + n) for n in range(30))])
+    config = config_of(tmp_path, data=[{"task": "openbookqa", "limit": 25}], data_dir=folder)
+    kept = examples(config)
+    monkeypatch.setattr(data, "HELD_OUT", {})
+    every = examples(config)
+    twin_ids = {f"openbookqa:{row}" for row in twins}
+    assert kept == [e for e in every if e.id not in twin_ids] and 0 < len(every) - len(kept) <= 4
+
+
+# ---- nothing that is measured on is trained on ----------------------------------------------------------------------
+
+
+def normal(text: str) -> str:
+    """Lower case, and words only: other punctuation or spaces make no other question."""
+    return re.sub(r"\W+", " ", text.lower()).strip()
+
+
+def held_out_questions(data_dir: Path) -> Iterator[tuple[str, str]]:
+    """(where, question) of the validation splits and of MMLU-Redux."""
+    for task in TASKS:
+        for question in load(task, "validation", data_dir):
+            yield f"{task}:{question.id}", question.question
+    for path in sorted((data_dir / "edinburgh-dawg" / "mmlu-redux-2.0").glob("*/test.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield f"mmlu-redux:{path.parent.name}", json.loads(line)["question"]
+
+
+@pytest.fixture(scope="session")
+def held_out(data_dir: Path) -> set[str]:
+    texts = {normal(question) for _, question in held_out_questions(data_dir)}
+    assert len(texts) > 3500
+    return texts
+
+
+@pytest.fixture(scope="session")
+def default_recipe(data_dir: Path) -> TrainConfig:
+    return read_recipe(ROOT / "recipes" / "default.yaml", [f"data_dir={data_dir}"])
+
+
+def test_the_held_out_list_is_what_the_data_says(data_dir: Path, held_out: set[str]) -> None:
+    for task in TASKS:
+        found = [q.id for q in load(task, "train", data_dir) if normal(q.question) in held_out]
+        assert sorted(found) == sorted(HELD_OUT[task])
+    assert set(HELD_OUT) == set(TASKS)
+
+
+def test_no_held_out_question_is_trained_on(data_dir: Path, held_out: set[str], default_recipe: TrainConfig) -> None:
+    """Neither the question of an example nor its whole text is that of a held-out row."""
+    asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
+    made = examples(default_recipe)
+    assert len(made) > 4000 and sum(e.id in asked for e in made) > 3000
+    for example in made:
+        for text in (asked.get(example.id, ""), *(m["content"] for m in example.messages)):
+            assert normal(text) not in held_out, example.id
+    prompts = {normal(e.messages[0]["content"]) for e in made}
+    for task in TASKS:
+        for question in load(task, "validation", data_dir):
+            assert not {normal(paper_prompt(question)), normal(short_prompt(question))} & prompts
+
+
+def packaged_ids() -> list[str]:
+    path = checkpoint.PACKAGED / checkpoint.DEFAULT / "training_ids.txt"
+    if not path.is_file():
+        pytest.skip("no fuser comes along yet")
+    ids = path.read_text().splitlines()
+    assert len(ids) == len(set(ids)) > 100
+    return ids
+
+
+def test_the_packaged_fuser_saw_no_twin_of_a_held_out_row() -> None:
+    twins = {f"{task}:{row}" for task, rows in HELD_OUT.items() for row in rows}
+    assert not twins & set(packaged_ids())
+
+
+def test_the_packaged_fuser_saw_no_held_out_row(
+    data_dir: Path, held_out: set[str], default_recipe: TrainConfig
+) -> None:
+    ids = set(packaged_ids())
+    validation = {f"{task}:{q.id}" for task in TASKS for q in load(task, "validation", data_dir)}
+    assert not ids & validation
+    assert ids <= {example.id for example in examples(default_recipe)}
+    asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
+    assert not {i for i in ids if normal(asked.get(i, "")) in held_out}
