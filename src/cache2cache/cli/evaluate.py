@@ -31,9 +31,11 @@ def evaluate(
 
     Run it again after an interruption: what stands in the output folder is not asked again.
     """
+    from cache2cache import heap
     from cache2cache.evaluation.likelihood import METHODS
     from cache2cache.evaluation.report import run
 
+    heap.keep()
     run(
         fuser,
         tasks=task or ["arc-easy", "openbookqa"],

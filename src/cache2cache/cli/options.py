@@ -34,8 +34,10 @@ def load_pair(
     The first prompt of a process pays for threads, buffers and pages that no later one pays for; no answer's clock
     should hold that. What is printed goes to stderr.
     """
+    from cache2cache import heap
     from cache2cache.pair import C2C
 
+    heap.keep()
     print("loading the models …", file=sys.stderr, flush=True)
     pair = C2C.from_pretrained(
         fuser, receiver=receiver, sharers=None if sharer is None else [sharer], dtype=dtype, device=device

@@ -24,10 +24,12 @@ def precompute(
     ] = False,
 ) -> None:
     """Fill a prefill store. Run it again after an interruption: it goes on where it was."""
+    from cache2cache import heap
     from cache2cache.errors import C2CError
     from cache2cache.training.precompute import precompute as run
     from cache2cache.training.recipe import read_recipe
 
+    heap.keep()
     config = read_recipe(recipe, settings or [])
     folder = store or config.store
     if folder is None:

@@ -27,12 +27,14 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from cache2cache import heap
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
     from cache2cache.training.loop import Trainer, prepare
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.store import Store
 
+    heap.keep()
     config = read_recipe(recipe, settings or [])
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
