@@ -135,7 +135,11 @@ class TrainConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="on matrices only")
     gate_learning_rate: float | None = Field(None, gt=0, description="of the gate logits, where it should differ")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    loss: Literal["token", "example"] = Field("token", description="what counts equally: response tokens, or examples")
+    loss: Literal["token", "example", "sum"] = Field(
+        "token",
+        description="token: mean over all response tokens; example: mean over the means of the responses; sum: mean over "
+        "the sums of the responses",
+    )
     max_tokens: int = Field(2048, gt=1, description="examples with longer prompts are left out, longer responses cut")
     calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")
     holdout: int = Field(64, ge=0, description="examples kept out of training to watch the loss on")

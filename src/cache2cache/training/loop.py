@@ -89,7 +89,7 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
         pair: with one sharer; gradients flow where its fuser has them enabled.
         items: the batch.
         store: sharer prefills; None computes them.
-        per: what counts equally, "token" or "example".
+        per: how tokens are averaged, see `TrainConfig.loss`.
 
     Returns:
         The loss (), and (B,) bool.
@@ -123,6 +123,8 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
     greedy = ((logits.argmax(-1) == target) | ~real).all(1)
     if per == "token":
         return nll.sum() / real.sum(), greedy
+    if per == "sum":
+        return nll.sum(1).mean(), greedy
     return (nll.sum(1) / real.sum(1)).mean(), greedy
 
 
@@ -159,13 +161,13 @@ def calibrate(pair: C2C, items: Sequence[Item], store: Store | None, batch_size:
 
 
 def batches(items: Sequence[Item], batch_size: int, seed: int, epoch: int) -> list[list[Item]]:
-    """One epoch's batches: shuffled by seed and epoch, examples of like length together."""
+    """One epoch's batches: shuffled by seed and epoch, examples of like response and prompt length together."""
     order = list(items)
     generator = random.Random(f"{seed}:{epoch}")
     generator.shuffle(order)
     made = []
     for begin in range(0, len(order), 16 * batch_size):
-        group = sorted(order[begin : begin + 16 * batch_size], key=lambda item: item.length)
+        group = sorted(order[begin : begin + 16 * batch_size], key=lambda item: (len(item.response).bit_length(), item.length))
         made += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
     generator.shuffle(made)
     return made
