@@ -137,8 +137,8 @@ class TrainConfig(BaseModel):
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     loss: Literal["token", "example", "sum"] = Field(
         "token",
-        description="token: mean over all response tokens; example: mean over the means of the responses; sum: mean over "
-        "the sums of the responses",
+        description="token: mean over all response tokens; example: mean over the means of the responses; sum: mean "
+        "over the sums of the responses",
     )
     max_tokens: int = Field(2048, gt=1, description="examples with longer prompts are left out, longer responses cut")
     calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")

@@ -53,6 +53,8 @@ def test_loss_with_closed_gates_is_that_of_stock_transformers(receiver: str) -> 
     assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
     loss, _ = response_loss(pair, items, None, per="example")
     assert loss.item() == pytest.approx(sum(e.mean().item() for e in expected) / 4, rel=1e-5)
+    loss, _ = response_loss(pair, items, None, per="sum")
+    assert loss.item() == pytest.approx(sum(e.sum().item() for e in expected) / 4, rel=1e-5)
 
 
 @pytest.mark.parametrize("receiver", FAMILIES)

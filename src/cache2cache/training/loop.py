@@ -167,7 +167,9 @@ def batches(items: Sequence[Item], batch_size: int, seed: int, epoch: int) -> li
     generator.shuffle(order)
     made = []
     for begin in range(0, len(order), 16 * batch_size):
-        group = sorted(order[begin : begin + 16 * batch_size], key=lambda item: (len(item.response).bit_length(), item.length))
+        group = sorted(
+            order[begin : begin + 16 * batch_size], key=lambda item: (len(item.response).bit_length(), item.length)
+        )
         made += [group[i : i + batch_size] for i in range(0, len(group), batch_size)]
     generator.shuffle(made)
     return made
