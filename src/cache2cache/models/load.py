@@ -290,11 +290,13 @@ def _find(spec: ModelSpec) -> _Found:
             )
         return _Found(source, str(source), None)
     if spec.source in (one.name for one in catalogue.entries()):
-        if spec.revision is not None or spec.gguf_file is not None:
+        pinned = catalogue.entry(spec.source).sha256
+        # The SHA-256 itself is let pass: it is the revision that a fuser remembers of such a model.
+        if spec.revision not in (None, pinned) or spec.gguf_file is not None:
             raise C2CError(
                 f"{spec.source} is a catalogue name, which pins its bytes; revision and gguf_file are for hub ids"
             )
-        return _Found(catalogue.pull(spec.source), spec.source, catalogue.entry(spec.source).sha256)
+        return _Found(catalogue.pull(spec.source), spec.source, pinned)
     if source.suffix.lower() == ".gguf" or source.is_absolute() or spec.source.startswith((".", "~")):
         raise C2CError(f"{source} does not exist; give an existing folder or .gguf file, a catalogue name or a hub id")
     if not _HUB_ID.fullmatch(spec.source):
