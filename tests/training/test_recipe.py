@@ -60,7 +60,7 @@ def test_there_is_a_recipe() -> None:
         ("epochs=many", "epochs: .*integer.*, given 'many'"),
         ("epochs=0", "epochs: .*greater than 0, given 0"),
         ("epochs=2.5", "epochs: .*given 2.5"),
-        ("loss=mean", "loss: .*'token' or 'example'"),
+        ("loss=mean", "loss: .*'token', 'example' or 'sum'"),
         ("fuser.dropout=1", "fuser.dropout: .*less than 1"),
         ("fuser.residual=false", "fuser: .*gating without residual"),
         ("data=[]", "data: .*at least 1 item"),

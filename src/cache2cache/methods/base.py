@@ -97,14 +97,14 @@ def grow(answer: Answer, began: float, chunks: Iterator[Chunk], *, message: bool
                 text = answer.message + chunk.text
                 changes = {
                     "message": text,
-                    "message_tokens": answer.message_tokens + 1,
+                    "message_tokens": answer.message_tokens + (chunk.token is not None),
                     "bytes_passed": len(text.encode()),
                 }
             else:
                 first = answer.first_token_s or now
                 changes = {
                     "text": answer.text + chunk.text,
-                    "new_tokens": answer.new_tokens + 1,
+                    "new_tokens": answer.new_tokens + (chunk.token is not None),
                     "first_token_s": first,
                 }
             answer = replace(answer, total_s=now, **changes)
