@@ -95,7 +95,8 @@ def test_it_answers(pair: C2C) -> None:
     """One question, greedily: the same from `chat`, `generate` and `stream`, and a letter that it offers."""
     question = QUESTIONS[1]
     fused = pair.prefill(chat_of(question))
-    assert fused.coverage[0][0] > 0.9 and fused.fused_positions[0] > 20 and fused.bytes_passed > 10**6
+    # All but the receiver's own default system message, of which the sharer's template has another.
+    assert fused.coverage[0][0] > 0.7 and fused.fused_positions[0] > 20 and fused.bytes_passed > 10**6
     tokens = pair.generate(fused, **GREEDY)[0, fused.input_ids.shape[1] :].tolist()
     chunks = list(pair.stream(fused, **GREEDY))
     assert [chunk.token for chunk in chunks if chunk.token is not None] == tokens
