@@ -71,7 +71,7 @@ def _is_weight(name: str) -> bool:
 def resolve(source: str | Path | None, revision: str | None = None) -> Path:
     """The folder of a fuser: None or the name of a packaged one, a local folder, or a hub id (downloaded)."""
     name = str(source or DEFAULT)
-    for folder in (Path(name), PACKAGED / name):
+    for folder in (PACKAGED / name,) if source is None else (Path(name), PACKAGED / name):
         if (folder / "config.json").is_file():
             return folder
     if Path(name).is_dir():
