@@ -221,12 +221,14 @@ def test_only_what_is_asked_for_comes_back(questions: list[Question], tmp_path: 
     evaluate(pair, "one", questions, path)
     evaluate(pair, "two", questions[:4], path, prompt="short", methods=["receiver"])
     assert len(path.read_text().splitlines()) == 40
+    evaluate(pair, "three", questions[:2], path, methods=["receiver"])
+    assert len(path.read_text().splitlines()) == 42
     again = evaluate(pair, "one", questions[2:5], path, methods=["c2c", "receiver"])
     assert {(a.id, a.method) for a in again} == {(q.id, m) for q in questions[2:5] for m in ("c2c", "receiver")}
     assert all((a.task, a.prompt) == ("one", "paper") for a in again) and len(again) == 6
-    assert len(path.read_text().splitlines()) == 40
+    assert len(path.read_text().splitlines()) == 42
     more = evaluate(pair, "two", questions[:4], path, prompt="short", methods=["receiver", "c2c"])
-    assert len(more) == 8 and len(path.read_text().splitlines()) == 44
+    assert len(more) == 8 and len(path.read_text().splitlines()) == 46
 
 
 def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_decay_is_on_matrices_only(tmp_path: Path, variant: str) -> None:
 def test_prepare_cuts_leaves_out_and_sets_aside(tmp_path: Path) -> None:
     rows = [
         {"prompt": "short", "completion": "one two three four five six seven eight nine ten " * 3},
-        {"prompt": "long " * 40, "completion": "x"},
+        {"prompt": "The capital of France is Paris. " * 2, "completion": "x"},  # too long for the receiver alone
         *({"prompt": f"row {n}", "completion": "yes"} for n in range(8)),
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -372,8 +372,9 @@ def test_a_finished_run_is_left_alone(runs: Run, monkeypatch: pytest.MonkeyPatch
 def test_the_seed_decides(runs: Run, tmp_path: Path) -> None:
     weights = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        torch.manual_seed(99)  # whatever happened before
-        folder = runs.trainer(output=tmp_path / name, seed=seed, epochs=1).run()
+        trainer = runs.trainer(output=tmp_path / name, seed=seed, epochs=1)
+        torch.manual_seed(ord(name))  # whatever was drawn before, dropout and noise are the run's own
+        folder = trainer.run()
         weights.append(load_file(folder / "fuser.safetensors"))
     assert same_weights(weights[0], weights[1]) and not same_weights(weights[0], weights[2])
 
