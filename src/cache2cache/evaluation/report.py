@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import ModelSpec
+from ..config import ModelIdentity, ModelSpec
 from ..errors import C2CError
 from ..fuser import checkpoint
 from ..pair import C2C, identity
@@ -47,12 +47,15 @@ def run(
     if empty := [task for task, rows in questions.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
     config = checkpoint.read_config(checkpoint.resolve(fuser))[0]
-    assert config.receiver is not None and config.sharer is not None
-    pair = C2C.from_pretrained(
-        fuser,
-        receiver=ModelSpec(source=receiver[0] or config.receiver.name, dtype=receiver[1]),
-        sharers=ModelSpec(source=sharer[0] or config.sharer.name, dtype=sharer[1]),
-    )
+
+    def spec(given: tuple[str | None, str], trained_for: ModelIdentity | None) -> ModelSpec:
+        source, dtype = given
+        if source is not None:
+            return ModelSpec(source=source, dtype=dtype)
+        assert trained_for is not None  # a saved fuser names its models
+        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
+
+    pair = C2C.from_pretrained(fuser, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
     settings = {
         "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
         "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},

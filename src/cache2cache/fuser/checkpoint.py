@@ -53,6 +53,7 @@ def save(
     partial = folder / f".fuser.safetensors.{os.getpid()}"
     try:
         save_file(tensors, partial)
+        partial.chmod(0o644)  # safetensors lets only the owner read; a wheel or a shared folder is read by others
         os.replace(partial, folder / "fuser.safetensors")
     finally:
         partial.unlink(missing_ok=True)

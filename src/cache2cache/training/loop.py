@@ -365,8 +365,9 @@ class Trainer:
         }
         dtype = getattr(torch, self.config.weights_on_disk)
         checkpoint.save(self.fuser, folder, dtype=dtype, training=training)
-        ids = folder / "training_ids.txt"
-        ids.write_text("".join(f"{item.id}\n" for item in sorted(self.data.train, key=lambda i: i.id)))
+        partial = folder / f".training_ids.{os.getpid()}"
+        partial.write_text("".join(f"{item.id}\n" for item in sorted(self.data.train, key=lambda i: i.id)))
+        os.replace(partial, folder / "training_ids.txt")
         return folder
 
 
