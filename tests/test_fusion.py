@@ -17,8 +17,8 @@ THREE = ("llama", "qwen3", "gemma3", "qwen2")  # a receiver and three sharers of
 
 
 def close(a: KV, b: KV) -> None:
-    torch.testing.assert_close(a.keys, b.keys, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a.keys, b.keys, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(a.values, b.values, atol=3e-5, rtol=1e-4)
 
 
 def some(pair: C2C, *chosen: int) -> C2C:
