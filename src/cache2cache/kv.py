@@ -54,6 +54,11 @@ class KV:
         """The given rows of the batch; with a slice no copy is made."""
         return KV(self.keys[:, index], self.values[:, index])
 
+    def tail(self, row: int, length: int) -> KV:
+        """The last `length` positions of one row, (L, 1, H, length, D), a view: a row without its padding."""
+        start = self.length - length
+        return KV(self.keys[:, row : row + 1, :, start:], self.values[:, row : row + 1, :, start:])
+
     def to(self, *args: Any, **kwargs: Any) -> KV:
         """As `Tensor.to`, for both tensors."""
         return KV(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs))
@@ -107,9 +112,9 @@ class KV:
 class _Slot(DynamicLayer):
     """One layer of a `_StackedCache`: writes in place and returns views, so that nothing is copied or stacked later."""
 
-    def __init__(self, owner: _StackedCache, index: int) -> None:
+    def __init__(self, owner: _StackedCache, index: int, filled: int) -> None:
         super().__init__()
-        self.owner, self.index, self.filled = owner, index, 0
+        self.owner, self.index, self.filled = owner, index, filled
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.owner.tensors(key_states, value_states)
@@ -124,13 +129,16 @@ class _Slot(DynamicLayer):
 
 
 class _StackedCache(Cache):
-    """A cache over one (L, B, H, T, D) tensor for keys and one for values, made at the first update."""
+    """A cache over one (L, B, H, T, D) tensor for keys and one for values, made at the first update.
 
-    def __init__(self, num_layers: int, length: int) -> None:
-        super().__init__(layers=[_Slot(self, index) for index in range(num_layers)])
+    Or one that is full already, up to position `start`.
+    """
+
+    def __init__(self, num_layers: int, length: int, known: KV | None = None, start: int = 0) -> None:
+        super().__init__(layers=[_Slot(self, index, start) for index in range(num_layers)])
         self.length = length
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+        self.keys: Tensor | None = None if known is None else known.keys
+        self.values: Tensor | None = None if known is None else known.values
 
     def tensors(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
@@ -173,9 +181,29 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a model has read of one prompt: the tokens, and their clean (unfused) cache (L, 1, H, T, D), unpadded."""
+
+    ids: Sequence[int]
+    kv: KV
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens at the start of `ids` this is the cache of."""
+        known = min(len(self.ids), self.kv.length)
+        pairs = zip(self.ids[:known], ids, strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(ids)))
+
+
 @torch.no_grad()
 def prefill(
-    lm: LM, input_ids: Tensor, attention_mask: Tensor, *, num_layers: int | None = None, chunk_tokens: int = 8192
+    lm: LM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_layers: int | None = None,
+    past: Sequence[Read | None] | None = None,
+    chunk_tokens: int = 8192,
 ) -> KV:
     """Read a prompt through the backbone (no LM head) and return its cache.
 
@@ -183,6 +211,8 @@ def prefill(
         lm: the model.
         input_ids, attention_mask: (B, T), padded on the left.
         num_layers: compute only the lowest that many layers (a fuser may not need the upper ones).
+        past: per row, what this model has read before; tokens that a row begins with like that are copied, not
+            computed.
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
 
@@ -199,22 +229,50 @@ def prefill(
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return KV(empty, empty)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
-    cache = _StackedCache(layers, length)
+    known, start = _known(past or [], input_ids, attention_mask, layers)
+    cache = _StackedCache(layers, length, known, start)
     padded = not bool(attention_mask.all())
     positions = positions_of(attention_mask)
     step = max(1, chunk_tokens // batch)
-    for start in range(0, length, step):
-        end = min(start + step, length)
+    for begin in range(start, length, step):
+        end = min(begin + step, length)
         decoder(
-            input_ids=input_ids[:, start:end],
+            input_ids=input_ids[:, begin:end],
             # Without padding the mask is left out: attention then takes its causal path.
             attention_mask=attention_mask[:, :end] if padded else None,
-            position_ids=positions[:, start:end],
+            position_ids=positions[:, begin:end],
             past_key_values=cache,
             use_cache=True,
         )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
+
+
+def _known(
+    past: Sequence[Read | None], input_ids: Tensor, attention_mask: Tensor, layers: int
+) -> tuple[KV | None, int]:
+    """A cache for the batch that is filled up to the returned position, as far as all rows are known."""
+    length = input_ids.shape[1]
+    pads = (length - attention_mask.sum(1)).tolist()
+    shared = [
+        read.shared(ids[pad:]) if read is not None and len(read.kv.keys) >= layers else 0
+        for read, ids, pad in zip(past, input_ids.tolist(), pads, strict=bool(past))
+    ]
+    start = min((pad + n for pad, n in zip(pads, shared, strict=True)), default=0) if past else 0
+    if start == 0:
+        return None, 0
+    some = next(read.kv for read in past if read is not None)
+
+    def filled(kind: str) -> Tensor:
+        template: Tensor = getattr(some, kind)
+        out = template.new_empty((layers, len(pads), template.shape[2], length, template.shape[4]))
+        for row, (read, pad) in enumerate(zip(past, pads, strict=True)):
+            out[:, row, :, : min(pad, start)] = 0  # padding is masked, but numbers that are none would come through
+            if read is not None and pad < start:
+                out[:, row, :, pad:start] = getattr(read.kv, kind)[:layers, 0, :, : start - pad]
+        return out
+
+    return KV(filled("keys"), filled("values")), start
 
 
 def _lowest_layers(decoder: nn.Module, count: int) -> nn.Module:
@@ -251,7 +309,7 @@ class Prefilled:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
 
 
-def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
+def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]], *, past: Sequence[Read | None] | None = None) -> Prefilled:
     """Prefill prompts given as token ids; the last token of each is left to `generate` or `score`."""
     ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
-    return Prefilled(ids, mask, prefill(lm, ids[:, :-1], mask[:, :-1]))
+    return Prefilled(ids, mask, prefill(lm, ids[:, :-1], mask[:, :-1], past=past))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,16 @@ from transformers import PreTrainedModel
 
 from . import decode
 from .alignment.chat import render
+from .alignment.positions import Positions, content_tokens, fusable
 from .alignment.tokens import span_map
 from .config import FuserConfig, ModelIdentity, ModelSpec
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, check_fusable, pad_left, prefill, prefill_prompts
+from .kv import KV, Prefilled, Read, check_fusable, pad_left, prefill, prefill_prompts
 from .models.load import LM, load_lm
 
+Mode = Literal["parallel", "sequential"]
 Messages = Sequence[Mapping[str, str]]
 ModelSource = str | Path | ModelSpec | PreTrainedModel | LM
 
@@ -35,15 +37,33 @@ class PromptIds:
         sharers: per sharer (T',) ids.
         maps: per sharer (T,), the sharer position that goes with each receiver position, -1 for none.
         coverage: per sharer, the share of the receiver's characters that the mapped sharer tokens cover.
+        content: (T,), which receiver tokens belong to the content of a message; empty where that isn't known.
     """
 
     receiver: Sequence[int]
     sharers: Sequence[Sequence[int]]
     maps: Sequence[Sequence[int]]
     coverage: Sequence[float] = ()
+    content: Sequence[bool] = ()
 
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a later turn of a chat need not compute again: one prompt's clean caches and what became of them.
+
+    Attributes:
+        prompt: with -1 in its maps wherever nothing was fused.
+        receiver, fused: the receiver's cache of all tokens but the last, before and after.
+        sharers: per sharer, as far as it was read; None where it wasn't.
+    """
+
+    prompt: PromptIds
+    receiver: Read
+    fused: KV
+    sharers: list[Read | None]
 
 
 @dataclass(frozen=True)
@@ -54,11 +74,13 @@ class FusedCache(Prefilled):
         fused_positions: per row, how many positions of the prompt were fused.
         coverage: per row and sharer, see `PromptIds`.
         bytes_passed: bytes of sharer keys and values that the fusers read: what would cross a wire.
+        turns: per row, what a later turn can start from; empty unless it was asked for (`keep`).
     """
 
     fused_positions: list[int] = field(default_factory=list)
     coverage: list[Sequence[float]] = field(default_factory=list)
     bytes_passed: int = 0
+    turns: list[Turn] = field(default_factory=list)
 
 
 class C2C:
@@ -80,15 +102,13 @@ class C2C:
         sharers: Sequence[LM],
         fusers: Sequence[C2CFuser],
         *,
-        mode: Literal["parallel", "sequential"] = "parallel",
+        mode: Mode = "parallel",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if len(sharers) != len(fusers) or not sharers:
             raise C2CError(
                 f"{len(sharers)} sharers and {len(fusers)} fusers were given; every sharer needs a fuser of its own"
             )
-        if mode not in ("parallel", "sequential"):
-            raise C2CError(f"unknown fusion mode {mode!r}; expected parallel or sequential")
         for lm in (receiver, *sharers):
             check_fusable(lm.text_config, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
@@ -97,7 +117,7 @@ class C2C:
         self.receiver = receiver
         self.sharers = list(sharers)
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
-        self.mode = mode
+        self.mode = _checked(mode)
         self.chat_template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
 
     @classmethod
@@ -193,7 +213,11 @@ class C2C:
         )
         maps = [span_map(mine, other) for other in theirs]
         return PromptIds(
-            mine.ids, [other.ids for other in theirs], [m.index.tolist() for m in maps], [m.coverage for m in maps]
+            mine.ids,
+            [other.ids for other in theirs],
+            [m.index.tolist() for m in maps],
+            [m.coverage for m in maps],
+            content_tokens(mine),
         )
 
     def _same_ids(self, ids: Any) -> PromptIds:
@@ -205,19 +229,25 @@ class C2C:
         alike = [row] * len(self.sharers)
         return PromptIds(row, alike, [range(len(row))] * len(self.sharers), [1.0] * len(self.sharers))
 
-    def prefill(self, prompts: Prompt | Sequence[Prompt] | Tensor, *, prefix: str = "") -> FusedCache:
+    def prefill(self, prompts: Prompt | Sequence[Prompt] | Tensor, *, prefix: str = "", **options: Any) -> FusedCache:
         """Prefill every model and fuse: the seam from which everything starts.
 
         Args:
             prompts: one prompt (see `encode`) or a list of them; a tensor (B, T) of ids is a batch without padding.
             prefix: the start of the answer.
+            options: `sharer_mask`, `positions`, `mode`, `past`, `keep`, as for `fuse`.
         """
-        return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)])
+        return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)], **options)
 
     def fuse(
         self,
         batch: Sequence[PromptIds],
         *,
+        sharer_mask: int | Sequence[int] | None = None,
+        positions: Positions | Sequence[Positions] = "all",
+        mode: Mode | None = None,
+        past: FusedCache | Sequence[Turn | None] | None = None,
+        keep: bool = False,
         clean: Prefilled | None = None,
         sharers: Sequence[tuple[KV, Sequence[int]] | None] | None = None,
     ) -> FusedCache:
@@ -225,40 +255,89 @@ class C2C:
 
         Args:
             batch: the prompts.
+            sharer_mask: which sharers take part: bit j of it is sharer j, counted from 0, so 0b101 is the first and the
+                third, 0 the receiver alone; one for all prompts or one each; None: all. A sharer that isn't selected
+                computes nothing.
+            positions: which positions may be fused, one for all prompts or one each: "all" (but the last, always),
+                "content" (of the messages; no template tokens), "front:0.5" or "back:0.5" (that share of the positions,
+                from the front or the back), or (T,) bools.
+            mode: instead of the pair's own.
+            past: an earlier fused cache made with `keep`, row by row the same chats some turns ago (or its `turns`, one
+                or None per prompt): what the prompts begin with alike is neither read nor fused again.
+            keep: also keep the clean caches, for a later turn's `past`.
             clean: the receiver's own prefill of the batch, where it is known already; it stays as it is.
             sharers: per sharer, where it is known already (from a store, from another machine), its cache of the batch,
                 (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
         self._check(batch)
-        # The first change to the receiver's cache needs a copy if anyone else reads the clean one.
-        shared = clean is not None or (self.mode == "parallel" and len(self.fusers) > 1)
-        clean = clean or prefill_prompts(self.receiver, [p.receiver for p in batch])
-        kv, passed = clean.kv, 0
-        positions = [0] * len(batch)
-        lengths: Sequence[int]
-        for j, (sharer, fuser) in enumerate(zip(self.sharers, self.fusers, strict=True)):
+        batch = self._selected(batch, sharer_mask, positions)
+        before = _turns(past, len(batch))
+        parallel = _checked(mode or self.mode) == "parallel"
+        shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
+        clean = clean or prefill_prompts(
+            self.receiver, [p.receiver for p in batch], past=[turn and turn.receiver for turn in before]
+        )
+        # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
+        # reads the clean cache.
+        todo, kv = _taken(batch, before, clean.kv)
+        kv = kv or (None if shared else clean.kv)
+        passed, kept = 0, [[None] * len(self.sharers) for _ in batch]  # type: list[list[Read | None]]
+        for j, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
-            depth = fuser.sharer_depth
-            known = sharers[j] if sharers is not None else None
-            lengths = sharer_lengths(batch, j)
-            if depth == 0 or max(lengths) == 0:
+            lengths: Sequence[int] = sharer_lengths(batch, j)
+            members = [row for row, length in enumerate(lengths) if length]
+            if fuser.sharer_depth == 0 or not members:
                 continue
-            if known is not None:
-                cache, lengths = known
+            if sharers is not None and (known := sharers[j]) is not None:
+                (cache, lengths), members = known, list(range(len(batch)))
             else:
-                # Sharer tokens behind the last one that the map names are not read at all.
-                ids, mask = pad_left(
-                    [p.sharers[j][:n] for p, n in zip(batch, lengths, strict=True)], sharer.pad_token_id, sharer.device
-                )
-                cache = prefill(sharer, ids, mask, num_layers=depth)
-            where, read = where_to_fuse(batch, j, clean.kv.length, cache.length, lengths)
-            source = clean.kv if self.mode == "parallel" else kv
+                ids = {row: batch[row].sharers[j][: lengths[row]] for row in members}
+                seen = [turn.sharers[j] if (turn := before[row]) else None for row in members]
+                cache = self._read(j, list(ids.values()), fuser.sharer_depth, seen)
+                for place, row in enumerate(members if keep else ()):
+                    kept[row][j] = Read(ids[row], cache.tail(place, lengths[row]))
+            where, read = where_to_fuse(todo, j, clean.kv.length, cache.length, lengths, members)
+            source = clean.kv if parallel or kv is None else kv
             with torch.no_grad():
-                out = None if shared and kv is clean.kv else kv
-                kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), out)
+                kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), kv)
             passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
-            positions = [max(a, sum(i >= 0 for i in p.maps[j][:-1])) for a, p in zip(positions, batch, strict=True)]
-        return FusedCache(clean.input_ids, clean.attention_mask, kv, positions, [p.coverage for p in batch], passed)
+        kv = kv or clean.kv
+        turns = []
+        for row, (prompt, of_sharers) in enumerate(zip(batch, kept if keep else [], strict=False)):
+            n = len(prompt.receiver) - 1
+            own = Read(prompt.receiver[:-1], clean.kv.tail(row, n))
+            turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers))
+        fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
+        return FusedCache(clean.input_ids, clean.attention_mask, kv, fused, [p.coverage for p in batch], passed, turns)
+
+    def _read(self, j: int, rows: Sequence[Sequence[int]], depth: int, past: Sequence[Read | None]) -> KV:
+        """Sharer j's cache of its lowest `depth` layers, padded on the left."""
+        sharer = self.sharers[j]
+        ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
+        return prefill(sharer, ids, mask, num_layers=depth, past=past)
+
+    def _selected(
+        self, batch: Sequence[PromptIds], sharer_mask: int | Sequence[int] | None, positions: Any
+    ) -> list[PromptIds]:
+        """The prompts with -1 in their maps wherever nothing is to be fused: the last token's entry stays."""
+        if sharer_mask is None and isinstance(positions, str) and positions == "all":
+            return list(batch)
+        every = (1 << len(self.sharers)) - 1
+        masks = [every] * len(batch) if sharer_mask is None else sharer_mask
+        masks = [masks] * len(batch) if isinstance(masks, int) else [int(m) for m in masks]
+        if len(masks) != len(batch) or any(not 0 <= m <= every for m in masks):
+            raise C2CError(
+                f"sharer mask {sharer_mask} doesn't fit {len(batch)} prompts and {len(self.sharers)} sharers; expected "
+                f"one number from 0 to {every}, or one per prompt"
+            )
+        chosen = []
+        for prompt, mask, allowed in zip(batch, masks, fusable(batch, positions), strict=True):
+            maps = [
+                [s if ok and mask >> j & 1 else -1 for s, ok in zip(index, allowed, strict=True)]
+                for j, index in enumerate(prompt.maps)
+            ]
+            chosen.append(replace(prompt, maps=maps))
+        return chosen
 
     def _check(self, batch: Sequence[PromptIds]) -> None:
         if not batch:
@@ -293,21 +372,28 @@ class C2C:
     def generate(
         self, prompts: Prompt | Sequence[Prompt] | Tensor | FusedCache, *, prefix: str = "", **kwargs: Any
     ) -> Any:
-        """The receiver's stock `generate` on the fused cache; `kwargs` are its own.
+        """The receiver's stock `generate` on the fused cache.
+
+        Args:
+            prompts: see `prefill`, or a fused cache.
+            prefix: the start of the answer.
+            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); the rest goes to `generate`.
 
         Returns:
             Token ids (B, T + new) with the prompt, padded on the left, or whatever the options make `generate` return.
         """
-        return decode.generate(self.receiver, self._fused(prompts, prefix), **kwargs)
+        fused = self._fused(prompts, prefix, kwargs)
+        return decode.generate(self.receiver, fused, **kwargs)
 
     def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
-        return decode.stream(self.receiver, self._fused(prompt, prefix), **kwargs)
+        fused = self._fused(prompt, prefix, kwargs)
+        return decode.stream(self.receiver, fused, **kwargs)
 
     def chat(self, messages: Messages | Sequence[Messages], *, prefix: str = "", **kwargs: Any) -> str | list[str]:
-        """Answer a chat, or each chat of a list, as text. `kwargs` go to `generate`."""
+        """Answer a chat, or each chat of a list, as text. `kwargs` as for `generate`."""
         batch = as_batch(messages)
-        fused = self._fused(batch, prefix)
+        fused = self._fused(batch, prefix, kwargs)
         sequences = decode.generate(self.receiver, fused, **kwargs)
         texts = self.receiver.need_tokenizer().batch_decode(
             sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
@@ -315,7 +401,12 @@ class C2C:
         return texts[0] if batch is not messages else texts
 
     def score(
-        self, prompts: Prompt | Sequence[Prompt] | FusedCache, continuations: Sequence[Any], *, prefix: str = ""
+        self,
+        prompts: Prompt | Sequence[Prompt] | FusedCache,
+        continuations: Sequence[Any],
+        *,
+        prefix: str = "",
+        **options: Any,
     ) -> list[list[Score]] | list[Score]:
         """Log-likelihoods of continuations on the fused cache.
 
@@ -323,6 +414,7 @@ class C2C:
             prompts: one prompt or several.
             continuations: per prompt a list of texts or of lists of token ids (for one prompt: that list itself).
             prefix: the start of the answer, before the continuation.
+            options: as for `fuse`.
 
         Returns:
             Per prompt one `Score` per continuation (for one prompt: that list itself).
@@ -334,15 +426,71 @@ class C2C:
             single = batch is not prompts
         groups = [continuations] if single else continuations
         ids = [[self.receiver.continuation_ids(c) for c in group] for group in groups]
-        scores = decode.score(self.receiver, self._fused(prompts, prefix), ids)
+        fused = self._fused(prompts, prefix, options)
+        if options:
+            raise C2CError(f"unknown option {next(iter(options))!r}; score takes {', '.join(OPTIONS)}")
+        scores = decode.score(self.receiver, fused, ids)
         return scores[0] if single else scores
 
-    def _fused(self, prompts: Any, prefix: str) -> FusedCache:
+    def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> FusedCache:
+        """The fused cache of prompts; takes the options of `fuse` out of `kwargs`."""
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         if isinstance(prompts, FusedCache):
-            if prefix:
-                raise C2CError("prefix was given with a fused cache; give it to prefill instead")
+            if given := ["prefix"] * bool(prefix) + list(options):
+                raise C2CError(f"{given[0]} was given with a fused cache; give it to prefill instead")
             return prompts
-        return self.prefill(prompts, prefix=prefix)
+        return self.prefill(prompts, prefix=prefix, **options)
+
+
+OPTIONS = ("sharer_mask", "positions", "mode", "past")
+
+
+def _checked(mode: Mode) -> Mode:
+    if mode not in ("parallel", "sequential"):
+        raise C2CError(f"unknown fusion mode {mode!r}; expected parallel or sequential")
+    return mode
+
+
+def _turns(past: FusedCache | Sequence[Turn | None] | None, rows: int) -> Sequence[Turn | None]:
+    if past is None:
+        return [None] * rows
+    turns = past.turns if isinstance(past, FusedCache) else past
+    if len(turns) != rows:
+        what = "was made without keep=True" if not turns else f"holds {len(turns)} chats"
+        raise C2CError(f"the past {what}, {rows} prompts were given; expected the same chats, prefilled with keep=True")
+    return turns
+
+
+def _taken(batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV) -> tuple[list[PromptIds], KV | None]:
+    """What is left to fuse, and a copy of the clean cache with what earlier turns have fused (None if nothing).
+
+    A position's fused value depends on its own clean keys and values and on those of the sharer positions that go with
+    it, so it can be taken over where both prompts agree up to all of these.
+    """
+    todo, kv = list(batch), None
+    for row, (prompt, turn) in enumerate(zip(batch, before, strict=True)):
+        if turn is None:
+            continue
+        reads = [
+            (old, new, read.shared(ids) if read else 0)
+            for old, new, read, ids in zip(turn.prompt.maps, prompt.maps, turn.sharers, prompt.sharers, strict=True)
+        ]
+        agreed = turn.receiver.shared(prompt.receiver[:-1])
+        same = [
+            t
+            for t in range(agreed)
+            if all(old[t] == new[t] < known or new[t] == old[t] == -1 for old, new, known in reads)
+        ]
+        if not same:
+            continue
+        kv = kv or KV(clean.keys.clone(), clean.values.clone())
+        start = clean.length - (len(prompt.receiver) - 1)
+        for mine, theirs in ((kv.keys, turn.fused.keys), (kv.values, turn.fused.values)):
+            mine[:, row, :, [start + t for t in same]] = theirs[:, 0, :, same]
+        taken = set(same)
+        maps = [[-1 if t in taken else s for t, s in enumerate(index)] for index in prompt.maps]
+        todo[row] = replace(prompt, maps=maps)
+    return todo, kv
 
 
 def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:
@@ -351,27 +499,33 @@ def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:
 
 
 def where_to_fuse(
-    batch: Sequence[PromptIds], j: int, receiver_length: int, sharer_length: int, lengths: Sequence[int]
+    batch: Sequence[PromptIds],
+    j: int,
+    receiver_length: int,
+    sharer_length: int,
+    lengths: Sequence[int],
+    members: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """The positions to fuse as (3, N): row, receiver position, sharer position, in left-padded caches.
+    """The positions to fuse as (4, N): row and position in the receiver's cache, row and position in the sharer's.
 
     Args:
         batch, j: the prompts and which sharer.
-        receiver_length: positions of the receiver's cache (all tokens but the last of the longest prompt).
-        sharer_length: positions of the sharer's cache.
+        receiver_length: positions of the receiver's left-padded cache (all tokens but the last of the longest prompt).
+        sharer_length: positions of the sharer's.
         lengths: per prompt, how many of its sharer tokens that cache holds.
+        members: which prompts are the rows of the sharer's cache; None: all.
 
     Returns:
         The positions, and how many different sharer positions they read.
     """
     where, read = [], 0
-    for row, (prompt, n) in enumerate(zip(batch, lengths, strict=True)):
-        index = torch.as_tensor(list(prompt.maps[j][:-1]), dtype=torch.long)
+    for sharer_row, row in enumerate(range(len(batch)) if members is None else members):
+        index = torch.as_tensor(list(batch[row].maps[j][:-1]), dtype=torch.long)
         t = (index >= 0).nonzero().flatten()
         s = index[t]
         read += len(s.unique())
-        shift = receiver_length - len(index)
-        where.append(torch.stack([torch.full_like(t, row), t + shift, s + sharer_length - n]))
+        mine, theirs = receiver_length - len(index), sharer_length - lengths[row]
+        where.append(torch.stack([torch.full_like(t, row), t + mine, torch.full_like(t, sharer_row), s + theirs]))
     return torch.cat(where, dim=1), read
 
 

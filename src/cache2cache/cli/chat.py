@@ -10,7 +10,7 @@ from cache2cache.cli import options
 from cache2cache.errors import C2CError
 
 if TYPE_CHECKING:
-    from cache2cache.pair import C2C
+    from cache2cache.pair import C2C, FusedCache
 
 
 def chat(
@@ -31,14 +31,15 @@ def chat(
     if typing:
         import readline  # noqa: F401  (gives input() a history and an editable line)
     start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
+    messages, past = list(start), None
     while (said := _read(typing)) is not None and said != "/exit":
         if said == "/clear":
-            messages = list(start)
+            messages, past = list(start), None
         elif said:
             asked = [*messages, {"role": "user", "content": said}]
             try:
-                text = _answer(pair, asked, max_new_tokens, typing)
+                past = pair.prefill(asked, past=past, keep=True)  # reads only what is new
+                text = _answer(pair, past, max_new_tokens, typing)
             except C2CError as error:  # such as a chat that has outgrown the context: /clear mends that
                 if not typing:
                     raise
@@ -63,13 +64,13 @@ def _read(typing: bool) -> str | None:
             print("\n(/exit or Ctrl-D leaves)")
 
 
-def _answer(pair: C2C, messages: list[dict[str, str]], max_new_tokens: int, typing: bool) -> str:
+def _answer(pair: C2C, fused: FusedCache, max_new_tokens: int, typing: bool) -> str:
     """Stream one answer to stdout; what had been written when Ctrl-C stopped it counts as the answer."""
     from cache2cache.cli.view import clean
 
     text = ""
     try:
-        chunks = pair.stream(messages, do_sample=False, max_new_tokens=max_new_tokens)
+        chunks = pair.stream(fused, do_sample=False, max_new_tokens=max_new_tokens)
         with closing(chunks):
             for chunk in chunks:
                 text += chunk.text

@@ -202,9 +202,9 @@ class C2CFuser(nn.Module):
 
         Args:
             receiver: (L_receiver, B, H, T, D), read.
-            sharer: (at least `sharer_depth` layers, B, H', T', D'), read.
-            where: (3, N) int64: row, receiver position and sharer position of each position to fuse. No receiver
-                position twice.
+            sharer: (at least `sharer_depth` layers, B', H', T', D'), read.
+            where: (4, N) int64, what to fuse: row and position in the receiver's cache, row and position in the
+                sharer's. No receiver position twice.
             out: the cache that the changes are added to, in place (may be `receiver` itself), contiguous; None: a copy.
 
         Returns:
@@ -221,10 +221,10 @@ class C2CFuser(nn.Module):
         if where.shape[1] == 0:
             return out
         parts = self._parts(receiver)
-        for row, t, s in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
+        for row, t, sharer_row, s in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
             for fuser, layers in parts:
                 ours = [_vectors(receiver, self.receiver_layers[index], row, t) for _, index in layers]
-                theirs = [_vectors(sharer, self.sharer_layers[index], row, s) for _, index in layers]
+                theirs = [_vectors(sharer, self.sharer_layers[index], sharer_row, s) for _, index in layers]
                 kinds = [kind for kind, _ in layers]
                 before = _read(receiver, kinds, ours, fuser.dtype)
                 fused = fuser.change(_read(sharer, kinds, theirs, fuser.dtype), before)
@@ -248,9 +248,9 @@ class C2CFuser(nn.Module):
 
     def inputs(self, receiver: KV, sharer: KV, where: Tensor) -> tuple[Tensor, Tensor]:
         """What all modules read at the given positions: the sharer's (G, N, S) and the receiver's (G, N, T)."""
-        row, t, s = where
+        row, t, sharer_row, s = where
         return (
-            _read(sharer, KINDS, [_vectors(sharer, self.sharer_layers, row, s)] * 2, self.dtype),
+            _read(sharer, KINDS, [_vectors(sharer, self.sharer_layers, sharer_row, s)] * 2, self.dtype),
             _read(receiver, KINDS, [_vectors(receiver, self.receiver_layers, row, t)] * 2, self.dtype),
         )
 
