@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from cache2cache import C2CError
 from cache2cache.kv import KV, pad_left, prefill
 from cache2cache.models import LM
+from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
-from cache2cache.training.store import PROMPTS_PER_SHARD, Store, dequantize, key_of, quantize
+from cache2cache.training.store import PROMPTS_PER_SHARD, Store, key_of
 from training.runs import lm_of
 
 PROMPTS = [[1 + (7 * n + 3 * i) % 250 for i in range(3 + n * 5 % 17)] for n in range(10)]

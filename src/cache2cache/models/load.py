@@ -142,6 +142,31 @@ class LM:
             digest.update(_sample(self.model, name, tensor))
         return digest.hexdigest()
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str | None:
+        """SHA-256, in hex, of what turns text into tokens; None without a tokenizer.
+
+        Over the fast tokenizer's own JSON with sorted keys, less padding and truncation, which calls switch on and off.
+        """
+        if self.tokenizer is None:
+            return None
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:  # a slow tokenizer
+            return _digest([type(self.tokenizer).__name__, self.tokenizer.get_vocab()])
+        return _digest({k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")})
+
+    @property
+    def template_fingerprint(self) -> str | None:
+        """SHA-256, in hex, of the chat template and of the tokens that it may name; None without a tokenizer."""
+        if self.tokenizer is None:
+            return None
+        return _digest([self.tokenizer.chat_template, self.tokenizer.bos_token, self.tokenizer.eos_token])
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
 
 def _sample(model: nn.Module, name: str, tensor: Tensor) -> bytes:
     """The bytes of up to FINGERPRINT_VALUES values of a parameter."""

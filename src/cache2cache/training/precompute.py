@@ -11,9 +11,10 @@ from ..config import TrainConfig
 from ..errors import C2CError
 from ..kv import pad_left, prefill
 from ..models.load import LM, load_lm
+from ..packing import dequantize, quantize
 from ..pair import C2C
 from .loop import prepare
-from .store import Store, dequantize, quantize
+from .store import Store
 
 
 def precompute(

@@ -27,6 +27,7 @@ from torch import Tensor
 from ..errors import C2CError
 from ..kv import KV, pad_left, prefill
 from ..models.load import LM
+from ..packing import dequantize, quantize
 from ..pair import identity
 
 FORMAT_VERSION = 1
@@ -131,7 +132,7 @@ class Store:
             # (tokens, 2, L, H, D) to (2, L, H, tokens, D)
             piece = shard.get_slice("kv")[start : start + length]
             if self.config["precision"] == "int8":
-                low, scale = (shard.get_slice(n)[number : number + 1] for n in ("low", "scale"))
+                low, scale = (shard.get_slice(n)[number : number + 1][0] for n in ("low", "scale"))
                 piece = dequantize(piece, low, scale)
             both[:, :, row, :, longest - length :] = piece.permute(1, 2, 3, 0, 4)
         return KV(both[0], both[1])
@@ -246,15 +247,3 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
-
-
-def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (tokens, …) int8, low and scale (…) float32: 256 even steps between each channel's least and greatest."""
-    low, high = x.amin(0), x.amax(0)
-    scale = ((high - low) / 255).clamp(min=1e-12)
-    return ((x - low) / scale).round().sub(128).clamp(-128, 127).to(torch.int8), low, scale
-
-
-def dequantize(codes: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """The inverse of `quantize`, off by at most half a step of each channel."""
-    return low + scale * (codes.float() + 128)
