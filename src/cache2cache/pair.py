@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,6 +184,15 @@ class C2C:
         for index, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
             checkpoint.save(fuser, folder if len(self.fusers) == 1 else Path(folder) / str(index), dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the fuser, or the fusers, with a model card; returns the address."""
+        from .fuser.hub import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            several = [Path(folder) / str(index) for index in range(len(self.fusers))]
+            return push(several if len(several) > 1 else [Path(folder)], repo_id, private=private)
 
     # ---- prompt in, fused cache out -----------------------------------------------------------------------------
 
