@@ -328,7 +328,7 @@ def test_named_settings_exist(page: Path) -> None:
         named = [field for row in rows.splitlines() for field in re.findall(r"`(\w+)`", row.split("|")[1])]
         assert named and set(named) <= set(fields), f"{page.name}: {set(named) - set(fields)} of {name}"
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
-    for variable in set(re.findall(r"\bC2C_[A-Z_]+", page.read_text(encoding="utf-8"))):
+    for variable in set(re.findall(r"\bC2C_[A-Z_]+\b", page.read_text(encoding="utf-8"))):
         assert f'"{variable}"' in sources, f"{page.name}: nothing reads {variable}"
 
 

@@ -32,7 +32,7 @@ class ModelSpec(BaseModel):
 class ModelIdentity(BaseModel):
     """A model as a fuser sees it: what its cache looks like, and which weights it is.
 
-    `fingerprint` is the hash of `LM.fingerprint`; None when unknown.
+    `fingerprint` is the hash of `LM.fingerprint`; None when unknown, as may be `num_layers` of a published fuser's.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -40,7 +40,7 @@ class ModelIdentity(BaseModel):
     name: str
     revision: str | None = None
     fingerprint: str | None = None
-    num_layers: int = Field(gt=0)
+    num_layers: int | None = Field(gt=0)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
 
@@ -62,7 +62,7 @@ class FuserConfig(BaseModel):
     receiver: ModelIdentity | None = None
     sharer: ModelIdentity | None = None
     layer_map: str | list[tuple[int, int]] = "terminal"
-    token_map: Literal["span"] = "span"
+    token_map: Literal["span", "first", "longest"] = "span"
     hidden_dim: int = Field(1024, gt=0)
     intermediate_dim: int = Field(1024, gt=0)
     num_layers: int = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -112,8 +113,8 @@ class C2C:
         for lm in (receiver, *sharers):
             check_fusable(lm.text_config, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
-            _check_fit("receiver", fuser.config.receiver, receiver)
-            _check_fit("sharer", fuser.config.sharer, sharer)
+            _check_fit("receiver", fuser.config.receiver, receiver, int(fuser.receiver_layers.max()))
+            _check_fit("sharer", fuser.config.sharer, sharer, int(fuser.sharer_layers.max()))
         self.receiver = receiver
         self.sharers = list(sharers)
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
@@ -152,6 +153,7 @@ class C2C:
         receiver: ModelSource | None = None,
         sharers: ModelSource | Sequence[ModelSource] | None = None,
         revision: str | None = None,
+        subfolder: str | Sequence[str] | None = None,
         dtype: str | None = None,
         device: str | None = None,
         **kwargs: Any,
@@ -163,11 +165,20 @@ class C2C:
             receiver, sharers: instead of the models that the fuser was trained for: ids, folders, GGUF files,
                 `ModelSpec`s or loaded models.
             revision: of the fuser on the hub.
+            subfolder: where in the folder or repository the fuser is; a list for several sharers.
             dtype, device: of models that are loaded here ("auto" and the first GPU, if there is one, by default).
             kwargs: as for the class.
         """
         sources = [fuser] if fuser is None or isinstance(fuser, (str, Path)) else list(fuser)
-        fusers = [checkpoint.load(source, revision=revision) for source in sources]
+        inside = [subfolder] if subfolder is None or isinstance(subfolder, str) else list(subfolder)
+        count = max(len(sources), len(inside))
+        if not sources or not inside or {len(sources), len(inside)} - {1, count}:
+            raise C2CError(f"{len(sources)} fusers and {len(inside)} subfolders; give one subfolder for each fuser")
+        sources, inside = sources * (count // len(sources)), inside * (count // len(inside))
+        fusers = [
+            checkpoint.load(source, revision=revision, subfolder=place)
+            for source, place in zip(sources, inside, strict=True)
+        ]
         configs = [f.config for f in fusers]
         overrides = {k: v for k, v in (("dtype", dtype), ("device", device)) if v is not None}
 
@@ -193,6 +204,15 @@ class C2C:
         for index, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
             checkpoint.save(fuser, folder if len(self.fusers) == 1 else Path(folder) / str(index), dtype=dtype)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the fuser, or the fusers, with a model card; returns the address."""
+        from .fuser.hub import push
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            several = [Path(folder) / str(index) for index in range(len(self.fusers))]
+            return push(several if len(several) > 1 else [Path(folder)], repo_id, private=private)
 
     # ---- prompt in, fused cache out -----------------------------------------------------------------------------
 
@@ -541,13 +561,15 @@ def identity(lm: LM) -> ModelIdentity:
     )
 
 
-def _check_fit(role: str, trained_for: ModelIdentity | None, lm: LM) -> None:
+def _check_fit(role: str, trained_for: ModelIdentity | None, lm: LM, top: int) -> None:
+    """`top` is the highest layer that the fuser names."""
     assert trained_for is not None  # make_fuser has checked
-    asked = (trained_for.num_layers, trained_for.num_kv_heads, trained_for.head_dim)
     given = (lm.num_layers, lm.num_kv_heads, lm.head_dim)
-    if asked != given:
+    asked = (trained_for.num_layers or lm.num_layers, trained_for.num_kv_heads, trained_for.head_dim)
+    if asked != given or top >= lm.num_layers:
+        depth = f"{trained_for.num_layers}" if trained_for.num_layers else f"at least {top + 1}"
         raise C2CError(
-            f"the fuser is for {role} {trained_for.name} ({asked[0]} layers, {asked[1]} KV heads of {asked[2]}), but "
+            f"the fuser is for {role} {trained_for.name} ({depth} layers, {asked[1]} KV heads of {asked[2]}), but "
             f"{lm.name} has "
             f"{given[0]} layers, {given[1]} KV heads of {given[2]}; use the {role} it was trained for, or train a "
             "fuser for this pair"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ..errors import C2CError
@@ -9,16 +10,20 @@ from ..errors import C2CError
 LAYER_MAPS = ("terminal", "last_aligned", "k_nearest")
 
 
-def layer_map(kind: str | Sequence[tuple[int, int]], receiver_layers: int, sharer_layers: int) -> list[tuple[int, int]]:
+def layer_map(
+    kind: str | Sequence[tuple[int, int]], receiver_layers: int | None, sharer_layers: int | None
+) -> list[tuple[int, int]]:
     """Pairs (receiver layer, sharer layer), ascending in the receiver layer; layers not named stay unfused.
 
     Args:
         kind: `terminal` pairs top with top and goes down until the shallower model runs out; `last_aligned` does the
             same but lets every receiver layer below the overlap read sharer layer 0 (as the published fusers do);
             `k_nearest` pairs by relative depth, ties to the lower sharer layer; or the pairs themselves.
-        receiver_layers, sharer_layers: the depths of the two models.
+        receiver_layers, sharer_layers: the depths of the two models; None, where unknown, goes with pairs only.
     """
-    lr, ls = receiver_layers, sharer_layers
+    if isinstance(kind, str) and (receiver_layers is None or sharer_layers is None):
+        raise C2CError(f"layer map {kind!r} needs the depths of both models; give the pairs themselves")
+    lr, ls = receiver_layers or sys.maxsize, sharer_layers or sys.maxsize
     if kind == "terminal":
         return [(t, t + ls - lr) for t in range(max(0, lr - ls), lr)]
     if kind == "last_aligned":

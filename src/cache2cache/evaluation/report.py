@@ -60,7 +60,7 @@ def run(
         "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
         "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
         "fuser": fuser or checkpoint.DEFAULT,
-        "fuser_hash": file_hash(checkpoint.resolve(fuser) / "fuser.safetensors"),
+        "fuser_hash": fuser_hash(checkpoint.resolve(fuser)),
         "split": split,
         "prompt": prompt,
         "limit": limit,
@@ -144,6 +144,14 @@ def table(summary: dict[str, Any]) -> Table:
         if all(key in result for result in tasks.values()):
             made.add_row(label, *(f"{result[key]:+.1f}" for result in tasks.values()), style="bold")
     return made
+
+
+def fuser_hash(folder: Path) -> str:
+    """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
+    import hashlib
+
+    hashes = [file_hash(path) for path in checkpoint.weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:

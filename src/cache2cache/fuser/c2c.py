@@ -67,6 +67,7 @@ class C2CFuser(nn.Module):
 
     Attributes:
         receiver_layers, sharer_layers: (n,) int64, the layer map.
+        record: how it was trained, as far as the file it was read from says.
         gate_logit: (G,) the gates; without training noise a gate is open where its logit is above 0.
         temperature: (), the present gate temperature (training only).
         sharer_mean, sharer_std (G, 1, S), receiver_mean, receiver_std (G, 1, T): with `normalize`, the statistics of
@@ -82,6 +83,7 @@ class C2CFuser(nn.Module):
             )
         pairs = layer_map(config.layer_map, receiver.num_layers, sharer.num_layers)
         self.config = config.model_copy(update={"layer_map": pairs})
+        self.record: dict[str, Any] = {}  # how it was trained, as its file says
         self.register_buffer("receiver_layers", torch.tensor([t for t, _ in pairs]), persistent=False)
         self.register_buffer("sharer_layers", torch.tensor([s for _, s in pairs]), persistent=False)
         self.receiver_layers: Tensor
@@ -308,6 +310,12 @@ class C2CFuser(nn.Module):
         assert out.bias is not None
         bias = out.bias * receiver_std
         out.bias = nn.Parameter(bias if self.config.residual else bias + receiver_mean, requires_grad=False)
+
+    def fold(self) -> None:
+        """Fold the normalisation into the weights for good: the same function, without `normalize`."""
+        with torch.no_grad():
+            self._fold(self.dtype, *(getattr(self, name) for name in STATISTICS))
+        self.config = self.config.model_copy(update={"normalize": False})
 
     @property
     def _sharer_entry(self) -> StackedLinear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..config import FuserConfig
 from ..errors import C2CError
-from . import make_fuser
+from . import make_fuser, published
 from .c2c import STATISTICS, C2CFuser
 
 FORMAT_VERSION = 1
@@ -32,52 +34,80 @@ def save(
         fuser: what to write.
         folder: made if it isn't there.
         dtype: of the weights on disk (gates and statistics stay float32); None keeps theirs.
-        training: data, command, cost and measured figures, kept in the configuration for whoever reads it.
+        training: data, command, cost and measured figures, kept in the configuration for whoever reads it; None: the
+            record that the fuser was read with.
     """
-    import transformers
-
-    from .. import __version__
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: tensor.detach().cpu().contiguous().to(dtype if dtype and _is_weight(name) else tensor.dtype)
         for name, tensor in fuser.state_dict().items()
     }
-    config = {
+    write(fuser.config, tensors, Path(folder), fuser.record if training is None else training)
+
+
+def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, training: dict[str, Any]) -> None:
+    """Write what `read` gives, as it is."""
+    import transformers
+
+    from .. import __version__
+
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = {
         "format_version": FORMAT_VERSION,
         "versions": {"cache2cache": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "fuser": fuser.config.model_dump(mode="json"),
-        "training": training or {},
+        "fuser": config.model_dump(mode="json"),
+        "training": training,
     }
     partial = folder / f".fuser.safetensors.{os.getpid()}"
     try:
-        save_file(tensors, partial)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.chmod(0o644)  # safetensors lets only the owner read; a wheel or a shared folder is read by others
         os.replace(partial, folder / "fuser.safetensors")
     finally:
         partial.unlink(missing_ok=True)
     partial = folder / f".config.json.{os.getpid()}"
     try:
-        partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
         os.replace(partial, folder / "config.json")
     finally:
         partial.unlink(missing_ok=True)
+
+
+def convert(source: Path, destination: Path, to: str) -> None:
+    """Write a fuser's folder again in this library's format ("ours") or the paper authors' ("published"), in the same
+    number format. `destination` must not be there yet; it appears whole or not at all.
+    """
+    if to not in ("ours", "published"):
+        raise C2CError(f"unknown format {to!r}; expected ours or published")
+    if destination.exists():
+        raise C2CError(f"{destination} is there already; choose another folder, or remove it")
+    config, tensors, training = read(source)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}")
+    try:
+        partial.mkdir()
+        (write if to == "ours" else published.write)(config, tensors, partial, training)
+        partial.rename(destination)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_weight(name: str) -> bool:
     return name not in (*STATISTICS, "gate_logit", "temperature")
 
 
-def resolve(source: str | Path | None, revision: str | None = None) -> Path:
-    """The folder of a fuser: None or the name of a packaged one, a local folder, or a hub id (downloaded)."""
-    name = str(source or DEFAULT)
+def resolve(source: str | Path | None, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """The folder of a fuser: None or the name of a packaged one, a local folder, or a hub id (downloaded).
+
+    `subfolder` is where in the folder or the hub's repository it is.
+    """
+    name, inside = str(source or DEFAULT), _inside(subfolder)
     for folder in (PACKAGED / name,) if source is None else (Path(name), PACKAGED / name):
-        if (folder / "config.json").is_file():
-            return folder
+        if (folder / inside).is_dir() and _layout(folder / inside):
+            return folder / inside
     if Path(name).is_dir():
         raise C2CError(
-            f"{name} holds no fuser: config.json is missing; give a folder written by save_pretrained or c2c train"
+            f"{Path(name) / inside} holds no fuser: config.json is missing, and there is no {published.NAME}; give a "
+            "folder written by save_pretrained or c2c train, or one as the paper's authors publish them"
         )
     packaged = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -87,11 +117,56 @@ def resolve(source: str | Path | None, revision: str | None = None) -> Path:
         )
     from ..models.load import download
 
-    return download(name, revision, ["config.json", "fuser.safetensors"])
+    anchor = f"{inside}/config.json".lstrip("/")
+    return download(name, revision, anchor, lambda files: _needed(files, inside, name)) / inside
+
+
+def _inside(subfolder: str | None) -> str:
+    parts = Path(subfolder or "").parts
+    if Path(subfolder or "").is_absolute() or ".." in parts:
+        raise C2CError(f"subfolder {subfolder!r} leads outside; give a path inside the fuser's folder or repository")
+    return "/".join(parts)
+
+
+def _layout(folder: Path) -> str | None:
+    """ "ours", "published" or None, by the files that are there."""
+    if (folder / "fuser.safetensors").is_file():
+        return "ours"
+    if published.projectors(folder) is not None:
+        return "published"
+    return "ours" if (folder / "config.json").is_file() else None
+
+
+def _needed(files: list[str], inside: str, repo: str) -> list[str]:
+    """Of a repository's files those of the fuser in folder `inside`: never the checkpoints beside a final one."""
+    prefix = f"{inside}/" if inside else ""
+    own = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
+    ours = [file for file in ("config.json", "fuser.safetensors") if file in own]
+    if len(ours) == 2:
+        return [prefix + file for file in ours]
+    place = published.pick(own)
+    if place is None:
+        there = sorted({file.split("/final/")[0] for file in files if file.endswith(f"/final/{published.NAME}")})
+        there += sorted(file.rpartition("/")[0] for file in files if file.endswith("/fuser.safetensors"))
+        hint = f"subfolders with one: {', '.join(there[:20])}" if there else "give another repository or a local folder"
+        raise C2CError(f"{repo} holds no fuser at {inside or 'its top'}; {hint}")
+    start = f"{prefix}{place}/" if place else prefix
+    wanted = [
+        file for file in files if file.startswith(start) and published.PUBLISHED_FILE.fullmatch(file[len(start) :])
+    ]
+    if not any(file.endswith(".pt") for file in wanted):
+        raise C2CError(f"{repo} holds no projectors in {start or 'its top'}; give another subfolder")
+    recipes = [prefix + "config.json"]
+    if not place and inside:  # the folder of the projectors was named: the recipe lies above
+        recipes.append(f"{inside.rpartition('/')[0]}/config.json".lstrip("/"))
+    return [file for file in recipes if file in files] + wanted
 
 
 def read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any]]:
     """A saved fuser's configuration and the rest of its `config.json`. Keys this version doesn't know only warn."""
+    if _layout(folder) == "published":
+        config, recipe = published.read_config(folder)
+        return config, {"training": _record(recipe)}
     try:
         saved = json.loads((folder / "config.json").read_text())
         fields = dict(saved["fuser"])
@@ -109,14 +184,40 @@ def read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any]]:
         raise C2CError(f"{folder / 'config.json'}: {place}: {first['msg']}") from error
 
 
-def load(source: str | Path | None = None, *, revision: str | None = None) -> C2CFuser:
-    """Read a fuser: float32, in evaluation mode.
+def _record(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The training record of a published fuser: our own, if we wrote it, or the authors' recipe as it stands."""
+    own = recipe.get("cache2cache")
+    if isinstance(own, dict) and isinstance(own.get("training"), dict):
+        return dict(own["training"])
+    return {"published": recipe} if recipe else {}
+
+
+def load(source: str | Path | None = None, *, revision: str | None = None, subfolder: str | None = None) -> C2CFuser:
+    """Read a fuser in either format: float32, in evaluation mode.
 
     Raises:
         C2CError: nothing there, a damaged file, or tensors that are missing, superfluous or of another shape.
     """
-    folder = resolve(source, revision)
-    config, _ = read_config(folder)
+    folder = resolve(source, revision, subfolder)
+    config, tensors, record = read(folder)
+    if published.responses_fused(record.get("published", {})):
+        # No error: the prompt is fused just as in training, and the published evaluation fuses no more than that.
+        warnings.warn(
+            f"{folder} was trained with include_response; the tokens of the answer are not fused here, only the prompt",
+            stacklevel=2,
+        )
+    fuser = make_fuser(config)
+    fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    fuser.record = record
+    return fuser.eval()
+
+
+def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration, tensors as they lie on disk (our names, stacked) and training record, in either format."""
+    if _layout(folder) == "published":
+        config, tensors, recipe = published.read(folder)
+        return config, tensors, _record(recipe)
+    config, saved = read_config(folder)
     path = folder / "fuser.safetensors"
     if not path.is_file():
         pickled = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".pt", ".bin", ".pth", ".pkl")]
@@ -141,6 +242,35 @@ def load(source: str | Path | None = None, *, revision: str | None = None) -> C2
         raise C2CError(
             f"{path}: tensor {extra[0]} is not part of a {config.variant} fuser; the file doesn't match its config.json"
         )
-    fuser = make_fuser(config)
-    fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    return fuser.eval()
+    record = saved.get("training")
+    return config, tensors, record if isinstance(record, dict) else {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a fuser's numbers."""
+    if _layout(folder) == "published":
+        parts = published.projectors(folder)
+        assert parts is not None
+        return sorted(parts.glob("projector_*.pt"))
+    return [folder / "fuser.safetensors"]
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What a fuser is, for a reader: everything but its weights, after checking them."""
+    config, tensors, record = read(folder)
+    with torch.device("meta"):
+        fuser = make_fuser(config)
+    gates = tensors.get("gate_logit")
+    per_kind = None if gates is None else (gates > 0).view(2, -1).sum(1).tolist()
+    pairs = list(zip(fuser.config.layer_map, [] if gates is None else gates.view(2, -1).T.tolist(), strict=False))
+    return {
+        "format": _layout(folder),
+        **config.model_dump(mode="json"),
+        "parameters": sum(parameter.numel() for parameter in fuser.parameters()),
+        "fused_layers": len(fuser.config.layer_map),
+        "gates_open": None if per_kind is None else {"keys": per_kind[0], "values": per_kind[1]},
+        "gate_logits": {str(t): logits for (t, _), logits in pairs},
+        "dtype": str(tensors["proj_out.weight"].dtype).removeprefix("torch."),
+        "bytes": sum(path.stat().st_size for path in weight_files(folder)),
+        "training": record,
+    }

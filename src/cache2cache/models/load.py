@@ -10,6 +10,7 @@ Weights are read from safetensors or GGUF only: a pickle can run code when it is
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import json
@@ -17,8 +18,8 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -390,22 +391,32 @@ def _from_hub(spec: ModelSpec) -> _Found:
     return _Found(path, spec.source, _commit_of(path, spec))
 
 
-def download(repo: str, revision: str | None, files: list[str]) -> Path:
-    """The folder of a hub repository's named files, fetched if they are not in the local hub cache; for fusers.
+def download(repo: str, revision: str | None, anchor: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The folder of a hub repository with the files that `choose` picks from its list; for fusers.
+
+    Args:
+        repo, revision: where.
+        anchor: a file that belongs to what is sought. If the local hub cache has it, and with it all that `choose`
+            picks from what is there, nobody is asked.
+        choose: the wanted files among those given; raises C2CError where they are not all there.
 
     Raises:
         C2CError: no such repository, or the hub does not answer within HUB_SECONDS.
     """
     from huggingface_hub import constants, snapshot_download, try_to_load_from_cache
 
-    cached = [try_to_load_from_cache(repo, file, revision=revision) for file in files]
-    if all(isinstance(path, str) for path in cached):
-        return Path(str(cached[0])).parent
+    cached = try_to_load_from_cache(repo, anchor, revision=revision)
+    if isinstance(cached, str):
+        root = Path(cached).parents[anchor.count("/")]
+        with suppress(C2CError):
+            choose(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
+            return root
     if constants.HF_HUB_OFFLINE:
         raise C2CError(f"{repo} is not in the local hub cache and HF_HUB_OFFLINE is set; give a local folder")
     info = _ask_hub(ModelSpec(source=repo, revision=revision))
+    wanted = choose([sibling.rfilename for sibling in info.siblings or []])
     try:
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=files))
+        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[glob.escape(file) for file in wanted]))
     except Exception as error:
         raise C2CError(f"fetching {repo} from the hub failed ({_line(error)}); run the same command again") from error
 
