@@ -62,7 +62,7 @@ class FuserConfig(BaseModel):
     receiver: ModelIdentity | None = None
     sharer: ModelIdentity | None = None
     layer_map: str | list[tuple[int, int]] = "terminal"
-    token_map: Literal["span"] = "span"
+    token_map: Literal["span", "first", "longest"] = "span"
     hidden_dim: int = Field(1024, gt=0)
     intermediate_dim: int = Field(1024, gt=0)
     num_layers: int = Field(

@@ -173,9 +173,26 @@ def positions_of(attention_mask: Tensor) -> Tensor:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def positions_from(rows: Sequence[Sequence[int] | None], attention_mask: Tensor) -> Tensor | None:
+    """Position ids (B, T) of rows that say their own (at least as many as the mask has ones); None: no row does."""
+    if all(row is None for row in rows):
+        return None
+    positions = positions_of(attention_mask)
+    for b, (row, n) in enumerate(zip(rows, attention_mask.sum(-1).tolist(), strict=True)):
+        if row is not None and n:
+            positions[b, -n:] = torch.as_tensor(list(row[:n]), device=positions.device)
+    return positions
+
+
 @torch.no_grad()
 def prefill(
-    lm: LM, input_ids: Tensor, attention_mask: Tensor, *, num_layers: int | None = None, chunk_tokens: int = 8192
+    lm: LM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    num_layers: int | None = None,
+    chunk_tokens: int = 8192,
+    positions: Tensor | None = None,
 ) -> KV:
     """Read a prompt through the backbone (no LM head) and return its cache.
 
@@ -185,6 +202,7 @@ def prefill(
         num_layers: compute only the lowest that many layers (a fuser may not need the upper ones).
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
+        positions: (B, T) position ids; None: they count up.
 
     Returns:
         The cache (num_layers, B, H, T, D). Padding positions hold numbers without meaning.
@@ -201,7 +219,7 @@ def prefill(
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
     cache = _StackedCache(layers, length)
     padded = not bool(attention_mask.all())
-    positions = positions_of(attention_mask)
+    positions = positions_of(attention_mask) if positions is None else positions
     step = max(1, chunk_tokens // batch)
     for start in range(0, length, step):
         end = min(start + step, length)
@@ -233,11 +251,13 @@ class Prefilled:
     Attributes:
         input_ids, attention_mask: (B, T), padded on the left.
         kv: the cache of the first T - 1 positions.
+        position_ids: (B, T) where they don't simply count up.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     kv: KV
+    position_ids: Tensor | None = None
 
     def inputs(self, copies: int = 1) -> dict[str, Any]:
         """Keyword arguments for the model's `generate`, with a cache of their own each time.
@@ -248,10 +268,15 @@ class Prefilled:
         kv = self.kv
         if copies > 1:
             kv = kv.rows(torch.arange(kv.batch_size, device=kv.keys.device).repeat_interleave(copies))
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
-def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
+def prefill_prompts(
+    lm: LM, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int] | None] | None = None
+) -> Prefilled:
     """Prefill prompts given as token ids; the last token of each is left to `generate` or `score`."""
     ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
-    return Prefilled(ids, mask, prefill(lm, ids[:, :-1], mask[:, :-1]))
+    places = positions_from(positions, mask) if positions else None
+    kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=None if places is None else places[:, :-1])
+    return Prefilled(ids, mask, kv, places)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import decode
-from .alignment.chat import render
+from .alignment.chat import Rendered, render
+from .alignment.published import Aligned, align
 from .alignment.tokens import span_map
 from .config import FuserConfig, ModelIdentity, ModelSpec
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, check_fusable, pad_left, prefill, prefill_prompts
+from .kv import KV, Prefilled, check_fusable, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
 
 Messages = Sequence[Mapping[str, str]]
@@ -35,12 +36,16 @@ class PromptIds:
         sharers: per sharer (T',) ids.
         maps: per sharer (T,), the sharer position that goes with each receiver position, -1 for none.
         coverage: per sharer, the share of the receiver's characters that the mapped sharer tokens cover.
+        positions: (T,) position ids of the receiver's tokens where they don't simply count up (published token maps).
+        sharer_positions: the same per sharer; empty or None: they count up.
     """
 
     receiver: Sequence[int]
     sharers: Sequence[Sequence[int]]
     maps: Sequence[Sequence[int]]
     coverage: Sequence[float] = ()
+    positions: Sequence[int] | None = None
+    sharer_positions: Sequence[Sequence[int] | None] = ()
 
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
@@ -191,10 +196,25 @@ class C2C:
             render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
             for lm in (self.receiver, *self.sharers)
         )
-        maps = [span_map(mine, other) for other in theirs]
+        published = self._published(mine, theirs)
+        spans = [None if j in published else span_map(mine, other) for j, other in enumerate(theirs)]
         return PromptIds(
-            mine.ids, [other.ids for other in theirs], [m.index.tolist() for m in maps], [m.coverage for m in maps]
+            mine.ids,
+            [published[j].sharer if m is None else theirs[j].ids for j, m in enumerate(spans)],
+            [published[j].index if m is None else m.index.tolist() for j, m in enumerate(spans)],
+            [published[j].coverage if m is None else m.coverage for j, m in enumerate(spans)],
+            next((a.receiver_positions for a in published.values()), None),
+            [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
         )
+
+    def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
+        """Per sharer whose fuser has a published token map: what it reads."""
+        strategies = {j: f.config.token_map for j, f in enumerate(self.fusers) if f.config.token_map != "span"}
+        if not strategies:
+            return {}
+        tokenizers = (self.receiver.need_tokenizer(), [self.sharers[j].need_tokenizer() for j in strategies])
+        found = align(mine, [theirs[j] for j in strategies], tokenizers, list(strategies.values()))
+        return dict(zip(strategies, found, strict=True))
 
     def _same_ids(self, ids: Any) -> PromptIds:
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -232,7 +252,7 @@ class C2C:
         self._check(batch)
         # The first change to the receiver's cache needs a copy if anyone else reads the clean one.
         shared = clean is not None or (self.mode == "parallel" and len(self.fusers) > 1)
-        clean = clean or prefill_prompts(self.receiver, [p.receiver for p in batch])
+        clean = clean or prefill_prompts(self.receiver, [p.receiver for p in batch], [p.positions for p in batch])
         kv, passed = clean.kv, 0
         positions = [0] * len(batch)
         lengths: Sequence[int]
@@ -250,7 +270,8 @@ class C2C:
                 ids, mask = pad_left(
                     [p.sharers[j][:n] for p, n in zip(batch, lengths, strict=True)], sharer.pad_token_id, sharer.device
                 )
-                cache = prefill(sharer, ids, mask, num_layers=depth)
+                places = [p.sharer_positions[j] if p.sharer_positions else None for p in batch]
+                cache = prefill(sharer, ids, mask, num_layers=depth, positions=positions_from(places, mask))
             where, read = where_to_fuse(batch, j, clean.kv.length, cache.length, lengths)
             source = clean.kv if self.mode == "parallel" else kv
             with torch.no_grad():
@@ -258,7 +279,9 @@ class C2C:
                 kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), out)
             passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
             positions = [max(a, sum(i >= 0 for i in p.maps[j][:-1])) for a, p in zip(positions, batch, strict=True)]
-        return FusedCache(clean.input_ids, clean.attention_mask, kv, positions, [p.coverage for p in batch], passed)
+        return FusedCache(
+            clean.input_ids, clean.attention_mask, kv, clean.position_ids, positions, [p.coverage for p in batch], passed
+        )
 
     def _check(self, batch: Sequence[PromptIds]) -> None:
         if not batch:
