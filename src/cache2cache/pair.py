@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from . import decode
 from .alignment.chat import Rendered, render
-from .alignment.published import Aligned, align
+from .alignment.published import Aligned, Strategy, align
 from .alignment.tokens import span_map
 from .config import FuserConfig, ModelIdentity, ModelSpec
 from .decode import Chunk, Score
@@ -209,7 +209,11 @@ class C2C:
 
     def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
         """Per sharer whose fuser has a published token map: what it reads."""
-        strategies = {j: f.config.token_map for j, f in enumerate(self.fusers) if f.config.token_map != "span"}
+        strategies: dict[int, Strategy] = {}
+        for j, fuser in enumerate(self.fusers):
+            assert isinstance(fuser, C2CFuser)
+            if fuser.config.token_map != "span":
+                strategies[j] = fuser.config.token_map
         if not strategies:
             return {}
         tokenizers = (self.receiver.need_tokenizer(), [self.sharers[j].need_tokenizer() for j in strategies])
@@ -280,7 +284,13 @@ class C2C:
             passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
             positions = [max(a, sum(i >= 0 for i in p.maps[j][:-1])) for a, p in zip(positions, batch, strict=True)]
         return FusedCache(
-            clean.input_ids, clean.attention_mask, kv, clean.position_ids, positions, [p.coverage for p in batch], passed
+            clean.input_ids,
+            clean.attention_mask,
+            kv,
+            clean.position_ids,
+            positions,
+            [p.coverage for p in batch],
+            passed,
         )
 
     def _check(self, batch: Sequence[PromptIds]) -> None:
