@@ -221,7 +221,17 @@ def test_answers_continue_the_positions() -> None:
         logits = pair.receiver.model(torch.tensor([ids]), position_ids=torch.tensor([places])).logits
         assert logits[0, -1].argmax().item() == token
         ids, places = [*ids, token], [*places, places[-1] + 1]
-    assert pair.score(prompt, [got])[0].is_greedy  # type: ignore[union-attr]
+    logprobs = pair.receiver.model(torch.tensor([ids]), position_ids=torch.tensor([places])).logits[0].log_softmax(-1)
+    expected = sum(logprobs[len(prompt.receiver) - 1 + n, token].item() for n, token in enumerate(got))
+    assert pair.score(prompt, [got])[0].logprob == pytest.approx(expected, abs=1e-3)  # type: ignore[union-attr]
+
+
+def test_the_fuser_reads_the_sharer_at_its_positions() -> None:
+    pair = pair_of("llama", {"qwen3": "first"})
+    prompt = pair.encode(chat("english"))
+    read = prefill_prompts(pair.sharers[0], [[*prompt.sharers[0], 0]], [[*prompt.sharer_positions[0], 0]]).kv  # type: ignore[misc]
+    known = pair.fuse([prompt], sharers=[(read, [len(prompt.sharers[0])])]).kv
+    torch.testing.assert_close(pair.fuse([prompt]).kv.keys, known.keys, atol=1e-4, rtol=1e-4)
 
 
 def test_batch_equals_one_by_one_and_maps_mix() -> None:
