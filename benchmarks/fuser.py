@@ -35,7 +35,7 @@ def caches(positions: int, batch: int) -> tuple[KV, KV, Tensor]:
     t = torch.arange(length)
     s = (t * 9 // 10).repeat(batch)
     row = torch.arange(batch).repeat_interleave(length)
-    return make(RECEIVER, length + 8), make(SHARER, length), torch.stack([row, t.repeat(batch) + 4, s])
+    return make(RECEIVER, length + 8), make(SHARER, length), torch.stack([row, t.repeat(batch) + 4, row, s])
 
 
 def main() -> None:

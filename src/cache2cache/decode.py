@@ -173,10 +173,14 @@ def _logits(lm: LM, prompt: Prefilled, ids: Tensor, owner: Tensor | None) -> Ten
     if owner is not None:
         kv, mask = kv.rows(owner), mask[owner]
     mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - 1)], dim=1)
+    positions = positions_of(mask)[:, -ids.shape[1] :]
+    if prompt.position_ids is not None:
+        last = prompt.position_ids[:, -1:] if owner is None else prompt.position_ids[owner, -1:]
+        positions = last + torch.arange(ids.shape[1], device=last.device)
     output = lm.model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions_of(mask)[:, -ids.shape[1] :],
+        position_ids=positions,
         past_key_values=kv.to_cache(),
         use_cache=True,
     )

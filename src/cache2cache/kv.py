@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -183,16 +184,33 @@ def positions_of(attention_mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Read:
-    """What a model has read of one prompt: the tokens, and their clean (unfused) cache (L, 1, H, T, D), unpadded."""
+    """What a model has read of one prompt: the tokens, and their clean (unfused) cache (L, 1, H, T, D), unpadded.
+
+    `positions` are their position ids where they don't simply count up.
+    """
 
     ids: Sequence[int]
     kv: KV
+    positions: Sequence[int] | None = None
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many tokens at the start of `ids` this is the cache of."""
+    def shared(self, ids: Sequence[int], positions: Sequence[int] | None = None) -> int:
+        """How many tokens at the start of `ids` this is the cache of, at the same position ids."""
         known = min(len(self.ids), self.kv.length)
-        pairs = zip(self.ids[:known], ids, strict=False)
+        mine = zip(self.ids[:known], self.positions or count(), strict=False)
+        theirs = zip(ids, positions or count(), strict=False)
+        pairs = zip(mine, theirs, strict=False)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(ids)))
+
+
+def positions_from(rows: Sequence[Sequence[int] | None], attention_mask: Tensor) -> Tensor | None:
+    """Position ids (B, T) of rows that say their own (at least as many as the mask has ones); None: no row does."""
+    if all(row is None for row in rows):
+        return None
+    positions = positions_of(attention_mask)
+    for b, (row, n) in enumerate(zip(rows, attention_mask.sum(-1).tolist(), strict=True)):
+        if row is not None and n:
+            positions[b, -n:] = torch.as_tensor(list(row[:n]), device=positions.device)
+    return positions
 
 
 @torch.no_grad()
@@ -203,6 +221,7 @@ def prefill(
     *,
     num_layers: int | None = None,
     past: Sequence[Read | None] | None = None,
+    positions: Tensor | None = None,
     chunk_tokens: int = 8192,
 ) -> KV:
     """Read a prompt through the backbone (no LM head) and return its cache.
@@ -215,6 +234,7 @@ def prefill(
             computed.
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
+        positions: (B, T) position ids; None: they count up.
 
     Returns:
         The cache (num_layers, B, H, T, D). Padding positions hold numbers without meaning.
@@ -229,10 +249,10 @@ def prefill(
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return KV(empty, empty)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
-    known, start = _known(past or [], input_ids, attention_mask, layers)
+    positions = positions_of(attention_mask) if positions is None else positions
+    known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
     cache = _StackedCache(layers, length, known, start)
     padded = not bool(attention_mask.all())
-    positions = positions_of(attention_mask)
     step = max(1, chunk_tokens // batch)
     for begin in range(start, length, step):
         end = min(begin + step, length)
@@ -249,16 +269,16 @@ def prefill(
 
 
 def _known(
-    past: Sequence[Read | None], input_ids: Tensor, attention_mask: Tensor, layers: int
+    past: Sequence[Read | None], input_ids: Tensor, attention_mask: Tensor, positions: Tensor, layers: int
 ) -> tuple[KV | None, int]:
     """A cache for the batch that is filled up to the returned position, as far as all rows are known."""
     length = input_ids.shape[1]
     pads = (length - attention_mask.sum(1)).tolist()
     shared = [
-        read.shared(ids[pad:]) if read is not None and len(read.kv.keys) >= layers else 0
-        for read, ids, pad in zip(past, input_ids.tolist(), pads, strict=bool(past))
+        read.shared(ids[pad:], places[pad:]) if read is not None and len(read.kv.keys) >= layers else 0
+        for read, ids, places, pad in zip(past, input_ids.tolist(), positions.tolist(), pads, strict=True)
     ]
-    start = min((pad + n for pad, n in zip(pads, shared, strict=True)), default=0) if past else 0
+    start = min(pad + n for pad, n in zip(pads, shared, strict=True))
     if start == 0:
         return None, 0
     some = next(read.kv for read in past if read is not None)
@@ -291,11 +311,13 @@ class Prefilled:
     Attributes:
         input_ids, attention_mask: (B, T), padded on the left.
         kv: the cache of the first T - 1 positions.
+        position_ids: (B, T) where they don't simply count up.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     kv: KV
+    position_ids: Tensor | None = None
 
     def inputs(self, copies: int = 1) -> dict[str, Any]:
         """Keyword arguments for the model's `generate`, with a cache of their own each time.
@@ -306,10 +328,19 @@ class Prefilled:
         kv = self.kv
         if copies > 1:
             kv = kv.rows(torch.arange(kv.batch_size, device=kv.keys.device).repeat_interleave(copies))
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
-def prefill_prompts(lm: LM, rows: Sequence[Sequence[int]], *, past: Sequence[Read | None] | None = None) -> Prefilled:
+def prefill_prompts(
+    lm: LM,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int] | None] | None = None,
+    *,
+    past: Sequence[Read | None] | None = None,
+) -> Prefilled:
     """Prefill prompts given as token ids; the last token of each is left to `generate` or `score`."""
     ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
-    return Prefilled(ids, mask, prefill(lm, ids[:, :-1], mask[:, :-1], past=past))
+    places = positions_from(positions, mask) if positions else None
+    kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=None if places is None else places[:, :-1], past=past)
+    return Prefilled(ids, mask, kv, places)

@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import decode
-from .alignment.chat import render
+from .alignment.chat import Rendered, render
 from .alignment.positions import Positions, content_tokens, fusable
+from .alignment.published import Aligned, Strategy, align
 from .alignment.tokens import span_map
 from .config import FuserConfig, ModelIdentity, ModelSpec
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, Read, check_fusable, pad_left, prefill, prefill_prompts
+from .kv import KV, Prefilled, Read, check_fusable, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
 
 Mode = Literal["parallel", "sequential"]
@@ -39,6 +40,8 @@ class PromptIds:
         maps: per sharer (T,), the sharer position that goes with each receiver position, -1 for none.
         coverage: per sharer, the share of the receiver's characters that the mapped sharer tokens cover.
         content: (T,), which receiver tokens belong to the content of a message; empty where that isn't known.
+        positions: (T,) position ids of the receiver's tokens where they don't simply count up (published token maps).
+        sharer_positions: the same per sharer; empty or None: they count up.
     """
 
     receiver: Sequence[int]
@@ -46,6 +49,8 @@ class PromptIds:
     maps: Sequence[Sequence[int]]
     coverage: Sequence[float] = ()
     content: Sequence[bool] = ()
+    positions: Sequence[int] | None = None
+    sharer_positions: Sequence[Sequence[int] | None] = ()
 
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
@@ -231,14 +236,30 @@ class C2C:
             render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
             for lm in (self.receiver, *self.sharers)
         )
-        maps = [span_map(mine, other) for other in theirs]
+        published = self._published(mine, theirs)
+        spans = [None if j in published else span_map(mine, other) for j, other in enumerate(theirs)]
         return PromptIds(
             mine.ids,
-            [other.ids for other in theirs],
-            [m.index.tolist() for m in maps],
-            [m.coverage for m in maps],
+            [published[j].sharer if m is None else theirs[j].ids for j, m in enumerate(spans)],
+            [published[j].index if m is None else m.index.tolist() for j, m in enumerate(spans)],
+            [published[j].coverage if m is None else m.coverage for j, m in enumerate(spans)],
             content_tokens(mine),
+            next((a.receiver_positions for a in published.values()), None),
+            [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
         )
+
+    def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
+        """Per sharer whose fuser has a published token map: what it reads."""
+        strategies: dict[int, Strategy] = {}
+        for j, fuser in enumerate(self.fusers):
+            assert isinstance(fuser, C2CFuser)
+            if fuser.config.token_map != "span":
+                strategies[j] = fuser.config.token_map
+        if not strategies:
+            return {}
+        tokenizers = (self.receiver.need_tokenizer(), [self.sharers[j].need_tokenizer() for j in strategies])
+        found = align(mine, [theirs[j] for j in strategies], tokenizers, list(strategies.values()))
+        return dict(zip(strategies, found, strict=True))
 
     def _same_ids(self, ids: Any) -> PromptIds:
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -295,7 +316,10 @@ class C2C:
         parallel = _checked(mode or self.mode) == "parallel"
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
         clean = clean or prefill_prompts(
-            self.receiver, [p.receiver for p in batch], past=[turn and turn.receiver for turn in before]
+            self.receiver,
+            [p.receiver for p in batch],
+            [p.positions for p in batch],
+            past=[turn and turn.receiver for turn in before],
         )
         # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
         # reads the clean cache.
@@ -312,10 +336,11 @@ class C2C:
                 (cache, lengths), members = known, list(range(len(batch)))
             else:
                 ids = {row: batch[row].sharers[j][: lengths[row]] for row in members}
+                places = {row: (batch[row].sharer_positions or [None] * (j + 1))[j] for row in members}
                 seen = [turn.sharers[j] if (turn := before[row]) else None for row in members]
-                cache = self._read(j, list(ids.values()), fuser.sharer_depth, seen)
+                cache = self._read(j, list(ids.values()), list(places.values()), fuser.sharer_depth, seen)
                 for place, row in enumerate(members if keep else ()):
-                    kept[row][j] = Read(ids[row], cache.tail(place, lengths[row]))
+                    kept[row][j] = Read(ids[row], cache.tail(place, lengths[row]), places[row])
             where, read = where_to_fuse(todo, j, clean.kv.length, cache.length, lengths, members)
             source = clean.kv if parallel or kv is None else kv
             with torch.no_grad():
@@ -325,16 +350,24 @@ class C2C:
         turns = []
         for row, (prompt, of_sharers) in enumerate(zip(batch, kept if keep else [], strict=False)):
             n = len(prompt.receiver) - 1
-            own = Read(prompt.receiver[:-1], clean.kv.tail(row, n))
+            own = Read(prompt.receiver[:-1], clean.kv.tail(row, n), prompt.positions)
             turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers))
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
-        return FusedCache(clean.input_ids, clean.attention_mask, kv, fused, [p.coverage for p in batch], passed, turns)
+        coverage = [p.coverage for p in batch]
+        return FusedCache(clean.input_ids, clean.attention_mask, kv, clean.position_ids, fused, coverage, passed, turns)
 
-    def _read(self, j: int, rows: Sequence[Sequence[int]], depth: int, past: Sequence[Read | None]) -> KV:
+    def _read(
+        self,
+        j: int,
+        rows: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int] | None],
+        depth: int,
+        past: Sequence[Read | None],
+    ) -> KV:
         """Sharer j's cache of its lowest `depth` layers, padded on the left."""
         sharer = self.sharers[j]
         ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
-        return prefill(sharer, ids, mask, num_layers=depth, past=past)
+        return prefill(sharer, ids, mask, num_layers=depth, positions=positions_from(positions, mask), past=past)
 
     def _selected(
         self, batch: Sequence[PromptIds], sharer_mask: int | Sequence[int] | None, positions: Any
@@ -491,11 +524,11 @@ def _taken(batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV)
     for row, (prompt, turn) in enumerate(zip(batch, before, strict=True)):
         if turn is None:
             continue
-        reads = [
-            (old, new, read.shared(ids) if read else 0)
-            for old, new, read, ids in zip(turn.prompt.maps, prompt.maps, turn.sharers, prompt.sharers, strict=True)
-        ]
-        agreed = turn.receiver.shared(prompt.receiver[:-1])
+        reads = []
+        for j, (old, new, read) in enumerate(zip(turn.prompt.maps, prompt.maps, turn.sharers, strict=True)):
+            places = prompt.sharer_positions[j] if prompt.sharer_positions else None
+            reads.append((old, new, read.shared(prompt.sharers[j], places) if read else 0))
+        agreed = turn.receiver.shared(prompt.receiver[:-1], prompt.positions)
         same = [
             t
             for t in range(agreed)

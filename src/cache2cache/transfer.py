@@ -28,7 +28,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .errors import C2CError
-from .kv import Prefilled, pad_left
+from .kv import Prefilled, pad_left, positions_of
 from .models.load import LM
 from .packing import Coded, Numbers, check_format, decode, encode, format_of, pack, unpack
 from .pair import FusedCache
@@ -101,6 +101,7 @@ class _Header(BaseModel):
         total, rows = sum(self.lengths), len(self.lengths)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "ids": (torch.int64, (total,)),
+            "positions": (torch.int64, (total,)),
             "kv": (getattr(torch, self.numbers), (layers, 2, total - rows, heads, dim)),
         }
         if self.numbers == "int8":
@@ -145,7 +146,9 @@ def to_bytes(cache: Prefilled, lm: LM, numbers: str | None = None) -> bytes:
     text = header.model_dump_json()
     if len(text) > MAX_HEADER // 2:  # escaped once more in the file
         raise C2CError(f"{batch} prompts are too many for one file; write them in several")
-    tensors = {"ids": torch.tensor([i for row in rows for i in row])}
+    positions = positions_of(cache.attention_mask) if cache.position_ids is None else cache.position_ids
+    tensors = {"ids": cache.input_ids, "positions": positions}
+    tensors = {name: tensor[cache.attention_mask.bool()].cpu() for name, tensor in tensors.items()}
     tensors |= {n: t.cpu().contiguous() for n, t in zip(("kv", "low", "scale"), coded.tensors, strict=False)}
     return serialize(tensors, metadata={"cache2cache": text, "sha256": _checksum(text, tensors)})
 
@@ -184,11 +187,13 @@ def from_bytes(data: bytes, lm: LM, prompts: Sequence[Sequence[int]] | None = No
     coded = Coded(tensors["kv"], tensors.get("low"), tensors.get("scale"), header.error)
     kv = unpack(decode(coded, counts), counts).to(lm.device, lm.dtype)
     input_ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
+    positions = positions_of(mask)
+    positions[mask.bool()] = tensors["positions"].to(lm.device)
+    places = None if torch.equal(positions, positions_of(mask)) else positions
     if header.kind == "prefill":
-        return Prefilled(input_ids, mask, kv)
-    return FusedCache(
-        input_ids, mask, kv, header.fused_positions, [tuple(row) for row in header.coverage], header.bytes_passed
-    )
+        return Prefilled(input_ids, mask, kv, places)
+    coverage = [tuple(row) for row in header.coverage]
+    return FusedCache(input_ids, mask, kv, places, header.fused_positions, coverage, header.bytes_passed)
 
 
 def save(cache: Prefilled, path: str | Path, lm: LM, numbers: str | None = None) -> None:

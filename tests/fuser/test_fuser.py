@@ -45,7 +45,7 @@ def caches(batch: int = 2, seed: int = 1) -> tuple[KV, KV]:
     return make(RECEIVER, 7), make(SHARER, 9)
 
 
-WHERE = torch.tensor([[0, 0, 0, 1, 1], [1, 2, 6, 0, 5], [0, 8, 8, 3, 2]])
+WHERE = torch.tensor([[0, 0, 0, 1, 1], [1, 2, 6, 0, 5], [0, 1, 0, 1, 0], [0, 8, 8, 3, 2]])
 
 
 def plain(fuser: C2CFuser, receiver: KV, sharer: KV, where: Tensor) -> KV:
@@ -63,8 +63,8 @@ def plain(fuser: C2CFuser, receiver: KV, sharer: KV, where: Tensor) -> KV:
         g = i + kind * n
         if c.gating and fuser.gate_logit[g] <= 0:
             continue
-        for row, t, s in where.T.tolist():
-            x = getattr(sharer, name)[s_layer, row, :, s].flatten()
+        for row, t, other, s in where.T.tolist():
+            x = getattr(sharer, name)[s_layer, other, :, s].flatten()
             r = getattr(receiver, name)[t_layer, row, :, t].flatten()
             before = r
             if c.normalize:
