@@ -21,6 +21,7 @@ from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
 from .kv import KV, Prefilled, check_fusable, pad_left, prefill, prefill_prompts
 from .models.load import LM, load_lm
+from .rotary import Rotary
 
 Messages = Sequence[Mapping[str, str]]
 ModelSource = str | Path | ModelSpec | PreTrainedModel | LM
@@ -97,6 +98,9 @@ class C2C:
         self.receiver = receiver
         self.sharers = list(sharers)
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
+        for sharer, fuser in zip(sharers, fusers, strict=True):
+            if fuser.config.key_space == "unrotated":
+                fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))
         self.mode = mode
         self.chat_template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
 
@@ -353,7 +357,8 @@ def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:
 def where_to_fuse(
     batch: Sequence[PromptIds], j: int, receiver_length: int, sharer_length: int, lengths: Sequence[int]
 ) -> tuple[Tensor, int]:
-    """The positions to fuse as (3, N): row, receiver position, sharer position, in left-padded caches.
+    """The positions to fuse as (5, N): row, receiver position and sharer position in left-padded caches, then the same
+    two positions without the padding.
 
     Args:
         batch, j: the prompts and which sharer.
@@ -371,7 +376,7 @@ def where_to_fuse(
         s = index[t]
         read += len(s.unique())
         shift = receiver_length - len(index)
-        where.append(torch.stack([torch.full_like(t, row), t + shift, s + sharer_length - n]))
+        where.append(torch.stack([torch.full_like(t, row), t + shift, s + sharer_length - n, t, s]))
     return torch.cat(where, dim=1), read
 
 
