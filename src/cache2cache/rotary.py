@@ -66,11 +66,10 @@ class Rotary:
             layers: (n,) which layer each is of.
             positions: (N,) how many tokens of the same prompt come before each.
         """
-        inv_freq, scaling = (x.to(keys.device)[layers, None, None] for x in (self.inv_freq, self.scaling))
-        angle = positions[:, None, None] * inv_freq  # (n, N, 1, R/2)
-        cos, sin = (
-            (angle.cos() / scaling, -angle.sin() / scaling) if back else (angle.cos() * scaling, angle.sin() * scaling)
-        )
+        inv_freq, scaling = (x.to(keys.device)[layers] for x in (self.inv_freq, self.scaling))
+        angle = positions[:, None, None] * inv_freq[:, None, None]  # (n, N, 1, R/2)
+        size = (1 / scaling if back else scaling)[:, None, None, None]
+        cos, sin = angle.cos() * size, angle.sin() * (-size if back else size)
         half = self.inv_freq.shape[1]
         a, b, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(keys.dtype)
