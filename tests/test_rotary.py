@@ -122,8 +122,11 @@ def test_a_shift_of_all_positions_turns_the_fused_keys_alone(variant: str) -> No
 
 
 def test_a_fuser_without_its_models_says_so() -> None:
-    pair = pair_of(key_space="unrotated", gating=False)
+    pair = pair_of("llama", "llama", key_space="unrotated", gating=False)
     fuser = pair.fusers[0]
+    kv = KV.from_cache(pair.receiver.model(torch.tensor([[7, 8]])).past_key_values)
+    with pytest.raises(C2CError, match="`where` has 3 rows; unrotated keys need 5"):
+        fuser(kv, kv, torch.zeros(3, 1, dtype=torch.long))
     fuser.rotary = None
     with pytest.raises(C2CError, match="doesn't know the models' rotary embeddings; use it in a C2C pair"):
         pair.prefill(CHATS[0])
