@@ -290,9 +290,7 @@ class C2CFuser(nn.Module):
         read = list(before)
         if self._unrotated and layers[0][0] == "keys":
             if len(where) != 5:
-                raise C2CError(
-                    f"`where` has {len(where)} rows; unrotated keys need 5, the last two being the positions without padding"
-                )
+                raise C2CError(f"`where` has {len(where)} rows; unrotated keys need 5, the last two without padding")
             index = layers[0][1]
             read[0] = self._turn(0, read[0], self.receiver_layers[index], where[-2], back=True)
             known[0] = self._turn(1, known[0], self.sharer_layers[index], where[-1], back=True)
