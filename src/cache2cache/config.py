@@ -53,7 +53,8 @@ class ModelIdentity(BaseModel):
 class FuserConfig(BaseModel):
     """What a fuser computes (FORMATS.md section 2; paper section 3.3). The switches give the paper's ablations.
 
-    `receiver` and `sharer` are filled in by `C2C.from_models`. Defaults of the sizes are the published ones.
+    `receiver` and `sharer` are filled in by `C2C.from_models`. Defaults of the sizes are the published ones; a variant
+    may have defaults of its own for what is not set (`C2CFuser.defaults`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -63,6 +64,9 @@ class FuserConfig(BaseModel):
     sharer: ModelIdentity | None = None
     layer_map: str | list[tuple[int, int]] = "terminal"
     token_map: Literal["span", "first", "longest"] = "span"
+    key_space: Literal["rotated", "unrotated"] = Field(
+        "rotated", description="unrotated: keys are fused without their rotary position embedding"
+    )
     hidden_dim: int = Field(1024, gt=0)
     intermediate_dim: int = Field(1024, gt=0)
     num_layers: int = Field(
@@ -81,6 +85,7 @@ class FuserConfig(BaseModel):
     anneal_steps: int = Field(1929, gt=0)
     normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
     zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
+    blend: float = Field(1.0, ge=0, le=1, description="ridge: how far the prediction replaces the receiver's cache")
 
     @model_validator(mode="after")
     def _relations(self) -> FuserConfig:

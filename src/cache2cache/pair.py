@@ -24,6 +24,7 @@ from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
 from .kv import KV, Prefilled, Read, check_fusable, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
+from .rotary import Rotary
 
 Mode = Literal["parallel", "sequential"]
 Messages = Sequence[Mapping[str, str]]
@@ -123,6 +124,9 @@ class C2C:
         self.receiver = receiver
         self.sharers = list(sharers)
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
+        for sharer, fuser in zip(sharers, fusers, strict=True):
+            if fuser.config.key_space == "unrotated":
+                fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))
         self.mode = _checked(mode)
         self.chat_template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
 
@@ -319,13 +323,13 @@ class C2C:
             self.receiver,
             [p.receiver for p in batch],
             [p.positions for p in batch],
-            past=[turn and turn.receiver for turn in before],
+            past=[turn.receiver if turn else None for turn in before],
         )
         # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
         # reads the clean cache.
         todo, kv = _taken(batch, before, clean.kv)
         kv = kv or (None if shared else clean.kv)
-        passed, kept = 0, [[None] * len(self.sharers) for _ in batch]  # type: list[list[Read | None]]
+        passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
         for j, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
             lengths: Sequence[int] = sharer_lengths(batch, j)
@@ -546,9 +550,18 @@ def _taken(batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV)
     return todo, kv
 
 
+def _no_reads(sharers: int) -> list[Read | None]:
+    return [None] * sharers
+
+
 def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:
     """Per prompt, how many tokens of sharer j are read: up to the last that goes with a fused position."""
     return [max(p.maps[j][:-1], default=-1) + 1 for p in batch]
+
+
+def _at(positions: Sequence[int] | None, tokens: Tensor) -> Tensor:
+    """Position ids of tokens: what `positions` says, or their own number."""
+    return tokens if positions is None else torch.as_tensor(list(positions))[tokens]
 
 
 def where_to_fuse(
@@ -559,7 +572,8 @@ def where_to_fuse(
     lengths: Sequence[int],
     members: Sequence[int] | None = None,
 ) -> tuple[Tensor, int]:
-    """The positions to fuse as (4, N): row and position in the receiver's cache, row and position in the sharer's.
+    """The positions to fuse as (6, N): row and position in the receiver's cache, row and position in the sharer's, and
+    the position ids of both tokens.
 
     Args:
         batch, j: the prompts and which sharer.
@@ -578,7 +592,9 @@ def where_to_fuse(
         s = index[t]
         read += len(s.unique())
         mine, theirs = receiver_length - len(index), sharer_length - lengths[row]
-        where.append(torch.stack([torch.full_like(t, row), t + mine, torch.full_like(t, sharer_row), s + theirs]))
+        ids = [_at(batch[row].positions, t), _at((batch[row].sharer_positions or [None] * (j + 1))[j], s)]
+        rows = [torch.full_like(t, row), t + mine, torch.full_like(t, sharer_row), s + theirs]
+        where.append(torch.stack([*rows, *ids]))
     return torch.cat(where, dim=1), read
 
 

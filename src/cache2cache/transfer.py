@@ -192,7 +192,7 @@ def from_bytes(data: bytes, lm: LM, prompts: Sequence[Sequence[int]] | None = No
     places = None if torch.equal(positions, positions_of(mask)) else positions
     if header.kind == "prefill":
         return Prefilled(input_ids, mask, kv, places)
-    coverage = [tuple(row) for row in header.coverage]
+    coverage: list[Sequence[float]] = [tuple(row) for row in header.coverage]
     return FusedCache(input_ids, mask, kv, places, header.fused_positions, coverage, header.bytes_passed)
 
 

@@ -154,7 +154,7 @@ def test_the_control_is_the_fuser_on_the_others_cache() -> None:
         blank = KV(torch.zeros(3, 1, 3, length, 8), torch.zeros(3, 1, 3, length, 8))
         positions = [(t, s) for t, s in enumerate(prompt.maps[0][:-1]) if s >= 0]
         # Counted from the end, where both prompts have the same template; before its start its first token.
-        where = [(0, t, max(0, len(theirs) - (len(mine) - s))) for t, s in positions]
+        where = [(0, t, 0, max(0, len(theirs) - (len(mine) - s))) for t, s in positions]
         with torch.no_grad():
             expected = pair.fusers[0](blank, sharer, torch.tensor(where).T)
         at = [t for t, _ in positions]

@@ -19,7 +19,8 @@ def train(
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
     ] = False,
 ) -> None:
-    """Train a fuser. Run it again after an interruption: it goes on from the last checkpoint.
+    """Train a fuser, or fit one that has a closed form (ridge). Run it again after an interruption: training goes on
+    from the last checkpoint.
 
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
@@ -30,6 +31,7 @@ def train(
     from cache2cache import heap
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
+    from cache2cache.training.fit import Fitted, fit
     from cache2cache.training.loop import Trainer, prepare
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.store import Store
@@ -46,13 +48,22 @@ def train(
     pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
     data = prepare(pair, config)
-    trainer = Trainer(pair, config, store, data)
     parameters = sum(p.numel() for p in pair.fusers.parameters())
-    console.print(
-        f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.too_long} too "
-        f"long, {trainer.steps} steps"
+    about = (
+        f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.too_long} too long"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if isinstance(pair.fusers[0], Fitted):
+        console.print(about)
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
+            folder, rows = fit(pair, config, store, data, lambda n: bar.advance(task, n))
+        for row in rows:
+            console.print(f"{row['kind']} of layer {row['layer']}: R² {row['r2']:.3f}, penalty {row['penalty']:g}")
+        print(folder)
+        return
+    trainer = Trainer(pair, config, store, data)
+    console.print(f"{about}, {trainer.steps} steps")
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=trainer.steps)
 

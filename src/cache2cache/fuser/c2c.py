@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from ..alignment.layers import layer_map
 from ..config import FuserConfig
 from ..errors import C2CError
 from ..kv import KV
+from ..rotary import Rotary
 
 # Positions fused at once without gradients: few enough that the activations stay in the processor's cache.
 CHUNK = 256
@@ -48,34 +49,60 @@ class StackedFFN(nn.Module):
 
     def __init__(self, groups: int, dim: int, inner: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.Parameter(torch.ones(groups, 1, dim))
+        self.norm: nn.Parameter | None = nn.Parameter(torch.ones(groups, 1, dim))
         self.w1 = StackedLinear(groups, dim, inner, bias=False)
         self.w2 = StackedLinear(groups, inner, dim, bias=False)
         self.dropout = dropout
 
+    def fold(self) -> None:
+        """Put the norm's weight into the product behind it (inference only)."""
+        assert self.norm is not None
+        self.w1.weight = nn.Parameter(self.w1.weight * self.norm.transpose(1, 2), requires_grad=False)
+        self.norm = None
+
     def inner(self, x: Tensor) -> Tensor:
         """GELU(W1 RMSNorm(x)), (G, N, inner)."""
-        inner = F.gelu(self.w1(F.rms_norm(x, x.shape[-1:], eps=1e-6) * self.norm))
+        # RMSNorm in two passes over x; torch's own takes five on a CPU.
+        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
+        inner = F.gelu(self.w1(x * scale if self.norm is None else x * scale * self.norm))
         return F.dropout(inner, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(x, self.inner(x), self.w2.weight)
 
 
+def with_defaults(config: FuserConfig, defaults: dict[str, Any]) -> FuserConfig:
+    """A configuration with a variant's own defaults where the user set nothing."""
+    return config.model_copy(update={k: v for k, v in defaults.items() if k not in config.model_fields_set})
+
+
 class C2CFuser(nn.Module):
     """Fuses a sharer's cache into a receiver's. Built untrained from a configuration that names both models.
 
+    A variant overrides `_build` (its weights) and `change` (what they compute). Its state is parameters whose first
+    dimension is the module, so that closed ones can be left out.
+
     Attributes:
+        defaults: settings of the configuration that this variant would have otherwise where the user names none.
+        kind_axis: how modules and kinds go together. 0: keys and values have modules of their own, G = 2n, first those
+            of the keys. -1: one module a layer, G = n, reads and writes both side by side, so S and T are twice as wide
+            and `heads` twice as many.
         receiver_layers, sharer_layers: (n,) int64, the layer map.
         record: how it was trained, as far as the file it was read from says.
-        gate_logit: (G,) the gates; without training noise a gate is open where its logit is above 0.
+        gate_logit: (2n,) the gates of the keys, then of the values; without training noise a gate is open where its
+            logit is above 0.
+        rotary: of the receiver and of the sharer, which only `key_space: unrotated` needs.
         temperature: (), the present gate temperature (training only).
         sharer_mean, sharer_std (G, 1, S), receiver_mean, receiver_std (G, 1, T): with `normalize`, the statistics of
             the calibration pass.
     """
 
+    defaults: ClassVar[dict[str, Any]] = {}
+    kind_axis: ClassVar[int] = 0
+
     def __init__(self, config: FuserConfig) -> None:
         super().__init__()
+        config = with_defaults(config, self.defaults)
         receiver, sharer = config.receiver, config.sharer
         if receiver is None or sharer is None:
             raise C2CError(
@@ -88,28 +115,37 @@ class C2CFuser(nn.Module):
         self.register_buffer("sharer_layers", torch.tensor([s for _, s in pairs]), persistent=False)
         self.receiver_layers: Tensor
         self.sharer_layers: Tensor
-        self.heads, self.head_dim = receiver.num_kv_heads, receiver.head_dim
-        groups, s, t, h, m = 2 * len(pairs), sharer.width, receiver.width, config.hidden_dim, config.intermediate_dim
-        self._build_input(groups, s, t, h)
-        self.mlp1 = StackedFFN(groups, h, m, config.dropout)
-        self.proj_mlp2 = nn.ModuleList(StackedFFN(groups, h, m, config.dropout) for _ in range(config.num_layers - 2))
-        self.proj_out = StackedLinear(groups, h, t, zero=config.zero_init)
-        if config.weighting:
-            self.scalar_mlp2 = StackedFFN(groups, h, h, config.dropout)
-            self.scalar_head = StackedLinear(groups, h, self.heads)
+        n, side_by_side = len(pairs), 1 if self.kind_axis == 0 else 2
+        self.groups = 2 * n // side_by_side
+        self.heads, self.head_dim = side_by_side * receiver.num_kv_heads, receiver.head_dim
+        s, t = side_by_side * sharer.width, side_by_side * receiver.width
+        self._build(s, t)
         if config.gating:
-            self.gate_logit = nn.Parameter(torch.full((groups,), float(config.gate_init)))
+            self.gate_logit = nn.Parameter(torch.full((2 * n,), float(config.gate_init)))
         self.register_buffer("temperature", torch.tensor(config.initial_temperature))
         self.temperature: Tensor
-        self._kept: tuple[Any, list[tuple[C2CFuser, Tensor]]] | None = None  # see _inference
+        self.rotary: tuple[Rotary, Rotary] | None = None
+        self._kept: tuple[Any, list[Part]] | None = None  # see _inference
         self.sharer_mean: Tensor
         self.sharer_std: Tensor
         self.receiver_mean: Tensor
         self.receiver_std: Tensor
         if config.normalize:
             for name, width in (("sharer", s), ("receiver", t)):
-                self.register_buffer(f"{name}_mean", torch.zeros(groups, 1, width))
-                self.register_buffer(f"{name}_std", torch.ones(groups, 1, width))
+                self.register_buffer(f"{name}_mean", torch.zeros(self.groups, 1, width))
+                self.register_buffer(f"{name}_std", torch.ones(self.groups, 1, width))
+
+    def _build(self, s: int, t: int) -> None:
+        """Make the weights of `groups` modules that read S sharer and T receiver numbers a position and write T."""
+        c, groups = self.config, self.groups
+        h, m = c.hidden_dim, c.intermediate_dim
+        self._build_input(groups, s, t, h)
+        self.mlp1 = StackedFFN(groups, h, m, c.dropout)
+        self.proj_mlp2 = nn.ModuleList(StackedFFN(groups, h, m, c.dropout) for _ in range(c.num_layers - 2))
+        self.proj_out = StackedLinear(groups, h, t, zero=c.zero_init)
+        if c.weighting:
+            self.scalar_mlp2 = StackedFFN(groups, h, h, c.dropout)
+            self.scalar_head = StackedLinear(groups, h, self.heads)
 
     def _build_input(self, groups: int, s: int, t: int, h: int) -> None:
         # in([sharer ; receiver]) as two products and a sum, which saves writing the concatenation.
@@ -122,7 +158,7 @@ class C2CFuser(nn.Module):
 
     @property
     def open_gates(self) -> Tensor:
-        """(G,) bool: what takes part in inference. Without gating everything does."""
+        """(2n,) bool: what takes part in inference. Without gating everything does."""
         if not self.config.gating:
             return torch.ones(2 * len(self.receiver_layers), dtype=torch.bool, device=self.receiver_layers.device)
         return self.gate_logit.detach() > 0
@@ -188,6 +224,8 @@ class C2CFuser(nn.Module):
         if not self.config.gating:
             return z.new_ones(1, 1, 1)
         logit = self.gate_logit[:, None, None]
+        if self.kind_axis:  # (n, 1, heads of the keys and of the values)
+            logit = self.gate_logit.view(2, -1).T.repeat_interleave(self.heads // 2, 1)[:, None]
         if not self.training:
             return (logit > 0).to(z.dtype)
         noise = torch.zeros(())
@@ -206,7 +244,7 @@ class C2CFuser(nn.Module):
             receiver: (L_receiver, B, H, T, D), read.
             sharer: (at least `sharer_depth` layers, B', H', T', D'), read.
             where: (4, N) int64, what to fuse: row and position in the receiver's cache, row and position in the
-                sharer's. No receiver position twice.
+                sharer's. No receiver position twice. With unrotated keys (6, N): then the position ids of both.
             out: the cache that the changes are added to, in place (may be `receiver` itself), contiguous; None: a copy.
 
         Returns:
@@ -223,38 +261,65 @@ class C2CFuser(nn.Module):
         if where.shape[1] == 0:
             return out
         parts = self._parts(receiver)
-        for row, t, sharer_row, s in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
+        for piece in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
             for fuser, layers in parts:
-                ours = [_vectors(receiver, self.receiver_layers[index], row, t) for _, index in layers]
-                theirs = [_vectors(sharer, self.sharer_layers[index], sharer_row, s) for _, index in layers]
-                kinds = [kind for kind, _ in layers]
-                before = _read(receiver, kinds, ours, fuser.dtype)
-                fused = fuser.change(_read(sharer, kinds, theirs, fuser.dtype), before)
-                if self.config.residual:
-                    fused = fused + (before if untouched else _read(out, kinds, ours, fuser.dtype))
-                for kind, place, part in zip(kinds, ours, fused.split([len(place) for place in ours]), strict=True):
-                    _flat(out, kind)[place.flatten()] = part.reshape(-1, self.head_dim).to(out.keys.dtype)
+                theirs, read, before, places = self._read_both(receiver, sharer, piece, layers, fuser.dtype)
+                change = fuser.change(theirs, read)
+                changes = change.split([len(p) for p in places]) if self.kind_axis == 0 else change.chunk(2, -1)
+                for (kind, index), place, old, new in zip(layers, places, before, changes, strict=True):
+                    if kind == "keys" and self._unrotated:
+                        new = self._turn(0, new, self.receiver_layers[index], piece[-2])
+                    if self.config.residual:
+                        new = new + (old if untouched else _read(out, kind, place, fuser.dtype))
+                    _flat(out, kind)[place.flatten()] = new.reshape(-1, self.head_dim).to(out.keys.dtype)
         return out
 
-    def _parts(self, receiver: KV) -> list[tuple[C2CFuser, list[tuple[str, Tensor]]]]:
-        """What computes the changes: a fuser, and of which kind and which entries of the layer map its modules are.
-
-        In inference the keys come first and then the values, so that activations stay few.
-        """
+    def _parts(self, receiver: KV) -> list[Part]:
+        """What computes the changes: fusers, and of which kind and which entries of the layer map their modules are."""
         if self.training:
             every = torch.arange(len(self.receiver_layers), device=self.receiver_layers.device)
-            return [(self, [("keys", every), ("values", every)])]
+            return [(self, [(kind, every) for kind in KINDS])]
         # Half precision only where it is the hardware's pace; a CPU computes the few products in float32.
-        leans = self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
-        return [(lean, [(kind, index)]) for kind, (lean, index) in zip(KINDS, leans, strict=True) if len(index)]
+        return self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
 
     def inputs(self, receiver: KV, sharer: KV, where: Tensor) -> tuple[Tensor, Tensor]:
         """What all modules read at the given positions: the sharer's (G, N, S) and the receiver's (G, N, T)."""
-        row, t, sharer_row, s = where
-        return (
-            _read(sharer, KINDS, [_vectors(sharer, self.sharer_layers, sharer_row, s)] * 2, self.dtype),
-            _read(receiver, KINDS, [_vectors(receiver, self.receiver_layers, row, t)] * 2, self.dtype),
-        )
+        every = torch.arange(len(self.receiver_layers), device=self.receiver_layers.device)
+        return self._read_both(receiver, sharer, where, [(kind, every) for kind in KINDS], self.dtype)[:2]
+
+    def _read_both(
+        self, receiver: KV, sharer: KV, where: Tensor, layers: Sequence[tuple[str, Tensor]], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """The inputs of some modules, (G, N, S) and (G, N, T), and for each kind what the receiver's cache holds,
+        (layers, N, H * D), and where, see `_vectors`."""
+        row, t, sharer_row, s = where[:4]
+        ours = [_vectors(receiver, self.receiver_layers[index], row, t) for _, index in layers]
+        theirs = [_vectors(sharer, self.sharer_layers[index], sharer_row, s) for _, index in layers]
+        before = [_read(receiver, kind, place, dtype) for (kind, _), place in zip(layers, ours, strict=True)]
+        known = [_read(sharer, kind, place, dtype) for (kind, _), place in zip(layers, theirs, strict=True)]
+        read = list(before)
+        if self._unrotated and layers[0][0] == "keys":
+            if len(where) != 6:
+                raise C2CError(f"`where` has {len(where)} rows; unrotated keys need 6, the last two position ids")
+            index = layers[0][1]
+            read[0] = self._turn(0, read[0], self.receiver_layers[index], where[-2], back=True)
+            known[0] = self._turn(1, known[0], self.sharer_layers[index], where[-1], back=True)
+        join = (lambda x: x[0]) if len(layers) == 1 else (lambda x: torch.cat(x, self.kind_axis))
+        return join(known), join(read), before, ours
+
+    @property
+    def _unrotated(self) -> bool:
+        return self.config.key_space == "unrotated"
+
+    def _turn(self, whose: int, keys: Tensor, layers: Tensor, positions: Tensor, *, back: bool = False) -> Tensor:
+        """Keys (layers, N, H * D) of the receiver (0) or the sharer (1), with their rotary embedding put on or off."""
+        if self.rotary is None:
+            raise C2CError(
+                "this fuser fuses unrotated keys and doesn't know the models' rotary embeddings; use it in a C2C pair, "
+                "or set fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))"
+            )
+        dim = self.config.sharer.head_dim if whose else self.head_dim  # type: ignore[union-attr]
+        return self.rotary[whose].turn(keys.unflatten(-1, (-1, dim)), layers, positions, back=back).flatten(-2)
 
     # ---- inference ----------------------------------------------------------------------------------------------
 
@@ -262,24 +327,38 @@ class C2CFuser(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
-    def _inference(self, dtype: torch.dtype) -> list[tuple[C2CFuser, Tensor]]:
-        """For the keys, then for the values: the open modules alone, with normalisation folded into their weights, and
-        which entries of the layer map they are for.
+    def _inference(self, dtype: torch.dtype) -> list[Part]:
+        """The open modules alone, with normalisation folded into their weights.
 
-        Made once and kept until a parameter changes. Without closed gates and normalisation it shares all weights.
+        Made once and kept until a parameter changes.
         """
         key = (dtype, tuple(x._version for x in (*self.parameters(), *self.buffers())))
         if self._kept is None or self._kept[0] != key:
-            n = len(self.receiver_layers)
-            indices = [is_open.nonzero().flatten() for is_open in self.open_gates.view(2, n)]
-            self._kept = (key, [(self._lean(kind * n, index, dtype), index) for kind, index in enumerate(indices)])
+            self._kept = (key, self._lean_parts(dtype))
         return self._kept[1]
 
-    def _lean(self, start: int, index: Tensor, dtype: torch.dtype) -> C2CFuser:
-        """The modules start + index, ready for inference."""
+    def _lean_parts(self, dtype: torch.dtype) -> list[Part]:
+        n = len(self.receiver_layers)
+        is_open = self.open_gates.view(2, n)
+        if self.kind_axis == 0:  # the keys come first and then the values, so that activations stay few
+            indices = [each.nonzero().flatten() for each in is_open]
+            leans = [self._lean(slice(k * n, k * n + n), index, dtype) for k, index in enumerate(indices)]
+            return [(lean, [(kind, i)]) for kind, lean, i in zip(KINDS, leans, indices, strict=True) if len(i)]
+        index = is_open.any(0).nonzero().flatten()
+        lean = self._lean(slice(0, n), index, dtype)
+        # One kind of a layer may be closed: what is written for it is nothing.
+        factor = is_open[:, index].T.repeat_interleave(self.heads // 2 * self.head_dim, 1)[:, None].to(dtype)
+        if not factor.all():
+            for leaf in ("weight", "bias"):
+                closed = getattr(lean.proj_out, leaf) * factor
+                setattr(lean.proj_out, leaf, nn.Parameter(closed, requires_grad=False))
+        return [(lean, [(kind, index) for kind in KINDS])] if len(index) else []
+
+    def _lean(self, modules: slice, index: Tensor, dtype: torch.dtype) -> C2CFuser:
+        """Of the modules in a range, those at `index`, ready for inference."""
 
         def pick(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()[start : start + len(self.receiver_layers)]
+            tensor = tensor.detach()[modules]
             return tensor if len(index) == len(tensor) else tensor[index]
 
         with torch.no_grad(), torch.device("meta"):
@@ -290,6 +369,10 @@ class C2CFuser(nn.Module):
         if self.config.normalize:
             with torch.no_grad():
                 lean._fold(dtype, *(pick(getattr(self, name)) for name in STATISTICS))
+        with torch.no_grad():
+            for block in lean.modules():
+                if isinstance(block, StackedFFN):
+                    block.fold()
         return lean.to(dtype).eval()
 
     def _fold(
@@ -324,6 +407,7 @@ class C2CFuser(nn.Module):
 
 
 KINDS = ("keys", "values")
+Part = tuple[C2CFuser, list[tuple[str, Tensor]]]
 STATISTICS = ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std")
 
 
@@ -345,10 +429,6 @@ def _vectors(kv: KV, layers: Tensor, row: Tensor, position: Tensor) -> Tensor:
     return ((layers[:, None, None] * batch + row[:, None]) * heads + head) * length + position[:, None]
 
 
-def _read(kv: KV, kinds: Sequence[str], places: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The rows of `_flat` at `places`, for one kind after the other: (G, N, H * D)."""
-    parts = [
-        _flat(kv, kind).index_select(0, place.flatten()).view(*place.shape[:2], -1)
-        for kind, place in zip(kinds, places, strict=True)
-    ]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+def _read(kv: KV, kind: str, place: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows of `_flat` at `place` (layers, N, H): (layers, N, H * D)."""
+    return _flat(kv, kind).index_select(0, place.flatten()).view(*place.shape[:2], -1).to(dtype)

@@ -33,7 +33,7 @@ def save(
     Args:
         fuser: what to write.
         folder: made if it isn't there.
-        dtype: of the weights on disk (gates and statistics stay float32); None keeps theirs.
+        dtype: of the weights on disk (gates, blend and statistics stay float32); None keeps theirs.
         training: data, command, cost and measured figures, kept in the configuration for whoever reads it; None: the
             record that the fuser was read with.
     """
@@ -92,7 +92,7 @@ def convert(source: Path, destination: Path, to: str) -> None:
 
 
 def _is_weight(name: str) -> bool:
-    return name not in (*STATISTICS, "gate_logit", "temperature")
+    return name not in (*STATISTICS, "gate_logit", "temperature", "blend")
 
 
 def resolve(source: str | Path | None, revision: str | None = None, subfolder: str | None = None) -> Path:

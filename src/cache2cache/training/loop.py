@@ -139,17 +139,28 @@ def sharer_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None)
 
 
 @torch.no_grad()
-def calibrate(pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int = 16) -> None:
-    """Set a normalising fuser's statistics: mean and deviation of each channel over the positions that are fused."""
+def fused_inputs(
+    pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the fuser reads at the positions that are fused, batch by batch: the sharer's (G, N, S), the receiver's
+    (G, N, T)."""
     fuser = pair.fusers[0]
     assert isinstance(fuser, C2CFuser)
-    sums: dict[str, list[Tensor]] = {"sharer": [], "receiver": []}
     for begin in range(0, len(items), batch_size):
         prompts = [item.prompt for item in items[begin : begin + batch_size]]
         clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
-        known = sharer_prefill(pair, prompts, store)
+        known = sharer_prefill(pair, prompts, store).to(pair.receiver.device)
         where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, sharer_lengths(prompts, 0))
-        for name, x in zip(("sharer", "receiver"), fuser.inputs(clean.kv, known, where), strict=True):
+        yield fuser.inputs(clean.kv, known, where.to(pair.receiver.device))
+
+
+@torch.no_grad()
+def calibrate(pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int = 16) -> None:
+    """Set a normalising fuser's statistics: mean and deviation of each channel over the positions that are fused."""
+    fuser = pair.fusers[0]
+    sums: dict[str, list[Tensor]] = {"sharer": [], "receiver": []}
+    for inputs in fused_inputs(pair, items, store, batch_size):
+        for name, x in zip(("sharer", "receiver"), inputs, strict=True):
             sums[name].append(x.float())
     for name, parts in sums.items():
         x = torch.cat(parts, dim=1)
@@ -294,17 +305,8 @@ class Trainer:
     # ---- what stays on disk -------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        recipe = self.config.model_dump(mode="json", exclude={"output", "store", "data_dir"})
-        path = self.output / "recipe.json"
-        if path.exists():
-            if json.loads(path.read_text()) != recipe:
-                raise C2CError(f"{self.output} holds a run of another recipe; choose another output, or remove it")
+        if start_run(self.config):
             self._resume()
-        else:
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(recipe, indent=2) + "\n")
-            os.replace(partial, path)
         if self.step == 0:
             torch.manual_seed(self.config.seed)
             if self.fuser.config.normalize:
@@ -355,20 +357,39 @@ class Trainer:
 
     def save_fuser(self) -> Path:
         """Write the fuser as it is now, with what it was trained on."""
-        folder = self.output / "fuser"
-        training = {
-            "recipe": self.config.model_dump(mode="json", exclude={"output", "store", "data_dir"}),
-            "examples": len(self.data.train),
-            "steps": self.step,
-            "seconds": round(self.seconds, 1),
-            **self.last_evaluation,
-        }
-        dtype = getattr(torch, self.config.weights_on_disk)
-        checkpoint.save(self.fuser, folder, dtype=dtype, training=training)
-        partial = folder / f".training_ids.{os.getpid()}"
-        partial.write_text("".join(f"{item.id}\n" for item in sorted(self.data.train, key=lambda i: i.id)))
-        os.replace(partial, folder / "training_ids.txt")
-        return folder
+        measured = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
+        return write_fuser(self.pair, self.config, self.data, measured)
+
+
+def recipe_of(config: TrainConfig) -> dict[str, Any]:
+    """What makes a run: the recipe without the places of its files."""
+    return config.model_dump(mode="json", exclude={"output", "store", "data_dir"})
+
+
+def start_run(config: TrainConfig) -> bool:
+    """Put `recipe.json` into the output folder. True: it is there, of a run with the same recipe."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    path = config.output / "recipe.json"
+    if path.exists():
+        if json.loads(path.read_text()) != recipe_of(config):
+            raise C2CError(f"{config.output} holds a run of another recipe; choose another output, or remove it")
+        return True
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(recipe_of(config), indent=2) + "\n")
+    os.replace(partial, path)
+    return False
+
+
+def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+    """Write the pair's fuser into `fuser/` of the run, with what it was made from and the ids of the examples."""
+    fuser, folder = pair.fusers[0], config.output / "fuser"
+    assert isinstance(fuser, C2CFuser)
+    training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
+    checkpoint.save(fuser, folder, dtype=getattr(torch, config.weights_on_disk), training=training)
+    partial = folder / f".training_ids.{os.getpid()}"
+    partial.write_text("".join(f"{item.id}\n" for item in sorted(data.train, key=lambda i: i.id)))
+    os.replace(partial, folder / "training_ids.txt")
+    return folder
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -1,0 +1,152 @@
+"""A linear map from the sharer's cache to the receiver's, fitted in closed form: no gradients, one pass over the data.
+
+Keys are predicted from keys and values from values, all heads of a layer at once, and the prediction takes the place of
+what the receiver holds:
+
+    fused = receiver + blend * (W x + c - receiver)
+
+W and c are the ridge regression of the receiver's cache on the sharer's, at the positions that are fused. What the
+receiver's own cache says is not among the inputs: it is the target, and would explain itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import C2CError
+from .c2c import KINDS, C2CFuser, StackedLinear
+
+# Penalties tried, in units of the mean variance of a sharer channel.
+PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+class RidgeFuser(C2CFuser):
+    """Until it is fitted it changes nothing.
+
+    Attributes:
+        proj_out: (G, S, T), the map.
+        blend: (G, 1, 1), zero before the fit and the configured one afterwards.
+    """
+
+    defaults = {"gating": False, "weighting": False, "dropout": 0.0}  # noqa: RUF012
+
+    def _build(self, s: int, t: int) -> None:
+        c = self.config
+        asked = [name for name in ("gating", "weighting", "normalize") if getattr(c, name)]
+        if asked or not c.residual:
+            raise C2CError(
+                f"a ridge fuser is a plain linear map that replaces the receiver's cache by {c.blend:g}; leave out "
+                + (", ".join(asked) or "residual: false")
+            )
+        self.proj_out = StackedLinear(self.groups, s, t, zero=True)
+        self.blend = nn.Parameter(torch.zeros(self.groups, 1, 1), requires_grad=False)
+
+    @property
+    def open_gates(self) -> Tensor:
+        return self.blend.flatten() > 0
+
+    def change(self, sharer: Tensor, receiver: Tensor) -> Tensor:
+        return self.blend * (self.proj_out(sharer) - receiver)
+
+    @torch.no_grad()
+    def fit(self, train: Pairs, holdout: Pairs) -> list[dict[str, float | str | int]]:
+        """Set the map from what `inputs` gives, read once and piece by piece: only sums over positions are kept.
+
+        Args:
+            train: sharer's (G, N, S) and receiver's (G, N, T), N as it comes.
+            holdout: as `train`, of other prompts; the penalty of each layer and kind is the one that predicts these
+                best.
+
+        Returns:
+            Per kind and receiver layer its penalty and R², the share of the variance on the hold-out that is predicted.
+        """
+        seen, watched = Moments.of(train), Moments.of(holdout)
+        weight, bias, penalty, r2 = solve(seen, watched)
+        self.proj_out.weight.copy_(weight)
+        assert self.proj_out.bias is not None
+        self.proj_out.bias.copy_(bias)
+        self.blend.fill_(self.config.blend)
+        layers = self.receiver_layers.tolist()
+        return [
+            {"kind": kind, "layer": layer, "penalty": penalty[g].item(), "r2": r2[g].item()}
+            for g, (kind, layer) in enumerate((kind, layer) for kind in KINDS for layer in layers)
+        ]
+
+
+@dataclass
+class Moments:
+    """Sums over positions, in float64, from which a linear regression and its error follow.
+
+    Attributes:
+        n: positions.
+        x (G, 1, S), y (G, 1, T): sums. xx (G, S, S), xy (G, S, T): sums of products. yy (G,): the sum of squares.
+    """
+
+    n: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs) -> Moments:
+        """The sums over all pieces (G, N, S) and (G, N, T) of a stream."""
+        total: Moments | None = None
+        for x, y in pairs:
+            x, y = x.double(), y.double()
+            part = (x.sum(1, True), y.sum(1, True), x.mT @ x, x.mT @ y, y.square().sum((1, 2)))
+            if total is None:
+                total = cls(x.shape[1], *part)
+            else:
+                total.n += x.shape[1]
+                for whole, more in zip((total.x, total.y, total.xx, total.xy, total.yy), part, strict=True):
+                    whole += more
+        if total is None or total.n < 2:
+            raise C2CError(
+                f"{0 if total is None else total.n} positions to fit a ridge fuser on or to choose its penalty with; "
+                "give more data, and a hold-out"
+            )
+        return total
+
+    def centred(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Covariances times n: xx, xy, and the total variance of y, without a copy of the data."""
+        return (
+            self.xx - self.x.mT @ self.x / self.n,
+            self.xy - self.x.mT @ self.y / self.n,
+            self.yy - self.y.square().sum((1, 2)) / self.n,
+        )
+
+
+def solve(train: Moments, holdout: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ridge regression of each module, with the penalty that is best on the hold-out.
+
+    Returns:
+        Weight (G, S, T), bias (G, 1, T), penalty (G,) and R² on the hold-out (G,), all float64.
+    """
+    xx, xy, _ = train.centred()
+    size, vectors = torch.linalg.eigh(xx)
+    size, rotated = size.clamp(min=0)[..., None], vectors.mT @ xy
+    unit = size.mean(1, keepdim=True).clamp(min=1e-30)
+    x_mean, y_mean = train.x / train.n, train.y / train.n
+    held_xx, held_xy, held_yy = holdout.centred()
+    best: list[Tensor] = []
+    for penalty in PENALTIES:
+        weight = vectors @ (rotated / (size + penalty * unit))
+        bias = y_mean - x_mean @ weight
+        # The squared error: that of the centred numbers, and n times the square of the mean error.
+        error = held_yy - 2 * (weight * held_xy).sum((1, 2)) + (weight * (held_xx @ weight)).sum((1, 2))
+        error = error + ((holdout.y - holdout.x @ weight) / holdout.n - bias).square().sum((1, 2)) * holdout.n
+        found = [weight, bias, torch.full_like(error, penalty), 1 - error / held_yy.clamp(min=1e-30)]
+        if not best:
+            best = found
+            continue
+        better = found[3] > best[3]
+        for old, new in zip(best, found, strict=True):
+            old[better] = new[better]
+    return best[0], best[1], best[2], best[3]

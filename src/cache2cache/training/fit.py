@@ -1,0 +1,63 @@
+"""Fitting a fuser that has a closed form: the same recipe, data, store and output as training, no gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..errors import C2CError
+from ..fuser.ridge import Pairs
+from ..pair import C2C
+from .loop import Prepared, fused_inputs, start_run, write_fuser
+from .store import Store
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A fuser that is fitted and not trained, see `RidgeFuser.fit`."""
+
+    def fit(self, train: Pairs, holdout: Pairs) -> list[dict[str, float | str | int]]: ...
+
+
+def fit(
+    pair: C2C,
+    config: TrainConfig,
+    store: Store | None,
+    data: Prepared,
+    progress: Callable[[int], None] = lambda examples: None,
+) -> tuple[Path, list[dict[str, Any]]]:
+    """Fit the pair's fuser on a recipe's examples, each read once.
+
+    Nothing is written before the fit is done, so an interrupted one leaves nothing and starts again.
+
+    Args:
+        progress: called with the number of examples of each batch that was read.
+
+    Returns:
+        The fuser's folder and what the fit measured, a row per kind and layer (also in `log.jsonl`).
+    """
+    fuser = pair.fusers[0]
+    assert isinstance(fuser, Fitted)
+    if not data.holdout:
+        raise C2CError("a fitted fuser chooses its penalty on the hold-out, which is empty; set holdout in the recipe")
+    start_run(config)
+    began = time.perf_counter()
+
+    def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+        for begin, inputs in enumerate(fused_inputs(pair, items, store, config.batch_size)):
+            yield inputs
+            progress(min(config.batch_size, len(items) - begin * config.batch_size))
+
+    rows = fuser.fit(pieces(data.train), pieces(data.holdout))
+    partial = config.output / f".log.{os.getpid()}"
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(partial, config.output / "log.jsonl")
+    measured = {"seconds": round(time.perf_counter() - began, 1), "r2": sum(row["r2"] for row in rows) / len(rows)}  # type: ignore[misc]
+    return write_fuser(pair, config, data, measured), rows
