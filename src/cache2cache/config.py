@@ -152,3 +152,11 @@ class TrainConfig(BaseModel):
     save_every: int = Field(50, gt=0)
     seed: int = 42
     weights_on_disk: Literal["float32", "bfloat16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _trainable(self) -> TrainConfig:
+        if self.fuser.token_map != "span":
+            raise ValueError(
+                f"training is on the token map span, not yet on {self.fuser.token_map}; leave token_map out"
+            )
+        return self

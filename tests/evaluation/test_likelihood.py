@@ -267,3 +267,9 @@ def test_wilson() -> None:
         assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
     with pytest.raises(C2CError, match="nothing was measured"):
         wilson(0, 0)
+
+
+def test_a_published_token_map_is_refused(questions: list[Question], tmp_path: Path) -> None:
+    pair = pair_of("qwen3", "qwen2", token_map="first")
+    with pytest.raises(C2CError, match="token map 'first' doesn't let the sharer read its own tokens"):
+        evaluate(pair, "own", questions, tmp_path / "samples.jsonl")

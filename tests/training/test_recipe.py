@@ -56,6 +56,7 @@ def test_there_is_a_recipe() -> None:
         ("fuser.hiden_dim=2", "unknown key fuser.hiden_dim; did you mean hidden_dim\\?"),
         ("sharer.sauce=2", "unknown key sharer.sauce; did you mean source\\?"),
         ("data=[{task: a, limits: 2}]", "unknown key data.0.limits; did you mean limit\\?"),
+        ("fuser.token_map=first", "training is on the token map span, not yet on first; leave token_map out"),
         ("xyzzy=2", "unknown key xyzzy; expected one of receiver, sharer, fuser, data, "),
         ("epochs=many", "epochs: .*integer.*, given 'many'"),
         ("epochs=0", "epochs: .*greater than 0, given 0"),

@@ -67,6 +67,11 @@ def evaluate(
         raise C2CError(f"two questions of {task} have the same id; give each row its own")
     if len(pair.sharers) != 1:
         raise C2CError(f"this evaluation takes a pair with one sharer, {len(pair.sharers)} were given")
+    if (token_map := pair.fusers[0].config.token_map) != "span":  # type: ignore[union-attr]
+        raise C2CError(
+            f"the fuser's token map {token_map!r} doesn't let the sharer read its own tokens, so this evaluation would "
+            "not measure the sharer alone; give a fuser with the token map span"
+        )
     done = [a for a in read_answers(samples) if a.task == task and a.prompt == prompt]
     have = {(a.id, a.method) for a in done}
     encoded = [
