@@ -20,7 +20,7 @@ from cache2cache.cli import main
 from cache2cache.decode import Chunk
 from cache2cache.errors import C2CError
 from cache2cache.methods import METHODS
-from cache2cache.pair import C2C
+from cache2cache.pair import C2C, FusedCache
 from cache2cache.tasks import load
 
 
@@ -204,20 +204,29 @@ def test_every_method_has_a_label_and_every_demo_question_an_answer() -> None:
     assert len({question.letter for question in questions}) == len(questions) == 3
 
 
+def _watch_turns(monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[dict[str, str]]], list[Any]]:
+    """The messages and the past of every turn of a chat from now on."""
+    seen: list[list[dict[str, str]]] = []
+    pasts: list[Any] = []
+    prefill = C2C.prefill
+
+    def watched(self: C2C, prompts: Any, **options: Any) -> FusedCache:
+        if options.get("keep"):
+            seen.append(prompts)
+            pasts.append(options["past"])
+        return prefill(self, prompts, **options)
+
+    monkeypatch.setattr(C2C, "prefill", watched)
+    return seen, pasts
+
+
 def test_piped_chat(
     tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = C2C.from_pretrained(tiny_pair_folder)
     first = [{"role": "user", "content": "Hello"}]
     said = str(pair.chat(first, do_sample=False, max_new_tokens=6))
-    seen: list[list[dict[str, str]]] = []
-    stream = C2C.stream
-
-    def watched(self: C2C, messages: Any, **options: Any) -> Iterator[Chunk]:
-        seen.append(messages)
-        return stream(self, messages, **options)
-
-    monkeypatch.setattr(C2C, "stream", watched)
+    seen, pasts = _watch_turns(monkeypatch)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAnd now?\n/clear\nHello\n/exit\nnever read\n"))
     assert c2c("chat", "--fuser", str(tiny_pair_folder), "--max-new-tokens", "6") == 0
     assert [[message["role"] for message in chat] for chat in seen] == [
@@ -227,6 +236,7 @@ def test_piped_chat(
     ]
     assert seen[1][1]["content"].rstrip("\ufffd") == said.rstrip("\ufffd")
     assert seen[2] == first
+    assert [past is not None for past in pasts] == [False, True, False]  # the second turn reads only what is new
     lines = capsys.readouterr().out
     assert lines.count("you>") == 0
 
@@ -240,10 +250,9 @@ def test_chat_at_a_terminal(
     tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C stops an answer and drops a line, an error is shown and the chat goes on, the end of the input leaves."""
-    seen: list[list[dict[str, str]]] = []
+    seen, _ = _watch_turns(monkeypatch)
 
-    def stream(self: C2C, messages: Any, **options: Any) -> Iterator[Chunk]:
-        seen.append(messages)
+    def stream(self: C2C, fused: FusedCache, **options: Any) -> Iterator[Chunk]:
         yield Chunk("half an", 1)
         raise [KeyboardInterrupt(), C2CError("too long; use /clear")][len(seen) - 1]
 

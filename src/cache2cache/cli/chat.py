@@ -38,8 +38,7 @@ def chat(
         elif said:
             asked = [*messages, {"role": "user", "content": said}]
             try:
-                past = pair.prefill(asked, past=past, keep=True)  # reads only what is new
-                text = _answer(pair, past, max_new_tokens, typing)
+                text, past = _answer(pair, asked, past, max_new_tokens, typing)
             except C2CError as error:  # such as a chat that has outgrown the context: /clear mends that
                 if not typing:
                     raise
@@ -64,14 +63,20 @@ def _read(typing: bool) -> str | None:
             print("\n(/exit or Ctrl-D leaves)")
 
 
-def _answer(pair: C2C, fused: FusedCache, max_new_tokens: int, typing: bool) -> str:
-    """Stream one answer to stdout; what had been written when Ctrl-C stopped it counts as the answer."""
+def _answer(
+    pair: C2C, messages: list[dict[str, str]], past: FusedCache | None, max_new_tokens: int, typing: bool
+) -> tuple[str, FusedCache | None]:
+    """Stream one answer to stdout; what had been written when Ctrl-C stopped it counts as the answer.
+
+    Returns:
+        The answer, and what the next turn can start from.
+    """
     from cache2cache.cli.view import clean
 
     text = ""
     try:
-        chunks = pair.stream(fused, do_sample=False, max_new_tokens=max_new_tokens)
-        with closing(chunks):
+        past = pair.prefill(messages, past=past, keep=True)  # reads only what is new
+        with closing(pair.stream(past, do_sample=False, max_new_tokens=max_new_tokens)) as chunks:
             for chunk in chunks:
                 text += chunk.text
                 print(clean(chunk.text), end="", flush=True)
@@ -80,4 +85,4 @@ def _answer(pair: C2C, fused: FusedCache, max_new_tokens: int, typing: bool) -> 
         if not typing:
             raise
         print(" (stopped)", flush=True)
-    return text
+    return text, past
