@@ -159,37 +159,3 @@ def _rows(packed: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
 
 
 # ---- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def layer_bytes(counts: Sequence[int], heads: int, dim: int, numbers: Numbers) -> int:
-    """How many bytes one layer takes, keys and values together."""
-    size = 2 * sum(counts) * heads * dim * getattr(torch, numbers).itemsize
-    return int(size + (2 * 2 * len(counts) * heads * dim * 4 if numbers == "int8" else 0))
-
-
-def to_bytes(coded: Coded) -> bytes:
-    """All numbers, low and scale behind the codes."""
-    return b"".join(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for x in coded.tensors)
-
-
-def from_bytes(data: bytes | bytearray, counts: Sequence[int], heads: int, dim: int, numbers: Numbers) -> Coded:
-    """One layer back from its bytes, which must be `layer_bytes` many."""
-    if len(data) != layer_bytes(counts, heads, dim, numbers):
-        raise C2CError(
-            f"a layer came as {len(data)} bytes; expected {layer_bytes(counts, heads, dim, numbers)} for "
-            f"{sum(counts)} positions in {numbers}"
-        )
-    dtype = getattr(torch, numbers)
-    kv_bytes = 2 * sum(counts) * heads * dim * dtype.itemsize
-    kv = _tensor(data[:kv_bytes], dtype, (1, 2, sum(counts), heads, dim))
-    if numbers != "int8":
-        return Coded(kv)
-    middle = (kv_bytes + len(data)) // 2
-    shape = (1, 2, len(counts), heads, dim)
-    return Coded(kv, _tensor(data[kv_bytes:middle], torch.float32, shape), _tensor(data[middle:], torch.float32, shape))
-
-
-def _tensor(data: bytes | bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
