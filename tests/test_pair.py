@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
@@ -292,6 +292,31 @@ def test_prompts_beyond_gemmas_window() -> None:
         assert pair_of(receiver, sharer).prefill(chat).fused_positions[0] > 25  # the window is 8
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "do_sample": True},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_way_of_decoding_is_that_of_the_receiver(family: str, options: dict[str, Any]) -> None:
+    """Closed gates and a fixed seed: the same as `generate` without any cache given."""
+    pair = pair_of(family, "qwen3", gate_init=0.0)
+    kwargs = {**OPTIONS, **options}
+    for chat in CHATS[::2]:
+        ids = pair.prefill(chat).input_ids
+        torch.manual_seed(5)
+        fused = pair.generate(chat, **kwargs)
+        torch.manual_seed(5)
+        plain = pair.receiver.model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **kwargs)  # type: ignore[operator]
+        assert torch.equal(fused, plain)
+
+
 # ---- wrong input ----------------------------------------------------------------------------------------------------
 
 
@@ -311,6 +336,21 @@ def test_prompts_beyond_gemmas_window() -> None:
 def test_wrong_prompts(prompt: Any, words: str) -> None:
     with pytest.raises(C2CError, match=words):
         pair_of("qwen3", "qwen2").prefill(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"assistant_model": tiny_model("llama")}, "assistant_model .* reads the whole prompt again"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .* reads the whole prompt again"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "reads the whole prompt again"),
+        ({"cache_implementation": "static"}, "the cache is there already"),
+    ],
+    ids=["assistant", "lookup", "lookup in the config", "static"],
+)
+def test_decoding_that_a_given_cache_does_not_allow(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(C2CError, match=words):
+        pair_of("llama", "qwen3").generate(CHATS[0], **options)
 
 
 def test_a_prompt_or_answer_beyond_the_context() -> None:

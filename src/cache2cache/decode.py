@@ -42,7 +42,8 @@ class Score:
 
 
 def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
-    """Stock `model.generate` on top of a prefilled cache; every option of transformers passes through.
+    """Stock `model.generate` on top of a prefilled cache; every option of transformers passes through, but for
+    assisted decoding and a choice of cache, which are refused.
 
     Returns:
         What `generate` returns: token ids (B, T + new), prompt included, or its output object.
@@ -50,8 +51,24 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     check_room(lm, prompt.input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
     kwargs.setdefault("pad_token_id", lm.pad_token_id)
     settings = kwargs.get("generation_config") or lm.model.generation_config
-    copies = max(kwargs.get(name, getattr(settings, name, 1)) or 1 for name in ("num_beams", "num_return_sequences"))
+
+    def asked(name: str) -> Any:
+        return kwargs.get(name, getattr(settings, name, None))
+
+    for name, reason in _UNFIT.items():
+        if asked(name):
+            raise C2CError(f"{name} doesn't go with a prefilled cache: {reason}; leave it out")
+    copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
     return lm.model.generate(**prompt.inputs(copies), **kwargs)  # type: ignore[operator]
+
+
+# Seen in transformers 5.23, where the first two would give a wrong answer without a word.
+_REREADS = "assisted decoding in transformers reads the whole prompt again on top of it"
+_UNFIT = {
+    "assistant_model": _REREADS,
+    "prompt_lookup_num_tokens": _REREADS,
+    "cache_implementation": "the cache is there already",
+}
 
 
 def check_room(lm: LM, prompt_tokens: int, new_tokens: int) -> None:
