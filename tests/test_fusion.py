@@ -204,6 +204,9 @@ def test_turns_with_several_sharers(mode: str) -> None:
     # Another choice of sharers and positions later on: nothing that was fused otherwise is taken over.
     options: dict[str, Any] = {"sharer_mask": [0b011, 0b110, 0b000], "positions": "front:0.7"}
     close(pair.prefill(chats, past=fused, **options).kv, pair.prefill(chats, **options).kv)
+    # The other mode, likewise.
+    options = {"sharer_mask": [0b101, 0b010, 0b111], "mode": "sequential" if mode == "parallel" else "parallel"}
+    close(pair.prefill(chats, past=fused, **options).kv, pair.prefill(chats, **options).kv)
 
 
 def test_a_later_turn_reads_and_fuses_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,12 +65,14 @@ class Turn:
         prompt: with -1 in its maps wherever nothing was fused.
         receiver, fused: the receiver's cache of all tokens but the last, before and after.
         sharers: per sharer, as far as it was read; None where it wasn't.
+        parallel: whether the sharers' changes were summed.
     """
 
     prompt: PromptIds
     receiver: Read
     fused: KV
     sharers: list[Read | None]
+    parallel: bool
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,7 @@ class C2C:
         )
         # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
         # reads the clean cache.
-        todo, kv = _taken(batch, before, clean.kv)
+        todo, kv = _taken(batch, before, clean.kv, parallel)
         kv = kv or (None if shared else clean.kv)
         passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
         for j, fuser in enumerate(self.fusers):
@@ -355,7 +357,7 @@ class C2C:
         for row, (prompt, of_sharers) in enumerate(zip(batch, kept if keep else [], strict=False)):
             n = len(prompt.receiver) - 1
             own = Read(prompt.receiver[:-1], clean.kv.tail(row, n), prompt.positions)
-            turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers))
+            turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers, parallel))
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
         coverage = [p.coverage for p in batch]
         return FusedCache(clean.input_ids, clean.attention_mask, kv, clean.position_ids, fused, coverage, passed, turns)
@@ -518,7 +520,9 @@ def _turns(past: FusedCache | Sequence[Turn | None] | None, rows: int) -> Sequen
     return turns
 
 
-def _taken(batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV) -> tuple[list[PromptIds], KV | None]:
+def _taken(
+    batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV, parallel: bool
+) -> tuple[list[PromptIds], KV | None]:
     """What is left to fuse, and a copy of the clean cache with what earlier turns have fused (None if nothing).
 
     A position's fused value depends on its own clean keys and values and on those of the sharer positions that go with
@@ -526,7 +530,7 @@ def _taken(batch: Sequence[PromptIds], before: Sequence[Turn | None], clean: KV)
     """
     todo, kv = list(batch), None
     for row, (prompt, turn) in enumerate(zip(batch, before, strict=True)):
-        if turn is None:
+        if turn is None or turn.parallel != parallel:
             continue
         reads = []
         for j, (old, new, read) in enumerate(zip(turn.prompt.maps, prompt.maps, turn.sharers, strict=True)):
