@@ -29,6 +29,11 @@ class ModelSpec(BaseModel):
     trust_remote_code: bool = False
 
 
+def is_address(source: object) -> bool:
+    """Whether this names a sharer that is served elsewhere (`c2c sharer serve`) and not a model."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
 class ModelIdentity(BaseModel):
     """A model as a fuser sees it: what its cache looks like, and which weights it is.
 

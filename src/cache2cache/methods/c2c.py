@@ -14,4 +14,10 @@ def c2c(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     began = time.perf_counter()
     fused = pair.prefill(ask.chat())
     chunks = pair.stream(fused, do_sample=False, max_new_tokens=max_new_tokens)
-    yield from grow(Answer("c2c", bytes_passed=fused.bytes_passed), began, chunks)
+    blank = Answer(
+        "c2c",
+        bytes_passed=fused.bytes_passed,
+        transfer_bytes=sum(transfer.nbytes for transfer in fused.transfers),
+        transfer_s=max((transfer.seconds for transfer in fused.transfers), default=0.0),
+    )
+    yield from grow(blank, began, chunks)
