@@ -9,8 +9,8 @@ anything behind that the next one needs: a server that was killed is asked again
 says no if another model answers at its address.
 
 A stream of layers is frames: kind (1 byte), length and CRC-32 of what follows (4 bytes each, big-endian), content.
-A layer is its number, the error of its number format (float32) and the tensors of `packing`; the end is empty; so is a
-sign of life; an error is text.
+A layer is its number, the error of its number format (float32) and the tensors of `packing`; a sign of life is empty;
+an error is text. The last layer is the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -41,7 +41,7 @@ from .packing import Coded, Numbers, check_format, decode, unpack
 
 PROTOCOL = 1
 KEY_VARIABLE = "C2C_SHARER_KEY"
-LAYER, ALIVE, END, ERROR = b"L", b"A", b"E", b"X"
+LAYER, ALIVE, ERROR = b"L", b"A", b"E"
 _HEAD = struct.Struct(">cII")
 _LAYER_HEAD = struct.Struct(">If")
 MAX_ANSWER = 64 << 20  # bytes of a JSON answer: a rendered prompt of a million tokens
@@ -334,20 +334,12 @@ class RemoteSharer(LM):
     def _tried(self, once: Callable[[http.client.HTTPConnection], _T]) -> _T:
         """What `once` returns with a connection, after as many attempts as it takes and is allowed."""
         ends = time.monotonic() + self.deadline
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         for attempt in range(1, self.attempts + 1):
-            connection = kind(self._host, self._port, timeout=self.timeout)
-            # Each byte may take up to `timeout`, so a server that trickles is stopped from outside.
-            watch = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [connection])
-            watch.daemon = True
-            watch.start()
             try:
-                return once(connection)
+                with self._connected(ends) as connection:
+                    return once(connection)
             except (_Failed, OSError, ValueError, http.client.HTTPException) as error:
                 failed = error
-            finally:
-                watch.cancel()
-                connection.close()
             pause = 0.25 * 2 ** (attempt - 1)
             if attempt == self.attempts or time.monotonic() + pause > ends:
                 break
@@ -357,6 +349,23 @@ class RemoteSharer(LM):
             f"no answer from the sharer at {self.url}, attempt {attempt} of {self.attempts}: {reason}; see that "
             "`c2c sharer serve` runs there and can be reached from here"
         ) from failed
+
+    @contextmanager
+    def _connected(self, ends: float) -> Iterator[http.client.HTTPConnection]:
+        """A connection that ends at that time at the latest."""
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, self._port, timeout=self.timeout)
+        connection.connect()
+        # Each byte may take up to `timeout`, so a server that trickles is stopped from outside. The socket itself,
+        # since http.client forgets it when the server says that it will close.
+        watch = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [connection.sock])
+        watch.daemon = True
+        watch.start()
+        try:
+            yield connection
+        finally:
+            watch.cancel()
+            connection.close()
 
     def _of(self, kind: type[Any], answer: bytes) -> Any:
         try:
@@ -390,7 +399,7 @@ class Incoming:
         self._here = 0  # layers that have arrived
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
-        self._connection: http.client.HTTPConnection | None = None
+        self._socket: socket.socket | None = None
         self._closed = False
         self._began = time.perf_counter()
         self._attempts = self._nbytes = 0
@@ -423,8 +432,8 @@ class Incoming:
     def close(self) -> None:
         """Stop the transfer; nothing happens where it has ended."""
         self._closed = True
-        if self._connection is not None:
-            _shut(self._connection)
+        if self._socket is not None:
+            _shut(self._socket)
 
     def _run(self) -> None:
         try:
@@ -436,21 +445,19 @@ class Incoming:
 
     def _attempt(self, connection: http.client.HTTPConnection) -> None:
         """Receive the layers that are missing."""
-        self._connection = connection
+        self._socket = connection.sock
         self._attempts += 1
         if self._closed:
             raise C2CError("the transfer was stopped")
         body = self.asked.model_copy(update={"first_layer": self._here}).model_dump_json().encode()
         for content in self._frames(self.sharer._request(connection, "POST", "/v1/prefill", body)):
             self._store(content)
-        if self._here < self.depth:
-            raise _Failed(f"it ended after {self._here} of {self.depth} layers")
 
     def _frames(self, response: http.client.HTTPResponse) -> Iterator[bytearray]:
         """The contents of the layers as they come."""
         size = layer_bytes(self.asked.model, self.counts, self.asked.numbers)
-        most = {LAYER: size, ALIVE: 0, END: 0, ERROR: MAX_ERROR}
-        while True:
+        most = {LAYER: size, ALIVE: 0, ERROR: MAX_ERROR}
+        while self._here < self.depth:
             kind, length, checksum = _HEAD.unpack(self._take(response, _HEAD.size))
             if kind not in most or length > most[kind] or (kind == LAYER and length != size):
                 raise self.sharer._wrong(f"a frame {kind!r} of {length} bytes")
@@ -459,8 +466,6 @@ class Incoming:
                 raise _Failed("a frame was damaged on its way")
             if kind == ERROR:
                 raise C2CError(f"the sharer at {self.sharer.url} could not read the prompt: {_words(bytes(content))}")
-            if kind == END:
-                return
             if kind == LAYER:
                 yield content
 
@@ -528,11 +533,10 @@ def _address(url: str) -> tuple[bool, str, int | None, str, str | None]:
     return parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/"), options.get("numbers")
 
 
-def _shut(connection: http.client.HTTPConnection) -> None:
+def _shut(sock: socket.socket) -> None:
     """End a connection that another thread may be reading from."""
-    if (sock := connection.sock) is not None:
-        with suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
+    with suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
 
 
 def _words(answer: bytes) -> str:

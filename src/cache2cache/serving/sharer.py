@@ -29,7 +29,7 @@ from ..kv import KV, Read, check_fusable, pad_left, positions_from, prefill
 from ..models.load import LM
 from ..models.owner import Owner
 from ..packing import encode, format_of, pack
-from ..remote import ALIVE, END, ERROR, LAYER, MAX_ERROR, PROTOCOL, AskedCache, Served, frame, layer_content
+from ..remote import ALIVE, ERROR, LAYER, MAX_ERROR, PROTOCOL, AskedCache, Served, frame, layer_content
 
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 ALIVE_SECONDS = 5.0  # between two signs of life while a prompt waits for its turn or is read
@@ -252,7 +252,6 @@ async def _computed(sharer: Sharer, asked: AskedCache, worker: ThreadPoolExecuto
         try:
             if not gone.is_set():
                 sharer.prefill(asked, emit)
-                emit(frame(END))
         except _Gone:
             return
         except Exception as error:  # the client is told, the server goes on
