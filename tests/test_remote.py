@@ -8,8 +8,6 @@ import random
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -26,7 +24,7 @@ from cache2cache import C2C, C2CError, load_lm
 from cache2cache.kv import KV
 from cache2cache.packing import quantize
 from cache2cache.remote import ALIVE, ERROR, LAYER, RemoteSharer, frame
-from serving.wire import breaking, listening, served
+from serving.wire import breaking, listening, serve_process, served, until_it_serves
 from test_fusion import THREE, close
 from test_pair import CHATS, OPTIONS, PAIRS, lm_of, pair_of
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -178,20 +176,6 @@ def test_a_broken_connection_is_taken_up_again() -> None:
             assert there.transfers[0].nbytes < whole.nbytes * (1 + 2.2 / away.fusers[0].sharer_depth)  # type: ignore[union-attr,operator]
 
 
-def serve_process(folder: Path, port: int) -> subprocess.Popen[str]:
-    code = "from cache2cache.cli import main; main()"
-    command = [sys.executable, "-c", code, "sharer", "serve", str(folder), "--port", str(port)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def until_it_serves(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    for line in process.stderr:
-        if " at http://" in line:
-            return line.partition(" at ")[2].partition(";")[0]
-    raise AssertionError(f"the server ended with {process.wait()}")
-
-
 def test_killed_and_restarted_without_a_wrong_answer(tiny_folder: Callable[..., Path]) -> None:
     folder = tiny_folder("qwen3")
     pair = pair_of("llama", "qwen3")
@@ -203,11 +187,11 @@ def test_killed_and_restarted_without_a_wrong_answer(tiny_folder: Callable[..., 
         away = C2C(pair.receiver, [RemoteSharer(address, attempts=10)], list(pair.fusers))  # type: ignore[arg-type]
         attempts: list[int] = []
         failures: list[BaseException] = []
-        stop = threading.Event()
+        over = threading.Event()
 
         def run() -> None:
             try:
-                while not stop.is_set():
+                while not over.is_set():
                     for chat, kv in zip(CHATS, expected, strict=True):
                         there = away.prefill(chat)
                         same(there.kv, kv)
@@ -226,17 +210,14 @@ def test_killed_and_restarted_without_a_wrong_answer(tiny_folder: Callable[..., 
         deadline = time.monotonic() + 60
         while len(attempts) < before + 4 and not failures and time.monotonic() < deadline:
             time.sleep(0.1)
-        stop.set()
+        over.set()
         thread.join(60)
         assert not failures and len(attempts) >= before + 4, failures
         processes[1].send_signal(signal.SIGINT)
         assert processes[1].wait(20) in (0, 130)
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
-            assert process.stderr is not None
-            process.stderr.close()
+            stop(process)
 
 
 def test_another_model_at_the_same_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +265,7 @@ def test_what_a_served_sharer_is_not_for() -> None:
         C2C(remote, [pair.receiver], list(pair.fusers))  # type: ignore[arg-type]
     with pytest.raises(C2CError, match="which only reads prompts for a pair"):
         remote.model  # noqa: B018
-    with pytest.raises(C2CError, match="no tokenizer"):
+    with pytest.raises(C2CError, match="which only reads prompts for a pair"):
         remote.need_tokenizer()
     turned = pair_of("llama", "qwen3", key_space="unrotated")
     with pytest.raises(C2CError, match="unrotated keys"):

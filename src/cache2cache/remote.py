@@ -199,9 +199,15 @@ class RemoteSharer(LM):
 
     @property
     def model(self) -> Any:  # type: ignore[override]
-        raise C2CError(
-            f"{self.name} runs at {self.url}, which only reads prompts for a pair; to use the model itself, "
-            "load it here"
+        raise self._not_here()
+
+    def need_tokenizer(self) -> Any:
+        raise self._not_here()
+
+    def _not_here(self) -> C2CError:
+        return C2CError(
+            f"{self.name} runs at {self.url}, which only reads prompts for a pair; to use the model itself or its "
+            "tokenizer, load it here"
         )
 
     @property

@@ -5,9 +5,12 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from cache2cache.models import LM
@@ -97,3 +100,25 @@ def breaking(address: str, limits: list[int], flip: bool = False) -> Iterator[st
 
     with listening(answer) as relay:
         yield relay
+
+
+def serve_process(model: str | Path, port: int) -> subprocess.Popen[str]:
+    code = "from cache2cache.cli import main; main()"
+    command = [sys.executable, "-c", code, "sharer", "serve", str(model), "--port", str(port)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def until_it_serves(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if " at http://" in line:
+            return line.partition(" at ")[2].partition(";")[0]
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Kill a server, if it still runs."""
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
