@@ -24,7 +24,7 @@ from cache2cache import C2C, C2CError, load_lm
 from cache2cache.kv import KV
 from cache2cache.packing import quantize
 from cache2cache.remote import ALIVE, ERROR, LAYER, RemoteSharer, frame
-from serving.wire import breaking, listening, serve_process, served, until_it_serves
+from serving.wire import breaking, listening, serve_process, served, stop, until_it_serves
 from test_fusion import THREE, close
 from test_pair import CHATS, OPTIONS, PAIRS, lm_of, pair_of
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
