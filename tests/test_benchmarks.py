@@ -152,3 +152,13 @@ def test_clocking_leaves_the_pair_as_it_was(first_token: ModuleType, tiny_pair_f
     kept = dict(spent)
     pair.prefill("What is the capital of France?")
     assert spent == kept
+
+
+def test_remote(tiny_pair_folder: Path) -> None:
+    models = ["--fuser", tiny_pair_folder]
+    for role, family in (("receiver", "llama"), ("sharer", "qwen3")):
+        models += [f"--{role}", tiny_pair_folder.parent / family]
+    done = script("remote.py", *models, "--lengths", 96, "--quick")
+    assert done.returncode == 0, done.stderr
+    for numbers in ("float32", "bfloat16", "int8"):
+        assert numbers in done.stdout
