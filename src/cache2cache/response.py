@@ -133,12 +133,6 @@ class _Layer(DynamicLayer):
         new = self.answer.position
         return super().update(new.keys[self.index].to(key_states), new.values[self.index].to(value_states))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise C2CError(
-            "beam search swaps answers between rows, which fusing the answer can't follow; leave num_beams out, or "
-            "give fuse_response=False"
-        )
-
 
 @dataclass
 class _Row:
@@ -164,6 +158,11 @@ class _Answer(StoppingCriteria):
         self.position = self._read([[] for _ in turns])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if len(input_ids) != len(self.rows):
+            raise C2CError(
+                "beam search swaps answers between rows, which fusing the answer can't follow; leave num_beams out, or "
+                "give fuse_response=False"
+            )
         self.position = self._read(input_ids[:, self.prompt_length :].tolist())
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -212,15 +211,16 @@ class _Answer(StoppingCriteria):
         if prompt.text is None:
             return {j: [*prompt.sharers[j], *answer] for j in sharers}
         tokenizer = self.pair.receiver.need_tokenizer()
-        before, row.text = row.text, _complete(str(tokenizer.decode(answer, skip_special_tokens=True)))
-        new = len(row.text) - common_prefix(before, row.text)
-        if not new:
+        text = _complete(str(tokenizer.decode(answer, skip_special_tokens=True)))
+        new = len(text) - common_prefix(row.text, text)
+        if not new:  # nothing, or less: byte fallback shows a whole run of bytes as pieces until the last is complete
             return {}
+        row.text = text
         mine, *theirs = (
             render(
                 lm.need_tokenizer(),
                 prompt.text[0],
-                prefix=prompt.text[1] + row.text,
+                prefix=prompt.text[1] + text,
                 chat_template_kwargs=self.pair.chat_template_kwargs,
             )
             for lm in (self.pair.receiver, *(self.pair.sharers[j] for j in sharers))
