@@ -232,13 +232,17 @@ def test_the_start_of_an_answer_goes_before_it() -> None:
 
 def test_a_later_turn_is_decoded_from() -> None:
     pair = pair_of("qwen3", "llama")
-    first = pair.prefill(CHATS[1][:2], keep=True)
+    chat = list(CHATS[1][:2])
+    first = pair.prefill(chat, keep=True)
+    chat += CHATS[1][2:]  # the caller goes on with the same list
     later = pair.prefill(CHATS[1], past=first, keep=True)
     script = ids_of(pair.receiver, TEXT)
     (a,), kv = forced(pair, later, [script])
     (b,), whole = forced(pair, CHATS[1], [script])
     torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     close(kv, whole)
+    (_, a), (_, b) = (forced(pair, prompt, [script[:5]]) for prompt in (first, CHATS[1][:2]))
+    close(a, b)
 
 
 def test_what_takes_part() -> None:

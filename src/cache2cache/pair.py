@@ -254,7 +254,8 @@ class C2C:
             content_tokens(mine),
             next((a.receiver_positions for a in published.values()), None),
             [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
-            (prompt, prefix),  # type: ignore[arg-type]
+            # A copy: the caller may go on with the same list.
+            (prompt if isinstance(prompt, str) else [dict(message) for message in prompt], prefix),  # type: ignore[arg-type]
         )
 
     def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
