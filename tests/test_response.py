@@ -205,6 +205,14 @@ def test_ended_rows_cost_their_sharers_nothing() -> None:
     assert both[0] == 2 * seen[0] and both[1] == 2 * seen[1] and both[3:] == seen[3:]
 
 
+def test_only_what_is_new_is_read() -> None:
+    pair = pair_of("qwen3", "qwen2")  # one token a byte in both
+    seen = [tokens_read(lm) for lm in (pair.receiver, pair.sharers[0])]
+    forced(pair, CHATS[0], [ids_of(pair.receiver, "best A")])
+    # The prompt; then per token, the last of the prompt included, one clean pass and one fused, but for the end.
+    assert seen[0][1:] == [1] * 13 and seen[1][1:] == [1] * 7
+
+
 def test_token_ids_that_all_models_read() -> None:
     """The cache is then that of the longer prompt, fused."""
     sharer = lm_of("qwen2", 7, vocab_size=264)

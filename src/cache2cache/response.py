@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from .alignment.chat import Rendered, common_prefix, render
@@ -116,7 +116,7 @@ class Answering(Prefilled):
         answer = _Answer(self, copies)
         for index, layer in enumerate(inputs["past_key_values"].layers):
             inputs["past_key_values"].layers[index] = _Layer(layer, answer, index)
-        return {**inputs, "stopping_criteria": [answer]}
+        return {**inputs, "stopping_criteria": StoppingCriteriaList([answer])}
 
 
 class _Layer(DynamicLayer):
