@@ -90,6 +90,7 @@ class FuserConfig(BaseModel):
     anneal_steps: int = Field(1929, gt=0)
     normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
     zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
+    fuse_response: bool = Field(False, description="trained with the answer's tokens fused too (include_response)")
     blend: float = Field(1.0, ge=0, le=1, description="ridge: how far the prediction replaces the receiver's cache")
 
     @model_validator(mode="after")
@@ -164,4 +165,6 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"training is on the token map span, not yet on {self.fuser.token_map}; leave token_map out"
             )
+        if self.fuser.fuse_response:
+            raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")
         return self

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import decode
+from . import decode, response
 from .alignment.chat import Rendered, render
 from .alignment.positions import Positions, content_tokens, fusable
 from .alignment.published import Aligned, Strategy, align
@@ -45,6 +45,7 @@ class PromptIds:
         content: (T,), which receiver tokens belong to the content of a message; empty where that isn't known.
         positions: (T,) position ids of the receiver's tokens where they don't simply count up (published token maps).
         sharer_positions: the same per sharer; empty or None: they count up.
+        text: the prompt and the start of the answer that this was encoded from; None where ids were given.
     """
 
     receiver: Sequence[int]
@@ -54,6 +55,7 @@ class PromptIds:
     content: Sequence[bool] = ()
     positions: Sequence[int] | None = None
     sharer_positions: Sequence[Sequence[int] | None] = ()
+    text: tuple[str | Messages, str] | None = None
 
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
@@ -262,6 +264,8 @@ class C2C:
             content_tokens(mine),
             next((a.receiver_positions for a in published.values()), None),
             [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
+            # A copy: the caller may go on with the same list.
+            (prompt if isinstance(prompt, str) else [dict(message) for message in prompt], prefix),  # type: ignore[arg-type]
         )
 
     def _render(self, lm: LM, prompt: Any, prefix: str) -> Rendered:
@@ -472,23 +476,25 @@ class C2C:
         Args:
             prompts: see `prefill`, or a fused cache.
             prefix: the start of the answer.
-            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); the rest goes to `generate`.
+            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); `fuse_response`, whether the
+                answer's tokens are fused too (`cache2cache.response`; None: as the fuser was trained; a fused cache
+                must then be made with `keep`); the rest goes to `generate`.
 
         Returns:
             Token ids (B, T + new) with the prompt, padded on the left, or whatever the options make `generate` return.
         """
-        fused = self._fused(prompts, prefix, kwargs)
+        fused = self._answering(prompts, prefix, kwargs)
         return decode.generate(self.receiver, fused, **kwargs)
 
     def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
-        fused = self._fused(prompt, prefix, kwargs)
+        fused = self._answering(prompt, prefix, kwargs)
         return decode.stream(self.receiver, fused, **kwargs)
 
     def chat(self, messages: Messages | Sequence[Messages], *, prefix: str = "", **kwargs: Any) -> str | list[str]:
         """Answer a chat, or each chat of a list, as text. `kwargs` as for `generate`."""
         batch = as_batch(messages)
-        fused = self._fused(batch, prefix, kwargs)
+        fused = self._answering(batch, prefix, kwargs)
         sequences = decode.generate(self.receiver, fused, **kwargs)
         texts = self.receiver.need_tokenizer().batch_decode(
             sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
@@ -527,14 +533,20 @@ class C2C:
         scores = decode.score(self.receiver, fused, ids)
         return scores[0] if single else scores
 
-    def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> FusedCache:
+    def _answering(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> Prefilled:
+        """As `_fused`, to be decoded with the answer's tokens fused where that is asked for."""
+        sharers = response.chosen(self, kwargs.pop("fuse_response", None))
+        fused = self._fused(prompts, prefix, kwargs, keep=bool(sharers))
+        return response.Answering.of(self, fused, sharers) if sharers else fused
+
+    def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any], *, keep: bool = False) -> FusedCache:
         """The fused cache of prompts; takes the options of `fuse` out of `kwargs`."""
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         if isinstance(prompts, FusedCache):
             if given := ["prefix"] * bool(prefix) + list(options):
                 raise C2CError(f"{given[0]} was given with a fused cache; give it to prefill instead")
             return prompts
-        return self.prefill(prompts, prefix=prefix, **options)
+        return self.prefill(prompts, prefix=prefix, keep=keep, **options)
 
 
 OPTIONS = ("sharer_mask", "positions", "mode", "past")
