@@ -414,3 +414,11 @@ def test_redirects_are_not_followed() -> None:
 
     with listening(redirect) as address, pytest.raises(C2CError, match=r"refused the request \(302\)"):
         RemoteSharer(address)
+
+
+def test_the_answer_can_be_fused_too() -> None:
+    pair = pair_of("llama", "qwen3")
+    away = elsewhere(pair)
+    for prompt in (CHATS[:2], [CHATS[2]]):
+        expected = pair.chat(prompt, fuse_response=True, **OPTIONS)
+        assert away.chat(prompt, fuse_response=True, **OPTIONS) == expected

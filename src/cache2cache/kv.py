@@ -215,6 +215,25 @@ class Read:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(ids)))
 
 
+@dataclass(frozen=True)
+class ToRead:
+    """What one sharer has to read of a batch.
+
+    Attributes:
+        members: which prompts.
+        lengths: per prompt of the batch, how many tokens.
+        rows, positions, past: per member.
+        depth: the lowest that many layers.
+    """
+
+    members: list[int]
+    lengths: list[int]
+    rows: list[Sequence[int]]
+    positions: list[Sequence[int] | None]
+    depth: int
+    past: list[Read | None]
+
+
 def positions_from(rows: Sequence[Sequence[int] | None], attention_mask: Tensor) -> Tensor | None:
     """Position ids (B, T) of rows that say their own (at least as many as the mask has ones); None: no row does."""
     if all(row is None for row in rows):

@@ -23,7 +23,7 @@ from .config import FuserConfig, ModelIdentity, ModelSpec, is_address
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, Read, check_fusable, pad_left, positions_from, prefill, prefill_prompts
+from .kv import KV, Prefilled, Read, ToRead, check_fusable, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
 from .remote import Incoming, RemoteSharer, Transfer
 from .rotary import Rotary
@@ -391,7 +391,7 @@ class C2C:
         ids, mask, places = clean.input_ids, clean.attention_mask, clean.position_ids
         return FusedCache(ids, mask, kv, places, fused, coverage, passed, turns, transfers)
 
-    def _to_read(self, j: int, batch: Sequence[PromptIds], before: Sequence[Turn | None]) -> _ToRead | None:
+    def _to_read(self, j: int, batch: Sequence[PromptIds], before: Sequence[Turn | None]) -> ToRead | None:
         """What sharer j has to read of a batch; None: nothing."""
         fuser = self.fusers[j]
         assert isinstance(fuser, C2CFuser)
@@ -399,7 +399,7 @@ class C2C:
         members = [row for row, length in enumerate(lengths) if length]
         if fuser.sharer_depth == 0 or not members:
             return None
-        return _ToRead(
+        return ToRead(
             members,
             lengths,
             [batch[row].sharers[j][: lengths[row]] for row in members],
@@ -408,9 +408,13 @@ class C2C:
             [turn.sharers[j] if (turn := before[row]) else None for row in members],
         )
 
-    def _read(self, j: int, asked: _ToRead) -> KV:
+    def _read(self, j: int, asked: ToRead) -> KV:
         """Sharer j's cache, padded on the left."""
         sharer = self.sharers[j]
+        if isinstance(sharer, RemoteSharer):
+            incoming = sharer.prefill(asked.rows, asked.positions, asked.depth, asked.past, self.receiver.device)
+            incoming.wait(asked.depth)
+            return incoming.kv
         ids, mask = pad_left(asked.rows, sharer.pad_token_id, sharer.device)
         places = positions_from(asked.positions, mask)
         return prefill(sharer, ids, mask, num_layers=asked.depth, positions=places, past=asked.past)
@@ -600,25 +604,6 @@ def _taken(
         maps = [[-1 if t in taken else s for t, s in enumerate(index)] for index in prompt.maps]
         todo[row] = replace(prompt, maps=maps)
     return todo, kv
-
-
-@dataclass(frozen=True)
-class _ToRead:
-    """What one sharer has to read of a batch.
-
-    Attributes:
-        members: which prompts.
-        lengths: per prompt of the batch, how many tokens.
-        rows, positions, past: per member.
-        depth: the lowest that many layers.
-    """
-
-    members: list[int]
-    lengths: list[int]
-    rows: list[Sequence[int]]
-    positions: list[Sequence[int] | None]
-    depth: int
-    past: list[Read | None]
 
 
 def _no_reads(sharers: int) -> list[Read | None]:

@@ -46,11 +46,11 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
-from .alignment.chat import Rendered, common_prefix, render
+from .alignment.chat import Rendered, common_prefix
 from .alignment.tokens import span_map
 from .config import FuserConfig
 from .errors import C2CError
-from .kv import KV, Prefilled, Read, pad_left, positions_from, prefill
+from .kv import KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill
 
 if TYPE_CHECKING:
     from .pair import C2C, FusedCache, Turn
@@ -190,7 +190,8 @@ class _Answer(StoppingCriteria):
             theirs = [wanted[b][j] for b in members]
             at = [_continued((prompts[b].sharer_positions or [None] * (j + 1))[j], len(wanted[b][j])) for b in members]
             read = [self.rows[b].sharers[j] for b in members]
-            cache = pair._read(j, theirs, at, fuser.sharer_depth, read)  # type: ignore[arg-type]
+            lengths = [len(row) for row in theirs]
+            cache = pair._read(j, ToRead(members, lengths, theirs, at, fuser.sharer_depth, read))
             for place, b in enumerate(members):
                 self.rows[b].sharers[j] = Read(theirs[place], cache.tail(place, len(theirs[place])), at[place])
             where = [
@@ -216,15 +217,9 @@ class _Answer(StoppingCriteria):
         if not new:  # nothing, or less: byte fallback shows a whole run of bytes as pieces until the last is complete
             return {}
         row.text = text
-        mine, *theirs = (
-            render(
-                lm.need_tokenizer(),
-                prompt.text[0],
-                prefix=prompt.text[1] + text,
-                chat_template_kwargs=self.pair.chat_template_kwargs,
-            )
-            for lm in (self.pair.receiver, *(self.pair.sharers[j] for j in sharers))
-        )
+        asked, begun = prompt.text
+        lms = (self.pair.receiver, *(self.pair.sharers[j] for j in sharers))
+        mine, *theirs = (self.pair._render(lm, asked, begun + text) for lm in lms)
         end = len(mine.text)
         token = Rendered(mine.text, answer[-1:], [(end - new, end)], mine.segments)
         found = {j: (other.ids, int(span_map(token, other).index)) for j, other in zip(sharers, theirs, strict=True)}
