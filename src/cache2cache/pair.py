@@ -83,6 +83,8 @@ class FusedCache(Prefilled):
         fused_positions: per row, how many positions of the prompt were fused.
         coverage: per row and sharer, see `PromptIds`.
         bytes_passed: bytes of sharer keys and values that the fusers read: what would cross a wire.
+        confidence: per row, how sure the receiver alone is of its next token; empty where `skip` wasn't given.
+        skipped: per row, whether that was enough to answer without the sharers.
         turns: per row, what a later turn can start from; empty unless it was asked for (`keep`).
     """
 
@@ -90,6 +92,8 @@ class FusedCache(Prefilled):
     coverage: list[Sequence[float]] = field(default_factory=list)
     bytes_passed: int = 0
     turns: list[Turn] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
 
 
 class C2C:
@@ -282,7 +286,7 @@ class C2C:
         Args:
             prompts: one prompt (see `encode`) or a list of them; a tensor (B, T) of ids is a batch without padding.
             prefix: the start of the answer.
-            options: `sharer_mask`, `positions`, `mode`, `past`, `keep`, as for `fuse`.
+            options: `sharer_mask`, `positions`, `mode`, `skip`, `past`, `keep`, as for `fuse`.
         """
         return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)], **options)
 
@@ -293,6 +297,7 @@ class C2C:
         sharer_mask: int | Sequence[int] | None = None,
         positions: Positions | Sequence[Positions] = "all",
         mode: Mode | None = None,
+        skip: float | None = None,
         past: FusedCache | Sequence[Turn | None] | None = None,
         keep: bool = False,
         clean: Prefilled | None = None,
@@ -309,6 +314,8 @@ class C2C:
                 "content" (of the messages; no template tokens), "front:0.5" or "back:0.5" (that share of the positions,
                 from the front or the back), or (T,) bools.
             mode: instead of the pair's own.
+            skip: a prompt whose likeliest next token has at least this probability for the receiver alone
+                (`decode.confidence`) is left to it, as with a `sharer_mask` of 0; None: no prompt is.
             past: an earlier fused cache made with `keep`, row by row the same chats some turns ago (or its `turns`, one
                 or None per prompt): what the prompts begin with alike is neither read nor fused again.
             keep: also keep the clean caches, for a later turn's `past`.
@@ -317,6 +324,7 @@ class C2C:
                 (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
         self._check(batch)
+        skip = decode.threshold(skip)
         batch = self._selected(batch, sharer_mask, positions)
         before = _turns(past, len(batch))
         parallel = _checked(mode or self.mode) == "parallel"
@@ -327,11 +335,13 @@ class C2C:
             [p.positions for p in batch],
             past=[turn.receiver if turn else None for turn in before],
         )
+        batch, sure, skipped = self._skipped(batch, clean, skip)
         # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
         # reads the clean cache.
         todo, kv = _taken(batch, before, clean.kv, parallel)
         kv = kv or (None if shared else clean.kv)
-        passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
+        # A read that isn't needed this time is kept for the turn that needs it.
+        passed, kept = 0, [list(turn.sharers) if turn else _no_reads(len(self.sharers)) for turn in before]
         for j, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
             lengths: Sequence[int] = sharer_lengths(batch, j)
@@ -360,7 +370,8 @@ class C2C:
             turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers, parallel))
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
         coverage = [p.coverage for p in batch]
-        return FusedCache(clean.input_ids, clean.attention_mask, kv, clean.position_ids, fused, coverage, passed, turns)
+        own_state = clean.input_ids, clean.attention_mask, kv, clean.position_ids
+        return FusedCache(*own_state, fused, coverage, passed, turns, sure, skipped)
 
     def _read(
         self,
@@ -397,6 +408,17 @@ class C2C:
             ]
             chosen.append(replace(prompt, maps=maps))
         return chosen
+
+    def _skipped(
+        self, batch: Sequence[PromptIds], clean: Prefilled, skip: float | None
+    ) -> tuple[Sequence[PromptIds], list[float], list[bool]]:
+        """The prompts without a sharer where the receiver is confident enough; its confidences, and where."""
+        if skip is None:
+            return batch, [], [False] * len(batch)
+        sure = decode.confidence(self.receiver, clean)
+        skipped = [c >= skip for c in sure]
+        every = (1 << len(self.sharers)) - 1
+        return self._selected(batch, [0 if s else every for s in skipped], "all"), sure, skipped
 
     def _check(self, batch: Sequence[PromptIds]) -> None:
         if not batch:
@@ -436,7 +458,7 @@ class C2C:
         Args:
             prompts: see `prefill`, or a fused cache.
             prefix: the start of the answer.
-            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); the rest goes to `generate`.
+            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `skip`, `past`); the rest goes to `generate`.
 
         Returns:
             Token ids (B, T + new) with the prompt, padded on the left, or whatever the options make `generate` return.
@@ -501,7 +523,7 @@ class C2C:
         return self.prefill(prompts, prefix=prefix, **options)
 
 
-OPTIONS = ("sharer_mask", "positions", "mode", "past")
+OPTIONS = ("sharer_mask", "positions", "mode", "skip", "past")
 
 
 def _checked(mode: Mode) -> Mode:

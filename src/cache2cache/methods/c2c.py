@@ -10,8 +10,8 @@ from cache2cache.pair import C2C
 
 
 def c2c(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
-    """Cache-to-cache; with several sharers all of them."""
+    """Cache-to-cache; with several sharers all of them, or none where the receiver is confident enough (`ask.skip`)."""
     began = time.perf_counter()
-    fused = pair.prefill(ask.chat())
+    fused = pair.prefill(ask.chat(), skip=ask.skip)
     chunks = pair.stream(fused, do_sample=False, max_new_tokens=max_new_tokens)
-    yield from grow(Answer("c2c", bytes_passed=fused.bytes_passed), began, chunks)
+    yield from grow(Answer("c2c", bytes_passed=fused.bytes_passed, skipped=fused.skipped[0]), began, chunks)
