@@ -7,7 +7,7 @@ A question is skipped when the receiver's confidence (`decode.confidence`) reach
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -59,8 +59,8 @@ def apply(cases: Sequence[Case], threshold: float | None) -> Outcome:
 def calibrate(cases: Sequence[Case], tolerance: float = 0.0) -> float | None:
     """The lowest threshold at which C2C that skips is at most `tolerance` points less accurate than C2C.
 
-    None where no question can be skipped at that price. Of the thresholds that part the questions alike, one in the
-    middle between two confidences, in as few digits as do: a rounding difference then moves no question.
+    None where no question can be skipped at that price. Of the thresholds that part the questions alike, one midway
+    between two confidences, in as few digits as do: a rounding difference then moves no question.
     """
     if not cases:
         raise C2CError("there are no questions to calibrate on; give at least one")
@@ -80,9 +80,10 @@ def _falling(case: Case) -> float:
 
 
 def _between(below: float, at: float) -> float:
-    """The number in (below, at] nearest to their middle with the fewest decimals that do."""
+    """The number with the fewest decimals in the middle half between two confidences, near its middle."""
+    margin = (at - below) / 4
     for digits in range(1, 17):
-        if below < (value := round((below + at) / 2, digits)) <= at:
+        if below + margin <= (value := round((below + at) / 2, digits)) <= at - margin:
             return value
     return at
 
@@ -123,7 +124,7 @@ def calibration(run: Path, check: Path | None = None, *, tolerance: float = 0.0)
     result = {"threshold": threshold, "tolerance": tolerance, "calibrated": summarize(run, apply(cases, threshold))}
     if check is not None:
         others, theirs = _read(check)
-        if changed := sorted(k for k in ("receiver", "sharer", "fuser_hash") if settings.get(k) != others.get(k)):
+        if changed := [k for k in ("receiver", "sharer", "fuser") if _weights(settings, k) != _weights(others, k)]:
             raise C2CError(f"{check} was made with another {', '.join(changed)} than {run}; give runs of one pair")
         known = {(a.task, a.id) for a in answers} & {(a.task, a.id) for a in theirs}
         if known and settings.get("split") == others.get("split"):
@@ -139,6 +140,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Answer]]:
         raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate")
     settings = json.loads(path.read_text())
     return settings, read_answers(folder / "samples.jsonl")
+
+
+def _weights(settings: Mapping[str, Any], part: str) -> Any:
+    """What tells the weights of one part of a pair, whatever they were computed in."""
+    return settings["fuser_hash"] if part == "fuser" else settings[part]["fingerprint"]
 
 
 def summarize(folder: Path, outcome: Outcome) -> dict[str, Any]:
