@@ -190,12 +190,12 @@ def table(result: dict[str, Any]) -> Table:
 COLUMNS = {"calibrated": "calibrated on", "checked": "checked on"}
 ROWS = {
     "skipped": "questions skipped",
+    "gained": "… only the receiver right (number)",
+    "lost": "… only C2C right (number)",
     "skip": "C2C that skips",
     "c2c": "C2C",
     "receiver": "receiver alone",
     "chance": "as many skipped at random",
-    "gained": "skipped, and only the receiver is right",
-    "lost": "skipped, and only C2C is right",
 }
 
 
