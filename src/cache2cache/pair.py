@@ -340,8 +340,7 @@ class C2C:
         # reads the clean cache.
         todo, kv = _taken(batch, before, clean.kv, parallel)
         kv = kv or (None if shared else clean.kv)
-        # A read that isn't needed this time is kept for the turn that needs it.
-        passed, kept = 0, [list(turn.sharers) if turn else _no_reads(len(self.sharers)) for turn in before]
+        passed, kept = 0, [_unread(prompt, turn) for prompt, turn in zip(batch, before, strict=True)]
         for j, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
             lengths: Sequence[int] = sharer_lengths(batch, j)
@@ -576,8 +575,10 @@ def _taken(
     return todo, kv
 
 
-def _no_reads(sharers: int) -> list[Read | None]:
-    return [None] * sharers
+def _unread(prompt: PromptIds, turn: Turn | None) -> list[Read | None]:
+    """Per sharer what an earlier turn read, where this one reads nothing: kept for the turn that needs it again."""
+    known = turn.sharers if turn else [None] * len(prompt.maps)
+    return [None if max(index[:-1], default=-1) >= 0 else read for index, read in zip(prompt.maps, known, strict=True)]
 
 
 def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:
