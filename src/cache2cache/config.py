@@ -54,7 +54,7 @@ class ModelIdentity(BaseModel):
 
 
 class FuserConfig(BaseModel):
-    """What a fuser computes (FORMATS.md section 2; paper section 3.3). The switches give the paper's ablations.
+    """What a fuser computes (paper section 3.3). The switches give the paper's ablations.
 
     `receiver` and `sharer` are filled in by `C2C.from_models`. Defaults of the sizes are the published ones; a variant
     may have defaults of its own for what is not set (`C2CFuser.defaults`).
