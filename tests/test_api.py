@@ -85,10 +85,10 @@ def test_how_a_docstring_is_shown() -> None:
         "Something.",
     ]
 
-    def long(first_argument_of_many: "str | None" = "it's", *rest: "int", second: "dict[str, int]", **more: "Any") -> "X":
-        return None  # type: ignore[return-value]
+    def long(first_argument_of_many: str | None = "it's", *rest: int, second: dict[str, int], **more: Any) -> str:
+        return ""
 
     assert make_api.signature("long", long) == (
-        "long(\n    first_argument_of_many: str | None = \"it's\",\n    *rest: int,\n    second: dict[str, int],\n"
-        "    **more: Any,\n) -> X"
+        'long(\n    first_argument_of_many: str | None = "it\'s",\n    *rest: int,\n    second: dict[str, int],\n'
+        "    **more: Any,\n) -> str"
     )

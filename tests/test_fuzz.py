@@ -8,7 +8,6 @@ Whatever is in them, reading ends within seconds and within memory, runs nothing
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -33,8 +32,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from cache2cache import C2C, C2CError, FuserConfig, decode, load_lm, transfer
-from cache2cache.config import ModelIdentity
-from cache2cache.fuser import VARIANTS, C2CFuser, checkpoint, make_fuser, published
+from cache2cache.fuser import VARIANTS, C2CFuser, checkpoint, published
 from cache2cache.kv import Prefilled, prefill_prompts
 from cache2cache.models import LM
 from tiny import tiny_model
@@ -99,11 +97,14 @@ def outcome(read: Callable[[], T], seconds: float = 5) -> T | None:
 VALUES = [
     "null", "true", "false", "0", "1", "2", "-1", "3", "1.5", "-0.0", "1e-400", "1e400", "NaN", "Infinity", "-Infinity",
     "9999", "10000", "2147483648", "9223372036854775808", "9" * 30, "-" + "9" * 30, "9" * 4000, "9" * 5000,
-    '""', '"x"', '"1"', '"../../x"', '"/etc/passwd"', r'"\u0000"', r'"\ud800"', r'"a\nb\u001b[2J"', f'"{"x" * 200_000}"',
+    '""', '"x"', '"1"', '"../../x"', '"/etc/passwd"', r'"\u0000"', r'"\ud800"', r'"a\nb\u001b[2J"',
+    f'"{"x" * 200_000}"',
     '"terminal"', '"k_nearest"', '"last_aligned"', '"longest"', '"ridge"', '"bottleneck"', '"c2c-c"', '"unrotated"',
     '"int8"', '"complex64"', "[]", "{}", "[[]]", "[0]", "[[0,0]]", "[[0,0],[0,0]]", "[[1,2],[3,1]]", "[[9999,9999]]",
-    "[[9223372036854775808,0]]", "[[-1,0]]", '[["0","0"]]', '[[1,2],["a",3]]', '[{"a":1}]', '{"a":[1]}', '{"0":{"1":{}}}',
-    "[" * 500 + "]" * 500, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, f"[{'0,' * 50_000}0]", f'["{"x," * 50_000}"]',
+    "[[9223372036854775808,0]]", "[[-1,0]]", '[["0","0"]]', '[[1,2],["a",3]]', '[{"a":1}]', '{"a":[1]}',
+    '{"0":{"1":{}}}',
+    "[" * 500 + "]" * 500, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, f"[{'0,' * 50_000}0]",
+    f'["{"x," * 50_000}"]',
 ]  # fmt: skip
 KEYS = ["", "x", "0", "01", "-1", "../1", "a\nb", "k" * 100_000, "__metadata__", "variant", "\ud800"]
 
@@ -112,12 +113,14 @@ class Brief(str):
     """A text that a failing test doesn't print in full."""
 
     def __repr__(self) -> str:
-        return f"Brief({ascii(self[:2000])}, {len(self)} characters)"
+        return f"Brief({self[:2000]!a}, {len(self)} characters)"
 
 
 def places(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -350,7 +353,9 @@ def test_no_files(what: str, folders: dict[str, Path], models: tuple[LM, LM]) ->
 
 
 @examples(60)
-@given(parts=st.lists(st.sampled_from(["..", ".", "", "ours", "final", "published", "~", "\0", "x" * 300, "é", "a\nb"])))
+@given(
+    parts=st.lists(st.sampled_from(["..", ".", "", "ours", "final", "published", "~", "\0", "x" * 300, "é", "a\nb"]))
+)
 def test_subfolders(parts: list[str], folders: dict[str, Path]) -> None:
     root = folders["ours"].parent
     for subfolder in ("/".join(parts), "/" + "/".join(parts)):
@@ -374,7 +379,8 @@ GLOBALS = [
     "os system", "posix system", "builtins eval", "builtins exec", "builtins getattr", "subprocess Popen", "nt system",
     "torch.hub load", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage",
     "torch._tensor _rebuild_from_type_v2", "torch.jit.unsupported_tensor_ops execWrapper", "collections OrderedDict",
-    "torch.serialization load", "torch load", "pathlib Path", "builtins __import__", "torch._utils _rebuild_sparse_tensor",
+    "torch.serialization load", "torch load", "pathlib Path", "builtins __import__",
+    "torch._utils _rebuild_sparse_tensor",
     "torch.nn.parameter Parameter", "torch device", "torch Size", "a\u2028b", "x" * 100_000,
 ]  # fmt: skip
 
@@ -382,7 +388,9 @@ FRAGMENTS = st.one_of(
     st.sampled_from(GLOBALS).map(lambda g: op(pickle.GLOBAL, g.replace(" ", "\n").encode(), b"\n")),
     st.sampled_from(["touch was-run", "key_in.bias", "storage", "cpu", "0", "\ud800", "x" * 100_000]).map(text),
     st.sampled_from([0, 1, 12, 2**31 - 1, -1, -(2**31)]).map(lambda n: op(pickle.BININT, struct.pack("<i", n))),
-    st.sampled_from([2**62, 2**80, -(2**62)]).map(lambda n: op(pickle.LONG1, b"\x10", n.to_bytes(16, "little", signed=True))),
+    st.sampled_from([2**62, 2**80, -(2**62)]).map(
+        lambda n: op(pickle.LONG1, b"\x10", n.to_bytes(16, "little", signed=True))
+    ),
     st.integers(0, 40).map(lambda n: op(pickle.BINPUT, bytes([n]))),
     st.integers(0, 40).map(lambda n: op(pickle.BINGET, bytes([n]))),
     st.sampled_from([
@@ -405,7 +413,9 @@ class Touch:
 def doubled(times: int) -> bytes:
     """A key of nested tuples that is as many tuples deep and two to that power wide, in a few bytes each."""
     step = op(pickle.BINPUT, b"\xfe", pickle.BINGET, b"\xfe", pickle.TUPLE2)
-    return op(pickle.PROTO, b"\2", pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, step * times, pickle.NONE, pickle.SETITEM, b".")
+    return op(
+        pickle.PROTO, b"\2", pickle.EMPTY_DICT, pickle.EMPTY_TUPLE, step * times, pickle.NONE, pickle.SETITEM, b"."
+    )
 
 
 def nested(opener: bytes, times: int) -> bytes:
@@ -661,7 +671,10 @@ def test_a_small_file_that_unpacks_to_much(models: tuple[LM, LM]) -> None:
     header, tensors = parts_of(transfer.to_bytes(long, lm))
     ids = [[7] * length] + [[7]] * count
     said = json.loads(header) | {"lengths": [length] + [1] * count, "tokens": transfer.tokens_hash(ids)}
-    tensors |= {"ids": torch.full((length + count,), 7), "positions": torch.cat([torch.arange(length), torch.zeros(count).long()])}
+    tensors |= {
+        "ids": torch.full((length + count,), 7),
+        "positions": torch.cat([torch.arange(length), torch.zeros(count).long()]),
+    }
     assert read_cache(sealed(json.dumps(said, separators=(",", ":")), tensors), lm) is None
 
 

@@ -7,7 +7,6 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
 MAX_LAYERS: Final = 10_000  # of a model: sizes in a file are bounded before anything is made from them
 
 

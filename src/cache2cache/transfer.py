@@ -279,8 +279,8 @@ def _read_header(raw: bytes, body: int, lm: LM) -> tuple[_Header, str]:
         raise _damaged(f"its header is not that of a cache ({type(error).__name__})") from error
     if found := header.model.differences(Owner.of(lm)):
         raise C2CError(
-            f"the cache was made with {header.model.name[:100]!r}, which differs from {lm.name} in {', '.join(found)}; load it "
-            "with the model that it was made with"
+            f"the cache was made with {header.model.name[:100]!r}, which differs from {lm.name} in {', '.join(found)}; "
+            "load it with the model that it was made with"
         )
     if max(header.lengths) > lm.context_length:
         raise C2CError(

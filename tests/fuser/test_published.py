@@ -375,7 +375,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         resave(lambda s: {k: v for k, v in s.items() if k != "key_in.bias"}),
         r"projector_1.pt: tensor key_in.bias.*\(12,\)",
     ),
-    "extra tensor": (resave(lambda s: s.update(more=torch.ones(2))), r"projector_1.pt: more \(\(2,\)\)"),
+    "extra tensor": (resave(lambda s: s.update(more=torch.ones(2))), r"projector_1.pt: tensor 'more' \(\(2,\)\)"),
     "shape": (resave(lambda s: s.update({"key_in.bias": torch.ones(5)})), r"shape \(5,\); expected \(12,\)"),
     "expanded": (
         resave(lambda s: s.update({"key_in.bias": torch.ones(1).expand(10**12)})),

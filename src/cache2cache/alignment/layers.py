@@ -40,9 +40,11 @@ def layer_map(
     for t, s in pairs:
         if not (0 <= t < lr and 0 <= s < ls):
             raise C2CError(
-                f"layer pair {short([t, s])} is outside the models: the receiver has layers 0 to {lr - 1}, the sharer 0 "
-                f"to {ls - 1}"
+                f"layer pair {short([t, s])} is outside the models: the receiver has layers 0 to {lr - 1}, the sharer "
+                f"0 to {ls - 1}"
             )
     if len({t for t, _ in pairs}) != len(pairs) or not pairs:
-        raise C2CError(f"the layer map {short(pairs, 200)} must name at least one receiver layer and none of them twice")
+        raise C2CError(
+            f"the layer map {short(pairs, 200)} must name at least one receiver layer and none of them twice"
+        )
     return pairs

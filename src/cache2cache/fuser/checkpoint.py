@@ -112,8 +112,8 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
     packaged = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise C2CError(
-            f"no fuser at {short(name, 300)}; expected a folder, a hub id such as owner/name, or one that comes packaged: "
-            f"{packaged}"
+            f"no fuser at {short(name, 300)}; expected a folder, a hub id such as owner/name, or one that comes "
+            f"packaged: {packaged}"
         )
     from ..models.load import download
 
@@ -242,7 +242,8 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
         published.check_numbers(path, name, tensors[name])
     if extra := sorted(set(tensors) - set(expected)):
         raise C2CError(
-            f"{path}: tensor {short(extra[0])} is not part of a {config.variant} fuser; the file doesn't match its config.json"
+            f"{path}: tensor {short(extra[0])} is not part of a {config.variant} fuser; the file doesn't match its "
+            "config.json"
         )
     if not tensors["temperature"] > 0:
         raise C2CError(f"{path}: temperature is {tensors['temperature'].item()}; expected a number above 0")

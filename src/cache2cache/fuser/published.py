@@ -194,7 +194,8 @@ def _init_args(parts: Path, indices: list[int]) -> dict[str, Any]:
             raise C2CError(f"{path} has no init_args; fetch the fuser again")
         if unknown := sorted(set(given) - {*DEFAULTS, *SHAPES}):
             raise C2CError(
-                f"{path}: unknown init_args {short(', '.join(unknown), 200)}; expected {', '.join((*SHAPES, *DEFAULTS))}"
+                f"{path}: unknown init_args {short(', '.join(unknown), 200)}; expected "
+                + ", ".join((*SHAPES, *DEFAULTS))
             )
         dtype = given.get("dtype", DEFAULTS["dtype"])
         if isinstance(dtype, dict):
@@ -445,7 +446,8 @@ def _read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         found = next(value for key, value in state.items() if str(key) == extra[0])
         shape_found = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise C2CError(
-            f"{path}: {extra[0] if len(extra[0]) < 80 and extra[0].isprintable() else short(extra[0])} ({shape_found}) is not part of a {CLASS} with these init_args (expected: nothing)"
+            f"{path}: tensor {short(extra[0], 80)} ({shape_found}) is not part of a {CLASS} with these init_args "
+            "(expected: nothing)"
         )
     return state
 
