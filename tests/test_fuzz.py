@@ -70,7 +70,7 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def outcome(read: Callable[[], T], seconds: float = 5) -> T | None:
+def outcome(read: Callable[[], T], seconds: float = 20) -> T | None:
     """What reading gives, or None for a `C2CError` that a person can read."""
 
     def late(*_: object) -> None:
@@ -300,7 +300,7 @@ def test_good_ones(kind: str, folders: dict[str, Path], models: tuple[LM, LM]) -
 
 
 @KINDS
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_fuser_bytes(kind: str, folders: dict[str, Path], models: tuple[LM, LM], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(files_of(folders[kind])))
@@ -309,7 +309,7 @@ def test_fuser_bytes(kind: str, folders: dict[str, Path], models: tuple[LM, LM],
 
 
 @KINDS
-@examples(120)
+@examples(50)
 @given(data=st.data())
 def test_fuser_settings(kind: str, folders: dict[str, Path], models: tuple[LM, LM], data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([file for file in files_of(folders[kind]) if file.endswith(".json")]))
@@ -318,7 +318,7 @@ def test_fuser_settings(kind: str, folders: dict[str, Path], models: tuple[LM, L
 
 
 @KINDS
-@examples(40)
+@examples(25)
 @given(data=st.data())
 def test_fuser_tensors(kind: str, folders: dict[str, Path], models: tuple[LM, LM], data: st.DataObject) -> None:
     if kind == "published":
@@ -333,7 +333,7 @@ def test_fuser_tensors(kind: str, folders: dict[str, Path], models: tuple[LM, LM
 
 
 @pytest.mark.parametrize("kind", ["ours", "ridge"])
-@examples(40)
+@examples(25)
 @given(data=st.data())
 def test_fuser_header(kind: str, folders: dict[str, Path], models: tuple[LM, LM], data: st.DataObject) -> None:
     whole = (folders[kind] / "fuser.safetensors").read_bytes()
@@ -467,7 +467,7 @@ def test_pickles(name: str, folders: dict[str, Path], models: tuple[LM, LM], els
     assert read_fuser(folders["published"], models, changes) is None
 
 
-@examples(150)
+@examples(60)
 @given(program=st.lists(FRAGMENTS, min_size=1, max_size=25), place=st.integers(0, 2000), keep=st.booleans())
 def test_pickle_programs(
     program: list[bytes], place: int, keep: bool, folders: dict[str, Path], models: tuple[LM, LM], elsewhere: None
@@ -484,7 +484,7 @@ def test_pickle_programs(
     read_fuser(folders["published"], models, lambda copy: with_pickle(copy / "final" / "projector_0.pt", changed))
 
 
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_archives(data: st.DataObject, folders: dict[str, Path], models: tuple[LM, LM], elsewhere: None) -> None:
     """Entries of the archive renamed to lead elsewhere, twice there, missing, added, packed, and of other lengths."""
@@ -528,7 +528,7 @@ def test_archives(data: st.DataObject, folders: dict[str, Path], models: tuple[L
         {"receiver": {"num_layers": 10**9}, "sharer": {"num_layers": 10**9}, "layer_map": "k_nearest"},
         {"receiver": {"num_layers": 9999}, "sharer": {"num_layers": 9999}, "layer_map": "k_nearest"},
         {"receiver": {"num_layers": 10**9}, "layer_map": "last_aligned"}, {"layer_map": [[1 << 62, 1 << 62]]},
-        {"layer_map": [[t, 0] for t in range(100_000)], "receiver": {"num_layers": 100_000}},
+        {"layer_map": [[t, 0] for t in range(20_000)], "receiver": {"num_layers": 20_000}},
     ],
     ids=lambda claim: str(claim)[:80],
 )  # fmt: skip
@@ -555,6 +555,7 @@ def test_claimed_depths_as_published(mapping: str, folders: dict[str, Path], mod
         (copy / "final" / published.NAME).write_text(json.dumps({"0": {"1": layers}}))
         recipe = json.loads((copy / "config.json").read_text())
         recipe["model"]["mapping"] = mapping
+        del recipe["cache2cache"]
         (copy / "config.json").write_text(json.dumps(recipe))
 
     assert read_fuser(folders["published"], models, changes) is not None
@@ -616,7 +617,7 @@ def test_good_caches(kind: str, caches: dict[str, bytes], models: tuple[LM, LM])
 
 
 @CACHES
-@examples(80)
+@examples(40)
 @given(data=st.data())
 def test_cache_metadata(kind: str, caches: dict[str, bytes], models: tuple[LM, LM], data: st.DataObject) -> None:
     said, tensors = parts_of(caches[kind])
@@ -624,7 +625,7 @@ def test_cache_metadata(kind: str, caches: dict[str, bytes], models: tuple[LM, L
 
 
 @CACHES
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_cache_header(kind: str, caches: dict[str, bytes], models: tuple[LM, LM], data: st.DataObject) -> None:
     whole = caches[kind]
@@ -634,7 +635,7 @@ def test_cache_header(kind: str, caches: dict[str, bytes], models: tuple[LM, LM]
 
 
 @CACHES
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_cache_tensors(kind: str, caches: dict[str, bytes], models: tuple[LM, LM], data: st.DataObject) -> None:
     """Also with everything that the metadata says of them made to fit."""
@@ -651,7 +652,7 @@ def test_cache_tensors(kind: str, caches: dict[str, bytes], models: tuple[LM, LM
 
 
 @CACHES
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_cache_bytes(kind: str, caches: dict[str, bytes], models: tuple[LM, LM], data: st.DataObject) -> None:
     """Nothing but the white space of the header may change unnoticed."""
@@ -666,7 +667,7 @@ def test_cache_bytes(kind: str, caches: dict[str, bytes], models: tuple[LM, LM],
 def test_a_small_file_that_unpacks_to_much(models: tuple[LM, LM]) -> None:
     """One long prompt and many of one token, which padding makes as long: a thousandfold of the file."""
     lm = models[0]
-    count, length = 400_000, 2000
+    count, length = 200_000, 2000
     long = prefill_prompts(lm, [[7] * length])
     header, tensors = parts_of(transfer.to_bytes(long, lm))
     ids = [[7] * length] + [[7]] * count
