@@ -317,6 +317,24 @@ def test_fuser_settings(kind: str, folders: dict[str, Path], models: tuple[LM, L
     read_fuser(folders[kind], models, lambda copy: (copy / name).write_text(new) and None)
 
 
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_long_texts(kind: str, folders: dict[str, Path], models: tuple[LM, LM]) -> None:
+    """A text of many characters in the place of each setting: no error repeats it."""
+    for name in (file for file in files_of(folders[kind]) if file.endswith(".json")):
+        whole = (folders[kind] / name).read_text()
+        for path in places(json.loads(whole)):
+            if path and not set(path) & {"versions", "training"}:
+                changed = json.loads(whole)
+                parent = changed
+                for key in path[:-1]:
+                    parent = parent[key]
+                parent[path[-1]] = "x" * 100_000
+                new = json.dumps(changed)
+                read_fuser(
+                    folders[kind], models, lambda copy, name=name, new=new: (copy / name).write_text(new) and None
+                )
+
+
 @KINDS
 @examples(25)
 @given(data=st.data())
