@@ -70,14 +70,21 @@ def little_memory() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def outcome(read: Callable[[], T], seconds: float = 20) -> T | None:
-    """What reading gives, or None for a `C2CError` that a person can read."""
+def outcome(read: Callable[[], T], seconds: float = 5) -> T | None:
+    """What reading gives, or None for a `C2CError` that a person can read.
+
+    Args:
+        read: what reads.
+        seconds: of computing; waiting may take twelve times as long, since other programs take their share.
+    """
 
     def late(*_: object) -> None:
-        raise AssertionError(f"still reading after {seconds} seconds")
+        raise AssertionError(f"still reading after {seconds} seconds of computing or {12 * seconds} of waiting")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    clocks = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 12 * seconds))
+    before = [signal.signal(number, late) for number, _, _ in clocks]
+    for _, timer, limit in clocks:
+        signal.setitimer(timer, limit)
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -85,8 +92,9 @@ def outcome(read: Callable[[], T], seconds: float = 20) -> T | None:
     except C2CError as error:
         result, errors = None, [str(error)]
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(clocks, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
     for text in [*errors, *(str(warning.message) for warning in said)]:
         assert text.strip() and text.isprintable() and len(text) < 2000, ascii(text[:3000])
     return result
