@@ -59,7 +59,10 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
         if asked(name):
             raise C2CError(f"{name} doesn't go with a prefilled cache: {reason}; leave it out")
     copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
-    return lm.model.generate(**prompt.inputs(copies), **kwargs)  # type: ignore[operator]
+    inputs = prompt.inputs(copies)
+    # A prompt may bring a criterion of its own, see `response`.
+    criteria = [*inputs.pop("stopping_criteria", []), *(kwargs.pop("stopping_criteria", None) or [])]
+    return lm.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(criteria), **kwargs)  # type: ignore[operator]
 
 
 # Seen in transformers 5.23, where the first two would give a wrong answer without a word.
