@@ -15,6 +15,7 @@ lint: .venv/.test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python docs/make_api.py --check
 
 bench: .venv/.test
 	.venv/bin/python benchmarks/first_token.py

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_LAYERS: Final = 10_000  # of a model: sizes in a file are bounded before anything is made from them
 
 
 class ModelSpec(BaseModel):
@@ -45,7 +47,7 @@ class ModelIdentity(BaseModel):
     name: str
     revision: str | None = None
     fingerprint: str | None = None
-    num_layers: int | None = Field(gt=0)
+    num_layers: int | None = Field(gt=0, le=MAX_LAYERS)
     num_kv_heads: int = Field(gt=0)
     head_dim: int = Field(gt=0)
 
@@ -56,13 +58,13 @@ class ModelIdentity(BaseModel):
 
 
 class FuserConfig(BaseModel):
-    """What a fuser computes (FORMATS.md section 2; paper section 3.3). The switches give the paper's ablations.
+    """What a fuser computes (paper section 3.3). The switches give the paper's ablations.
 
     `receiver` and `sharer` are filled in by `C2C.from_models`. Defaults of the sizes are the published ones; a variant
     may have defaults of its own for what is not set (`C2CFuser.defaults`).
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     variant: str = "c2c"
     receiver: ModelIdentity | None = None
@@ -75,7 +77,7 @@ class FuserConfig(BaseModel):
     hidden_dim: int = Field(1024, gt=0)
     intermediate_dim: int = Field(1024, gt=0)
     num_layers: int = Field(
-        3, ge=2, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection"
+        3, ge=2, le=1000, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection"
     )
     dropout: float = Field(0.1, ge=0, lt=1)
     residual: bool = Field(True, description="add to the receiver's cache; off: replace it (ablation 'project')")

@@ -6,3 +6,9 @@ class C2CError(Exception):
 
     The command line prints the message without a traceback and exits with status 1.
     """
+
+
+def short(value: object, limit: int = 60) -> str:
+    """A value from a file as an error quotes it: on one line, without control characters, of that many characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -27,7 +27,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from .errors import C2CError
+from .errors import C2CError, short
 from .kv import Prefilled, pad_left, positions_of
 from .models.load import LM
 from .models.owner import Hash, Owner
@@ -36,6 +36,7 @@ from .pair import FusedCache
 
 FORMAT_VERSION = 1
 MAX_HEADER = 4 << 20  # bytes; a batch of some ten thousand prompts
+MAX_PADDING = 100  # times its size that a file beyond a gigabyte may grow when its prompts are padded to one length
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 
@@ -130,7 +131,7 @@ def from_bytes(data: bytes, lm: LM, prompts: Sequence[Sequence[int]] | None = No
     try:
         tensors = parse(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(" ".join(str(error).split())[:200]) from error
+        raise _damaged(short(str(error), 200)) from error
     if {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} != header.shapes():
         raise _damaged("its tensors are not those that its metadata names")
     if _checksum(header.model_dump_json(), tensors) != checksum:
@@ -144,6 +145,8 @@ def from_bytes(data: bytes, lm: LM, prompts: Sequence[Sequence[int]] | None = No
         )
     if tokens_hash(rows) != header.tokens or min(ids) < 0 or max(ids) >= lm.vocab_size:
         raise _damaged("its token ids are not those that its metadata names")
+    if not 0 <= int(tensors["positions"].min()) <= int(tensors["positions"].max()) < 1 << 31:
+        raise _damaged("its position ids are none")
     counts = [length - 1 for length in header.lengths]
     coded = Coded(tensors["kv"], tensors.get("low"), tensors.get("scale"), header.error)
     kv = unpack(decode(coded, counts), counts).to(lm.device, lm.dtype)
@@ -180,6 +183,8 @@ def save(cache: Prefilled, path: str | Path, lm: LM, numbers: str | None = None)
 def load(path: str | Path, lm: LM, prompts: Sequence[Sequence[int]] | None = None) -> Prefilled:
     """Read what `save` wrote. Arguments and errors as for `from_bytes`; what the header rules out is not read."""
     try:
+        if not Path(path).is_file():  # also a pipe, which would never open
+            raise C2CError("it can't be read: missing or no file; give a file written by save")
         with open(path, "rb") as file:
             length = os.fstat(file.fileno()).st_size
             start = file.read(8)
@@ -225,17 +230,17 @@ def _read_header(raw: bytes, body: int, lm: LM) -> tuple[_Header, str]:
         text, checksum = metadata["cache2cache"], metadata["sha256"]
         # A later version may say other things, so this is asked first.
         if (version := json.loads(text)["format_version"]) != FORMAT_VERSION:
-            raise C2CError(f"the cache has format {str(version)[:20]}, this version reads {FORMAT_VERSION}")
+            raise C2CError(f"the cache has format {short(version)}, this version reads {FORMAT_VERSION}")
         header = _Header.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        raise _damaged(f"{'.'.join(map(str, first['loc'])) or 'metadata'}: {first['msg']}") from error
+        raise _damaged(f"{short('.'.join(map(str, first['loc'])) or 'metadata')}: {first['msg'][:300]}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(f"its header is not that of a cache ({type(error).__name__})") from error
     if found := header.model.differences(Owner.of(lm)):
         raise C2CError(
-            f"the cache was made with {header.model.name}, which differs from {lm.name} in {', '.join(found)}; load it "
-            "with the model that it was made with"
+            f"the cache was made with {header.model.name[:100]!r}, which differs from {lm.name} in {', '.join(found)}; "
+            "load it with the model that it was made with"
         )
     if max(header.lengths) > lm.context_length:
         raise C2CError(
@@ -249,6 +254,12 @@ def _read_header(raw: bytes, body: int, lm: LM) -> tuple[_Header, str]:
     expected = sum(_nbytes(dtype, shape) for dtype, shape in header.shapes().values())
     if body != expected:
         raise _damaged(f"it holds {body} bytes of numbers, its metadata asks for {expected}")
+    padded = rows * max(header.lengths) * body // max(1, sum(header.lengths))
+    if padded > max(1 << 30, MAX_PADDING * body):
+        raise C2CError(
+            f"the cache is of {rows} prompts of up to {max(header.lengths)} tokens, which padded to one length take "
+            f"{padded / 1e9:.1f} GB, {padded // body} times the file; write prompts of like length together"
+        )
     return header, checksum
 
 

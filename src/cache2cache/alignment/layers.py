@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from ..errors import C2CError
+from ..config import MAX_LAYERS
+from ..errors import C2CError, short
 
 LAYER_MAPS = ("terminal", "last_aligned", "k_nearest")
 
@@ -22,26 +22,29 @@ def layer_map(
         receiver_layers, sharer_layers: the depths of the two models; None, where unknown, goes with pairs only.
     """
     if isinstance(kind, str) and (receiver_layers is None or sharer_layers is None):
-        raise C2CError(f"layer map {kind!r} needs the depths of both models; give the pairs themselves")
-    lr, ls = receiver_layers or sys.maxsize, sharer_layers or sys.maxsize
+        raise C2CError(f"layer map {short(kind)} needs the depths of both models; give the pairs themselves")
+    lr, ls = receiver_layers or MAX_LAYERS, sharer_layers or MAX_LAYERS
     if kind == "terminal":
         return [(t, t + ls - lr) for t in range(max(0, lr - ls), lr)]
     if kind == "last_aligned":
         return [(t, min(max(t + ls - lr, 0), ls - 1)) for t in range(lr)]
     if kind == "k_nearest":
-        # |t/(lr-1) - s/(ls-1)| compared in integers, so that ties are exact and go to the lower s.
-        return [(t, min(range(ls), key=lambda s: (abs(t * max(ls - 1, 1) - s * max(lr - 1, 1)), s))) for t in range(lr)]
+        # s = t (ls-1)/(lr-1), rounded in integers, so that ties are exact and go to the lower s.
+        steps = max(lr - 1, 1)
+        return [(t, (2 * t * (ls - 1) + steps - 1) // (2 * steps)) for t in range(lr)]
     if isinstance(kind, str):
         raise C2CError(
-            f"unknown layer map {kind!r}; expected {', '.join(LAYER_MAPS)} or a list of [receiver, sharer] pairs"
+            f"unknown layer map {short(kind)}; expected {', '.join(LAYER_MAPS)} or a list of [receiver, sharer] pairs"
         )
     pairs = sorted((int(t), int(s)) for t, s in kind)
     for t, s in pairs:
         if not (0 <= t < lr and 0 <= s < ls):
             raise C2CError(
-                f"layer pair [{t}, {s}] is outside the models: the receiver has layers 0 to {lr - 1}, the sharer 0 "
-                f"to {ls - 1}"
+                f"layer pair {short([t, s])} is outside the models: the receiver has layers 0 to {lr - 1}, the sharer "
+                f"0 to {ls - 1}"
             )
     if len({t for t, _ in pairs}) != len(pairs) or not pairs:
-        raise C2CError(f"the layer map {pairs} must name at least one receiver layer and none of them twice")
+        raise C2CError(
+            f"the layer map {short(pairs, 200)} must name at least one receiver layer and none of them twice"
+        )
     return pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config import FuserConfig
-from ..errors import C2CError
+from ..errors import C2CError, short
 from .bottleneck import BottleneckFuser
 from .c2c import C2CFuser
 from .c2c_c import C2CCFuser
@@ -21,7 +21,7 @@ VARIANTS: dict[str, type[C2CFuser]] = {
 def make_fuser(config: FuserConfig) -> C2CFuser:
     """An untrained fuser of the configured variant."""
     if config.variant not in VARIANTS:
-        raise C2CError(f"unknown fuser variant {config.variant!r}; expected one of {', '.join(VARIANTS)}")
+        raise C2CError(f"unknown fuser variant {short(config.variant)}; expected one of {', '.join(VARIANTS)}")
     return VARIANTS[config.variant](config)
 
 

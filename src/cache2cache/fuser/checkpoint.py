@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import FuserConfig
-from ..errors import C2CError
+from ..errors import C2CError, short
 from . import make_fuser, published
 from .c2c import STATISTICS, C2CFuser
 
@@ -102,9 +102,9 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
     """
     name, inside = str(source or DEFAULT), _inside(subfolder)
     for folder in (PACKAGED / name,) if source is None else (Path(name), PACKAGED / name):
-        if (folder / inside).is_dir() and _layout(folder / inside):
+        if os.path.isdir(folder / inside) and _layout(folder / inside):
             return folder / inside
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         raise C2CError(
             f"{Path(name) / inside} holds no fuser: config.json is missing, and there is no {published.NAME}; give a "
             "folder written by save_pretrained or c2c train, or one as the paper's authors publish them"
@@ -112,8 +112,8 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
     packaged = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise C2CError(
-            f"no fuser at {name!r}; expected a folder, a hub id such as owner/name, or one that comes packaged: "
-            f"{packaged}"
+            f"no fuser at {short(name, 300)}; expected a folder, a hub id such as owner/name, or one that comes "
+            f"packaged: {packaged}"
         )
     from ..models.load import download
 
@@ -123,8 +123,10 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
 
 def _inside(subfolder: str | None) -> str:
     parts = Path(subfolder or "").parts
-    if Path(subfolder or "").is_absolute() or ".." in parts:
-        raise C2CError(f"subfolder {subfolder!r} leads outside; give a path inside the fuser's folder or repository")
+    outside = Path(subfolder or "").is_absolute() or ".." in parts
+    if outside or not (subfolder or "").isprintable() or len(subfolder or "") > 1000:
+        what = "leads outside" if outside else "is no path"
+        raise C2CError(f"subfolder {short(subfolder)} {what}; give one inside the fuser's folder or repository")
     return "/".join(parts)
 
 
@@ -167,21 +169,17 @@ def read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any]]:
     if _layout(folder) == "published":
         config, recipe = published.read_config(folder)
         return config, {"training": _record(recipe)}
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        fields = dict(saved["fuser"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise C2CError(
-            f"{folder / 'config.json'} is no fuser configuration ({type(error).__name__}: {error}); write it again"
-        ) from error
+    saved = published.read_json(folder / "config.json")
+    fields = saved.get("fuser") if isinstance(saved, dict) else None
+    if not isinstance(fields, dict):
+        raise C2CError(f"{folder / 'config.json'} is no fuser configuration: it has no entry 'fuser'; write it again")
     if unknown := sorted(set(fields) - set(FuserConfig.model_fields)):
-        warnings.warn(f"{folder}: ignored settings of a newer version: {', '.join(unknown)}", stacklevel=3)
+        names = short(", ".join(unknown), 200)
+        warnings.warn(f"{folder}: ignored settings of a newer version: {names}", stacklevel=3)
     try:
         return FuserConfig(**{k: v for k, v in fields.items() if k in FuserConfig.model_fields}), saved
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "settings"
-        raise C2CError(f"{folder / 'config.json'}: {place}: {first['msg']}") from error
+        raise C2CError(f"{folder / 'config.json'}: {published.problem(error)}") from error
 
 
 def _record(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -226,10 +224,13 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
         raise C2CError(f"{folder} has no fuser.safetensors{hint}; write the fuser with save_pretrained")
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise C2CError(f"{path} is damaged ({error}); fetch or train the fuser again") from error
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in make_fuser(config).state_dict().items()}
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, MemoryError) as error:
+        raise C2CError(f"{path} is damaged ({short(str(error), 200)}); fetch or train the fuser again") from error
+    try:
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in make_fuser(config).state_dict().items()}
+    except (RuntimeError, OverflowError, TypeError) as error:  # torch on sizes that no tensor has
+        raise C2CError(f"{folder / 'config.json'} asks for sizes that no fuser has; fetch the fuser again") from error
     for name, shape in expected.items():
         if name not in tensors:
             raise C2CError(
@@ -239,10 +240,14 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
             raise C2CError(
                 f"{path}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}"
             )
+        published.check_numbers(path, name, tensors[name])
     if extra := sorted(set(tensors) - set(expected)):
         raise C2CError(
-            f"{path}: tensor {extra[0]} is not part of a {config.variant} fuser; the file doesn't match its config.json"
+            f"{path}: tensor {short(extra[0])} is not part of a {config.variant} fuser; the file doesn't match its "
+            "config.json"
         )
+    if not tensors["temperature"] > 0:
+        raise C2CError(f"{path}: temperature is {tensors['temperature'].item()}; expected a number above 0")
     record = saved.get("training")
     return config, tensors, record if isinstance(record, dict) else {}
 

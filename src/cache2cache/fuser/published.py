@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ..alignment.layers import layer_map
-from ..config import FuserConfig, ModelIdentity
-from ..errors import C2CError
+from ..config import MAX_LAYERS, FuserConfig, ModelIdentity
+from ..errors import C2CError, short
 
 CLASS = "C2CProjector"
 DEFAULTS: dict[str, Any] = {
@@ -33,10 +34,12 @@ MAPPINGS = ("last_aligned", "k_nearest")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 JSON_BYTES = 4 << 20  # no JSON file of a fuser is larger
 SLACK = 1 << 20  # bytes of a state dict that are not numbers: names, the pickle, padding
-MAX_LAYERS = 10_000
+MAX_NESTED = 20_000  # tuples, lists and the like in a pickle; a state dict has eight for each of its entries
+MAX_SHARING = 8
 _GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
     f"torch {kind}Storage" for kind in ("Float", "BFloat16", "Half", "Double", "Int", "Long", "Short", "Byte", "Bool")
 }
+_PLAIN = ("GLOBAL", "BINUNICODE", "SHORT_BINUNICODE", "UNICODE", "SHORT_BINSTRING", "BINSTRING", "STRING")
 _CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})")
 NAME = "projector_config.json"
 PUBLISHED_FILE = re.compile(r"projector_(config|[0-9]{1,5})\.json|projector_[0-9]{1,5}\.pt")
@@ -64,18 +67,24 @@ def projectors(folder: Path) -> Path | None:
     return None if choice is None else folder / choice
 
 
-def _json(path: Path) -> Any:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number of JSON")
-
+def read_json(path: Path) -> Any:
+    """A fuser's JSON file; NaN and Infinity, which are not JSON, are read as null."""
     try:
+        if not path.is_file():  # also a pipe or a device, which would never end
+            raise C2CError(f"{path} is missing or no file; fetch the fuser again")
         if path.stat().st_size > JSON_BYTES:
             raise C2CError(f"{path} has {path.stat().st_size:,} bytes; expected a small JSON file")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda constant: None)
     except OSError as error:
-        raise C2CError(f"{path} is missing or can't be read ({error.strerror}); fetch the fuser again") from error
+        raise C2CError(f"{path} can't be read ({error.strerror}); fetch the fuser again") from error
     except (ValueError, RecursionError) as error:
         raise C2CError(f"{path} is not valid JSON ({error}); fetch the fuser again") from error
+
+
+def problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a file's settings, and where."""
+    first = error.errors()[0]
+    return f"{short('.'.join(map(str, first['loc'])) or 'settings', 100)}: {first['msg'][:300]}"
 
 
 def _recipe(folder: Path, parts: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -83,7 +92,7 @@ def _recipe(folder: Path, parts: Path) -> tuple[Path, dict[str, Any]] | None:
     for place in dict.fromkeys((folder, parts, parts.parent)):
         path = place / "config.json"
         if path.is_file():
-            saved = _json(path)
+            saved = read_json(path)
             if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
                 return path, saved
             if place == folder:
@@ -121,7 +130,7 @@ def _read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any], list[int]]:
         model = recipe["model"]
     mapping = model.get("mapping")
     if mapping is not None and mapping not in MAPPINGS:
-        raise C2CError(f"{path}: unknown mapping {mapping!r}; expected {' or '.join(MAPPINGS)}")
+        raise C2CError(f"{path}: unknown mapping {short(mapping)}; expected {' or '.join(MAPPINGS)}")
     own = recipe.get("cache2cache")
     remembered = own.get("fuser", {}) if isinstance(own, dict) else {}
     remembered = remembered if isinstance(remembered, dict) else {}
@@ -140,13 +149,12 @@ def _read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any], list[int]]:
     try:
         return FuserConfig(**fields), recipe, [index for _, _, index in entries]
     except ValidationError as error:
-        first = error.errors()[0]
-        raise C2CError(f"{path}: {'.'.join(map(str, first['loc'])) or 'settings'}: {first['msg']}") from error
+        raise C2CError(f"{path}: {problem(error)}") from error
 
 
 def _layers(path: Path) -> list[tuple[int, int, int]]:
     """(receiver layer, sharer layer, projector), ascending. Of a layer's list only the first pair counts."""
-    level = _json(path)
+    level = read_json(path)
     for what in ("receiver", "sharer"):
         filled = [value for value in level.values() if value != {}] if isinstance(level, dict) else []
         if len(filled) != 1 or not isinstance(filled[0], dict):
@@ -162,7 +170,7 @@ def _layers(path: Path) -> list[tuple[int, int, int]]:
         )
         if not re.fullmatch(r"[0-9]{1,4}", layer) or not good:
             raise C2CError(
-                f"{path}: layer {layer!r} has {str(pairs)[:60]!r}; expected a layer number with [[sharer layer, "
+                f"{path}: layer {short(layer)} has {short(pairs)}; expected a layer number with [[sharer layer, "
                 "projector]], both whole numbers"
             )
         assert first is not None
@@ -178,16 +186,17 @@ def _init_args(parts: Path, indices: list[int]) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     for index in indices:
         path = parts / f"projector_{index}.json"
-        saved = _json(path)
+        saved = read_json(path)
         if not isinstance(saved, dict) or saved.get("class") != CLASS:
             kind = saved.get("class") if isinstance(saved, dict) else type(saved).__name__
-            raise C2CError(f"{path}: projector class {kind!r} is not known; this library reads {CLASS}")
+            raise C2CError(f"{path}: projector class {short(kind)} is not known; this library reads {CLASS}")
         given = saved.get("init_args")
         if not isinstance(given, dict):
             raise C2CError(f"{path} has no init_args; fetch the fuser again")
         if unknown := sorted(set(given) - {*DEFAULTS, *SHAPES}):
             raise C2CError(
-                f"{path}: unknown init_args {', '.join(unknown)}; expected {', '.join((*SHAPES, *DEFAULTS))}"
+                f"{path}: unknown init_args {short(', '.join(unknown), 200)}; expected "
+                + ", ".join((*SHAPES, *DEFAULTS))
             )
         dtype = given.get("dtype", DEFAULTS["dtype"])
         if isinstance(dtype, dict):
@@ -214,11 +223,11 @@ def _check_init(path: Path, init: Mapping[str, Any]) -> None:
         elif isinstance(default, bool):
             good = isinstance(value, bool)
         elif isinstance(default, int):
-            good = type(value) is int and value > (1 if key == "num_layers" else 0)
+            good = type(value) is int and (1 if key == "num_layers" else 0) < value < 1 << 62
         else:
             good = type(value) in (int, float) and 0 <= value < 1e9
         if not good:
-            raise C2CError(f"{path}: {key} is {str(value)[:60]!r}; expected something like {default!r}")
+            raise C2CError(f"{path}: {key} is {short(value)}; expected something like {default!r}")
 
 
 def _depths(parts: Path, pairs: list[tuple[int, int]], mapping: str | None) -> tuple[int | None, int | None]:
@@ -235,7 +244,7 @@ def _identity(
 ) -> ModelIdentity:
     name = model.get(key)
     if not isinstance(name, str) or not name.strip() or len(name) > 500 or not name.isprintable():
-        raise C2CError(f"{path}: model.{key} is {str(name)[:60]!r}; expected the name of a model")
+        raise C2CError(f"{path}: model.{key} is {short(name)}; expected the name of a model")
     shape = {"num_kv_heads": init[f"{side}_num_heads"], "head_dim": init[f"{side}_dim"]}
     fields = {"name": name, "num_layers": depth, **shape}
     if isinstance(known, dict) and known.get("name") == name:
@@ -243,7 +252,7 @@ def _identity(
     try:
         return ModelIdentity(**fields)
     except ValidationError as error:
-        raise C2CError(f"{path}: {key}: {error.errors()[0]['msg']}") from error
+        raise C2CError(f"{path}: {key}: {problem(error)}") from error
 
 
 def _token_map(path: Path, model: Mapping[str, Any]) -> str:
@@ -252,7 +261,7 @@ def _token_map(path: Path, model: Mapping[str, Any]) -> str:
         return "span"
     strategy = model.get("alignment_strategy", "first")
     if strategy not in ("first", "longest"):
-        raise C2CError(f"{path}: unknown alignment_strategy {strategy!r}; expected first or longest")
+        raise C2CError(f"{path}: unknown alignment_strategy {short(strategy)}; expected first or longest")
     return str(strategy)
 
 
@@ -310,14 +319,23 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
     parts = projectors(folder)
     assert parts is not None
     files = [parts / f"projector_{index}.pt" for index in indices]
-    for path in dict.fromkeys(files):
+    distinct = list(dict.fromkeys(files))
+    for path in distinct:
         _check_size(path, _numbers(config))
+    # Layers may share a projector, but a small file must not become much memory.
+    if len(files) > MAX_SHARING * len(distinct) and 4 * len(files) * _numbers(config) > 1 << 30:
+        raise C2CError(
+            f"{parts / NAME} names {len(distinct)} projectors for {len(files)} layers, which would take "
+            f"{4 * len(files) * _numbers(config) / 1e9:.0f} GB; expected about one each"
+        )
     shapes = expected_shapes(config)
     tensors: dict[str, Tensor] = {}
     temperatures: list[Tensor] = []
     n = len(files)
+    state: dict[str, Tensor] = {}
     for i, path in enumerate(files):
-        state = _read_state(path, shapes)
+        if i == 0 or path != files[i - 1]:
+            state = _read_state(path, shapes)
         temperatures.append(state["gate_temperature"])
         for g, kind in ((i, "key"), (i + n, "value")):
             for name, part in _stacked(config, state, kind).items():
@@ -332,6 +350,13 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
     if not temperatures[0] > 0:
         raise C2CError(f"{files[0]}: gate_temperature is {temperatures[0].item()}; expected a number above 0")
     return config, tensors, recipe
+
+
+def check_numbers(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (getattr(torch, dtype) for dtype in DTYPES):
+        raise C2CError(f"{path}: tensor {name} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
+    if not torch.isfinite(tensor).all():
+        raise C2CError(f"{path}: tensor {name} holds numbers that are not finite; fetch the fuser again")
 
 
 def _stacked(config: FuserConfig, state: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -350,10 +375,9 @@ def _turned(tensor: Tensor) -> Tensor:
 
 def _check_size(path: Path, numbers: int) -> None:
     """Compare the file, and what it unpacks to, with what the JSON implies; look into its pickle without running it."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise C2CError(f"{path} is missing or can't be read ({error.strerror}); fetch the fuser again") from error
+    if not path.is_file():
+        raise C2CError(f"{path} is missing or no file; fetch the fuser again")
+    size = path.stat().st_size
     if not 2 * numbers <= size <= 8 * numbers + SLACK:
         raise C2CError(
             f"{path} has {size:,} bytes, but its init_args imply {numbers:,} numbers, that is {2 * numbers:,} to "
@@ -368,17 +392,31 @@ def _check_size(path: Path, numbers: int) -> None:
                 raise C2CError(f"{path} is no state dict written by torch.save; fetch the fuser again")
             script = archive.read(pickles[0])
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError, ValueError) as error:
-        raise C2CError(f"{path} is damaged or no file of torch.save ({error}); fetch the fuser again") from error
+        raise C2CError(
+            f"{path} is damaged or no file of torch.save ({short(str(error), 200)}); fetch the fuser again"
+        ) from error
+    plain, before, nested = set[Any](), "", 0
     try:
         for opcode, argument, _ in pickletools.genops(script):
             asks = opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX")
             if asks or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
+                what = short(str(argument).replace(" ", ".")) if argument else opcode.name
                 raise C2CError(
-                    f"{path} asks for {str(argument).replace(' ', '.') if argument else opcode.name}, which is code "
-                    "and no tensor; nothing of it was run: don't trust where it came from"
+                    f"{path} asks for {what}, which is code and no tensor; nothing of it was run: don't trust where it "
+                    "came from"
                 )
-    except (ValueError, UnicodeDecodeError, IndexError) as error:
-        raise C2CError(f"{path} is damaged (its pickle: {error}); fetch the fuser again") from error
+            # Tuples of tuples, each used twice or very many inside each other, would keep hashing or printing one busy
+            # for ever or overflow the stack. A state dict refers back to names and types only.
+            nested += opcode.name.startswith(("TUPLE", "EMPTY", "MARK"))
+            if "PUT" in opcode.name and before in _PLAIN:
+                plain.add(argument)
+            elif "PUT" in opcode.name:
+                plain.discard(argument)
+            if opcode.name == "MEMOIZE" or ("GET" in opcode.name and argument not in plain) or nested > MAX_NESTED:
+                raise C2CError(f"{path} is no state dict written by torch.save; fetch the fuser again")
+            before = opcode.name
+    except (ValueError, IndexError, OverflowError, struct.error) as error:
+        raise C2CError(f"{path} is damaged (its pickle: {short(str(error), 200)}); fetch the fuser again") from error
 
 
 def _read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -386,7 +424,7 @@ def _read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         # Mapped, so that nothing is read that isn't used, and no claim inside can take memory.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        line = short(str(error).strip().partition("\n")[0] or type(error).__name__, 200)
         raise C2CError(f"{path} can't be opened as a state dict ({line}); fetch the fuser again") from error
     if not isinstance(state, dict):
         raise C2CError(f"{path} holds a {type(state).__name__}; expected a state dict of named tensors")
@@ -398,15 +436,13 @@ def _read_state(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
             raise C2CError(f"{path}: {name} is a {type(tensor).__name__}; expected a tensor of shape {shape}")
         if tuple(tensor.shape) != shape:
             raise C2CError(f"{path}: tensor {name} has shape {tuple(tensor.shape)}; expected {shape}")
-        if tensor.dtype not in (getattr(torch, dtype) for dtype in DTYPES):
-            raise C2CError(f"{path}: tensor {name} is {tensor.dtype}; expected one of {', '.join(DTYPES)}")
-        if not torch.isfinite(tensor).all():
-            raise C2CError(f"{path}: tensor {name} holds numbers that are not finite; fetch the fuser again")
+        check_numbers(path, name, tensor)
     if extra := sorted(map(str, set(state) - set(shapes))):
         found = next(value for key, value in state.items() if str(key) == extra[0])
         shape_found = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise C2CError(
-            f"{path}: {extra[0][:80]} ({shape_found}) is not part of a {CLASS} with these init_args (expected: nothing)"
+            f"{path}: tensor {short(extra[0], 80)} ({shape_found}) is not part of a {CLASS} with these init_args "
+            "(expected: nothing)"
         )
     return state
 
