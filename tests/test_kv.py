@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
 
 from cache2cache.errors import C2CError
-from cache2cache.kv import KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
+from cache2cache.kv import CACHE, KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
 from cache2cache.models import LM, load_lm
 from tiny import FAMILIES, tiny_model
 
@@ -26,7 +26,7 @@ def test_prefill_is_what_the_model_itself_stores(family: str) -> None:
     lm = lm_of(family)
     ids = torch.tensor(rows_of([23]))  # Gemma's window is 8
     cache = DynamicCache()
-    lm.model(input_ids=ids, past_key_values=cache)
+    lm.model(input_ids=ids, **{CACHE: cache})
     stored = KV.from_cache(cache)
     read = prefill(lm, ids, torch.ones_like(ids))
     assert read.keys.shape == (lm.num_layers, 1, lm.num_kv_heads, 23, lm.head_dim)
@@ -93,7 +93,7 @@ def test_positions_under_left_padding() -> None:
 def test_a_window_that_has_dropped_positions_is_refused() -> None:
     model = tiny_model("gemma3")
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor(rows_of([20])), past_key_values=cache)
+    model(input_ids=torch.tensor(rows_of([20])), **{CACHE: cache})
     with pytest.raises(C2CError, match="kept 7 of 20 positions"):
         KV.from_cache(cache)
 

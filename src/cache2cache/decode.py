@@ -14,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import C2CError
-from .kv import Prefilled, positions_of
+from .kv import CACHE, Prefilled, positions_of
 from .models.load import LM
 
 
@@ -198,7 +198,7 @@ def _logits(lm: LM, prompt: Prefilled, ids: Tensor, owner: Tensor | None) -> Ten
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=kv.to_cache(),
         use_cache=True,
+        **{CACHE: kv.to_cache()},
     )
     return output.logits.float()

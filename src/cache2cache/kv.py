@@ -7,6 +7,7 @@ them: after the key norm and the rotary embedding. Rows are padded on the left.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -14,11 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import C2CError
 from .models.load import LM
+
+# The keyword by which models and `generate` take a cache, and the name under which they return it: transformers 5.24
+# renamed `past_key_values` to `cache` and warns at every use of the old name. `generate` hands its cache to this method.
+_KEYWORDS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _KEYWORDS else "past_key_values"
 
 # Layers that hold one key and one value per position, which is what can be fused position by position.
 _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
@@ -261,8 +267,8 @@ def prefill(
             # Without padding the mask is left out: attention then takes its causal path.
             attention_mask=attention_mask[:, :end] if padded else None,
             position_ids=positions[:, begin:end],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
@@ -328,7 +334,7 @@ class Prefilled:
         kv = self.kv
         if copies > 1:
             kv = kv.rows(torch.arange(kv.batch_size, device=kv.keys.device).repeat_interleave(copies))
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, CACHE: kv.to_cache()}
         return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
