@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
@@ -317,6 +317,74 @@ def test_every_way_of_decoding_is_that_of_the_receiver(family: str, options: dic
         assert torch.equal(fused, plain)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_gives_the_same_answers(family: str) -> None:
+    """Sampled, beams, left padding, prompts beyond Gemma's window of 8, one of a single token, room for more."""
+    pair = pair_of(family, "qwen3")
+    batch = pair.prefill([CHATS[1], CHATS[2]]) if family != "llama" else pair.prefill([CHATS[0], CHATS[2]])
+    assert not batch.attention_mask.all()
+    for fused in (batch, pair.prefill(PromptIds([9], [[20]], [[0]]))):
+        for options in ({}, {"max_cache_len": 300}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}):
+            answers = []
+            for cache in ({}, {"cache_implementation": "static"}):
+                torch.manual_seed(5)
+                answers.append(pair.generate(fused, **{**OPTIONS, **options, **cache}))
+            assert torch.equal(*answers)
+
+
+def counting() -> tuple[Any, list[torch.fx.GraphModule]]:
+    """A backend of `torch.compile` that needs no C++ compiler: it keeps the graphs it is given and runs them as is."""
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_on_a_static_cache_are_one_compiled_graph(family: str) -> None:
+    pair = pair_of(family, "qwen3")
+    fused = pair.prefill([CHATS[0], CHATS[2]])
+    backend, graphs = counting()
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    static = pair.generate(fused, cache_implementation="static", compile_config=config, **OPTIONS)
+    assert torch.equal(static, pair.generate(fused, **OPTIONS))
+    assert len(graphs) == 1
+
+
+def test_a_compiled_receiver_gives_the_same_answers() -> None:
+    """`torch.compile` by hand, with the cache that grows: generate, stream, score."""
+    pair = pair_of("llama", "qwen3")
+    fused = pair.prefill(CHATS[0])
+
+    def answers() -> Any:
+        scores = pair.score(fused, [["a", "bc"]])[0]
+        return pair.generate(fused, **OPTIONS), list(pair.stream(fused, **OPTIONS)), [s.logprob for s in scores]  # type: ignore[union-attr]
+
+    tokens, chunks, logprobs = answers()
+    backend, graphs = counting()
+    pair.receiver.model.forward = torch.compile(pair.receiver.model.forward, backend=backend)  # type: ignore[method-assign]
+    again = answers()
+    assert graphs
+    assert torch.equal(again[0], tokens) and again[1] == chunks and again[2] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_settings_for_a_static_cache_may_come_in_a_configuration() -> None:
+    pair = pair_of("llama", "qwen3")
+    given = GenerationConfig(cache_implementation="static", **OPTIONS)
+    assert torch.equal(pair.generate(CHATS[0], generation_config=given), pair.generate(CHATS[0], **OPTIONS))
+    assert given.cache_implementation == "static" and given.pad_token_id is None  # stays as it was
+
+
+def test_a_stream_from_a_static_cache_is_refused() -> None:
+    with pytest.raises(C2CError, match="use generate with a streamer"):
+        next(pair_of("llama", "qwen3").stream(CHATS[0], cache_implementation="static", **OPTIONS))
+
+
 # ---- wrong input ----------------------------------------------------------------------------------------------------
 
 
@@ -342,11 +410,14 @@ def test_wrong_prompts(prompt: Any, words: str) -> None:
     ("options", "words"),
     [
         ({"assistant_model": tiny_model("llama")}, "assistant_model .* reads the whole prompt again"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit .* reads the whole prompt again"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .* reads the whole prompt again"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "reads the whole prompt again"),
-        ({"cache_implementation": "static"}, "the cache is there already"),
+        ({"use_cache": False}, "use_cache .* reads the whole prompt again"),
+        ({"cache_implementation": "offloaded"}, "the cache is there already"),
+        ({"cache_implementation": "static"}, "say how long the answer may get"),
     ],
-    ids=["assistant", "lookup", "lookup in the config", "static"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_decoding_that_a_given_cache_does_not_allow(options: dict[str, Any], words: str) -> None:
     with pytest.raises(C2CError, match=words):
