@@ -73,6 +73,22 @@ def test_a_cache_built_back_generates_the_same(family: str) -> None:
     assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_holds_the_same_and_the_prompt_stays_as_it_was(family: str) -> None:
+    lm = lm_of(family)
+    prompt = prefill_prompts(lm, rows_of([21, 12]))
+    cache = prompt.kv.to_static_cache(26)
+    before = prompt.kv.keys.clone()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = lm.model.generate(**prompt.inputs(), **options)
+    assert torch.equal(lm.model.generate(**{**prompt.inputs(), CACHE: cache}, **options), expected)
+    assert torch.equal(lm.model.generate(**prompt.inputs(static_length=30), **options), expected)
+    assert torch.equal(prompt.kv.keys, before)
+    assert torch.equal(torch.stack([layer.keys[:, :, :20] for layer in cache.layers]), before)
+    with pytest.raises(C2CError, match="19 positions can't hold 20"):
+        prompt.kv.to_static_cache(19)
+
+
 def test_prompts_of_one_token_have_an_empty_cache() -> None:
     lm = lm_of("llama")
     prompt = prefill_prompts(lm, [[5]])

@@ -14,6 +14,8 @@ from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
+from cache2cache.decode import generate
+from cache2cache.kv import prefill_prompts
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -44,6 +46,12 @@ def pair_of(receiver: str, *sharers: str, mode: str = "parallel", **settings: An
     return C2C.from_models(lm_of(receiver), others, config, mode=mode)  # type: ignore[arg-type]
 
 
+def in_bfloat16(pair: C2C) -> C2C:
+    for lm in (pair.receiver, *pair.sharers):
+        lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    return pair
+
+
 def alone(lm: LM, chat: list[dict[str, str]]) -> torch.Tensor:
     """What stock transformers does with the chat."""
     ids = lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)  # type: ignore[union-attr]
@@ -61,6 +69,24 @@ def test_closed_gates_are_the_receiver(receiver: str, sharer: str) -> None:
         out = pair.generate(chat, output_logits=True, return_dict_in_generate=True, **OPTIONS)
         plain = pair.receiver.model(expected).logits[0, -8:-1]
         torch.testing.assert_close(torch.cat(out.logits), plain.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_bfloat16(receiver: str, sharer: str) -> None:
+    """Closed gates are the receiver, and open ones give float32's fused cache up to rounding."""
+    closed = in_bfloat16(pair_of(receiver, sharer, gate_init=0.0))
+    fused = closed.prefill(CHATS[::2])
+    plain = prefill_prompts(closed.receiver, [closed.encode(chat).receiver for chat in CHATS[::2]])
+    assert fused.kv.keys.dtype == torch.bfloat16
+    assert torch.equal(fused.kv.keys, plain.kv.keys) and torch.equal(fused.kv.values, plain.kv.values)
+    assert torch.equal(closed.generate(fused, **OPTIONS), generate(closed.receiver, plain, **OPTIONS))
+
+    exact = pair_of(receiver, sharer).prefill(CHATS[2])
+    opened = in_bfloat16(pair_of(receiver, sharer)).prefill(CHATS[2])
+    clean = prefill_prompts(pair_of(receiver, sharer).receiver, exact.input_ids.tolist())
+    for kind in ("keys", "values"):
+        got, wanted, unfused = (getattr(x.kv, kind).float() for x in (opened, exact, clean))
+        assert 5 * (got - wanted).norm() < (wanted - unfused).norm()  # False for what is no number
 
 
 @pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
@@ -346,14 +372,16 @@ def counting() -> tuple[Any, list[torch.fx.GraphModule]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_on_a_static_cache_are_one_compiled_graph(family: str) -> None:
+    """The same one for another prompt, if there is room for both, padded or not."""
     pair = pair_of(family, "qwen3")
-    fused = pair.prefill([CHATS[0], CHATS[2]])
     backend, graphs = counting()
     config = CompileConfig(backend=backend, mode=None, fullgraph=True)  # type: ignore[arg-type]
     config._compile_all_devices = True
-    static = pair.generate(fused, cache_implementation="static", compile_config=config, **OPTIONS)
-    assert torch.equal(static, pair.generate(fused, **OPTIONS))
-    assert len(graphs) == 1
+    static = {"cache_implementation": "static", "max_cache_len": 200, "compile_config": config}
+    for chats in ([CHATS[0], CHATS[2]], [CHATS[2], CHATS[2]]):
+        fused = pair.prefill(chats)
+        assert torch.equal(pair.generate(fused, **static, **OPTIONS), pair.generate(fused, **OPTIONS))
+        assert len(graphs) == 1
 
 
 def test_a_compiled_receiver_gives_the_same_answers() -> None:
