@@ -408,6 +408,13 @@ def test_settings_for_a_static_cache_may_come_in_a_configuration() -> None:
     assert given.cache_implementation == "static" and given.pad_token_id is None  # stays as it was
 
 
+def test_the_cache_that_gemmas_own_settings_ask_for_is_no_obstacle() -> None:
+    pair = pair_of("gemma3", "qwen3")
+    expected = pair.generate(CHATS[0], **OPTIONS)
+    pair.receiver.model.generation_config.cache_implementation = "hybrid"  # type: ignore[union-attr]
+    assert torch.equal(pair.generate(CHATS[0], **OPTIONS), expected)
+
+
 def test_a_stream_from_a_static_cache_is_refused() -> None:
     with pytest.raises(C2CError, match="use generate with a streamer"):
         next(pair_of("llama", "qwen3").stream(CHATS[0], cache_implementation="static", **OPTIONS))
@@ -442,7 +449,7 @@ def test_wrong_prompts(prompt: Any, words: str) -> None:
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .* reads the whole prompt again"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "reads the whole prompt again"),
         ({"use_cache": False}, "use_cache .* reads the whole prompt again"),
-        ({"cache_implementation": "offloaded"}, "the cache is there already"),
+        ({"cache_implementation": "offloaded"}, "it is there already"),
         ({"cache_implementation": "static"}, "say how long the answer may get"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
