@@ -81,6 +81,13 @@ def test_fuser_alone() -> None:
     assert "CHUNK 4" in done.stdout
 
 
+def test_response(tiny_pair_folder: Path) -> None:
+    models = ["--receiver", tiny_pair_folder.parent / "llama", "--sharer", tiny_pair_folder.parent / "qwen3"]
+    done = script("response.py", "--fuser", tiny_pair_folder, *models, "--questions", 2, "--new-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("prompt and answer fused") == 3 and "of 2 right" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])
 @pytest.mark.parametrize("chat", range(4))
 def test_prompts_have_exactly_the_length_that_is_asked_for(measure: ModuleType, kind: str, chat: int) -> None:
@@ -152,3 +159,13 @@ def test_clocking_leaves_the_pair_as_it_was(first_token: ModuleType, tiny_pair_f
     kept = dict(spent)
     pair.prefill("What is the capital of France?")
     assert spent == kept
+
+
+def test_remote(tiny_pair_folder: Path) -> None:
+    models = ["--fuser", tiny_pair_folder]
+    for role, family in (("receiver", "llama"), ("sharer", "qwen3")):
+        models += [f"--{role}", tiny_pair_folder.parent / family]
+    done = script("remote.py", *models, "--lengths", 96, "--quick")
+    assert done.returncode == 0, done.stderr
+    for numbers in ("float32", "bfloat16", "int8"):
+        assert numbers in done.stdout

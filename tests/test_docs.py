@@ -18,7 +18,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,10 +159,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of a reader who starts a page: the recipes and `data`, and nothing from another page."""
 
-    def refuse(*address: object) -> None:
-        raise OSError("the docs' commands need no network where the models are fetched and the data is local")
+    connect = socket.socket.connect
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    def local(self: socket.socket, address: Any) -> None:
+        if address[0] != "127.0.0.1":
+            raise OSError("the docs' commands need no network where the models are fetched and the data is local")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local)
     monkeypatch.setattr(checkpoint, "PACKAGED", small_world / "fusers")
     monkeypatch.setenv("C2C_CACHE", str(small_world / "cache"))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
@@ -203,7 +210,9 @@ def test_commands_and_snippets(
 def run_line(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Run `c2c` in this process; of what would install things, check that it names what is there."""
     command, *arguments = words(line)
-    if command == "c2c":
+    if command == "c2c" and arguments[:2] == ["sharer", "serve"]:
+        serve_in_background(arguments, f"{place}: {line}")
+    elif command == "c2c":
         with pytest.raises(SystemExit) as leaving:
             main(arguments)
         printed = capsys.readouterr()
@@ -220,6 +229,19 @@ def run_line(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
         check_benchmark(arguments, place)
     else:
         pytest.fail(f"{place}: no test knows how to run {line!r}; teach tests/test_docs.py")
+
+
+def serve_in_background(arguments: list[str], place: str) -> None:
+    """A server that the rest of the page may talk to; it ends with the tests."""
+    thread = threading.Thread(target=main, args=(arguments,), daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert thread.is_alive(), f"{place} ended"
+        with suppress(OSError), socket.create_connection(("127.0.0.1", 8600), timeout=1):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{place} doesn't listen on its default port")
 
 
 def check_make(arguments: list[str], place: str) -> None:

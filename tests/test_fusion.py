@@ -217,7 +217,7 @@ def test_a_later_turn_reads_and_fuses_only_what_is_new(monkeypatch: pytest.Monke
     fused: list[int] = []
     forward: Callable[..., KV] = pair.fusers[0].forward
     monkeypatch.setattr(
-        pair.fusers[0], "forward", lambda a, b, w, out: fused.append(w.shape[1]) or forward(a, b, w, out)
+        pair.fusers[0], "forward", lambda a, b, w, *rest: fused.append(w.shape[1]) or forward(a, b, w, *rest)
     )
     second = pair.prefill(chat, past=first)
     old, new = len(pair.encode(CHATS[1]).receiver), len(pair.encode(chat).receiver)

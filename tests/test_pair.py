@@ -198,12 +198,13 @@ def test_closing_a_stream_stops_the_model() -> None:
         nonlocal steps
         steps += 1
 
+    threads = threading.active_count()
     hook = pair.receiver.model.register_forward_hook(count)
     chunks = pair.stream(CHATS[0], max_new_tokens=1500, do_sample=False, eos_token_id=None)
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
     hook.remove()
-    assert steps < 400 and threading.active_count() < 10
+    assert steps < 400 and threading.active_count() <= threads
 
 
 def test_an_error_while_streaming_reaches_the_reader() -> None:

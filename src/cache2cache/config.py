@@ -29,6 +29,11 @@ class ModelSpec(BaseModel):
     trust_remote_code: bool = False
 
 
+def is_address(source: object) -> bool:
+    """Whether this names a sharer that is served elsewhere (`c2c sharer serve`) and not a model."""
+    return isinstance(source, str) and source.startswith(("http://", "https://"))
+
+
 class ModelIdentity(BaseModel):
     """A model as a fuser sees it: what its cache looks like, and which weights it is.
 
@@ -85,6 +90,7 @@ class FuserConfig(BaseModel):
     anneal_steps: int = Field(1929, gt=0)
     normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
     zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
+    fuse_response: bool = Field(False, description="trained with the answer's tokens fused too (include_response)")
     blend: float = Field(1.0, ge=0, le=1, description="ridge: how far the prediction replaces the receiver's cache")
 
     @model_validator(mode="after")
@@ -159,4 +165,6 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"training is on the token map span, not yet on {self.fuser.token_map}; leave token_map out"
             )
+        if self.fuser.fuse_response:
+            raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")
         return self

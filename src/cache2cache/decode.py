@@ -74,7 +74,10 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
         kwargs["generation_config"] = given = copy.deepcopy(given)
         given.update(**ours)
     copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
-    return lm.model.generate(**prompt.inputs(copies, static_length), **kwargs)  # type: ignore[operator]
+    inputs = prompt.inputs(copies, static_length)
+    # A prompt may bring a criterion of its own, see `response`.
+    criteria = [*inputs.pop("stopping_criteria", []), *(kwargs.pop("stopping_criteria", None) or [])]
+    return lm.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(criteria), **kwargs)  # type: ignore[operator]
 
 
 def _asked(lm: LM, kwargs: Mapping[str, Any], name: str) -> Any:

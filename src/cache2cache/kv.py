@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -28,6 +28,9 @@ CACHE = "cache" if "cache" in _KEYWORDS else "past_key_values"
 
 # Layers that hold one key and one value per position, which is what can be fused position by position.
 _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+OnLayer = Callable[[int, "KV"], None]
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class _Slot(DynamicLayer):
         keys[self.index, :, :, self.filled : end] = key_states
         values[self.index, :, :, self.filled : end] = value_states
         self.filled = end
+        if end == self.owner.length and self.owner.on_layer is not None:
+            self.owner.on_layer(self.index, self.owner.layer(self.index))
         return keys[self.index, :, :, :end], values[self.index, :, :, :end]
 
     def get_seq_length(self) -> int:
@@ -156,9 +161,12 @@ class _StackedCache(Cache):
     Or one that is full already, up to position `start`.
     """
 
-    def __init__(self, num_layers: int, length: int, known: KV | None = None, start: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, length: int, known: KV | None = None, start: int = 0, on_layer: OnLayer | None = None
+    ) -> None:
         super().__init__(layers=[_Slot(self, index, start) for index in range(num_layers)])
         self.length = length
+        self.on_layer = on_layer
         self.keys: Tensor | None = None if known is None else known.keys
         self.values: Tensor | None = None if known is None else known.values
 
@@ -169,6 +177,11 @@ class _StackedCache(Cache):
                 setattr(self, name, states.new_empty((len(self.layers), batch, heads, self.length, dim)))
             assert self.keys is not None and self.values is not None
         return self.keys, self.values
+
+    def layer(self, index: int) -> KV:
+        """One layer as a cache of its own, (1, B, H, T, D), a view."""
+        assert self.keys is not None and self.values is not None
+        return KV(self.keys[index : index + 1], self.values[index : index + 1])
 
 
 def check_fusable(config: PretrainedConfig, name: str) -> None:
@@ -223,6 +236,25 @@ class Read:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(ids)))
 
 
+@dataclass(frozen=True)
+class ToRead:
+    """What one sharer has to read of a batch.
+
+    Attributes:
+        members: which prompts.
+        lengths: per prompt of the batch, how many tokens.
+        rows, positions, past: per member.
+        depth: the lowest that many layers.
+    """
+
+    members: list[int]
+    lengths: list[int]
+    rows: list[Sequence[int]]
+    positions: list[Sequence[int] | None]
+    depth: int
+    past: list[Read | None]
+
+
 def positions_from(rows: Sequence[Sequence[int] | None], attention_mask: Tensor) -> Tensor | None:
     """Position ids (B, T) of rows that say their own (at least as many as the mask has ones); None: no row does."""
     if all(row is None for row in rows):
@@ -244,6 +276,7 @@ def prefill(
     past: Sequence[Read | None] | None = None,
     positions: Tensor | None = None,
     chunk_tokens: int = 8192,
+    on_layer: OnLayer | None = None,
 ) -> KV:
     """Read a prompt through the backbone (no LM head) and return its cache.
 
@@ -256,6 +289,7 @@ def prefill(
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
         positions: (B, T) position ids; None: they count up.
+        on_layer: called with each layer's index and its cache (1, B, H, T, D) as soon as that is whole, in order.
 
     Returns:
         The cache (num_layers, B, H, T, D). Padding positions hold numbers without meaning.
@@ -268,11 +302,13 @@ def prefill(
     layers = num_layers or lm.num_layers
     if length == 0:  # a prompt of one token, which is left to be read on top of the cache
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
-        return KV(empty, empty)
+        return _hand_over(KV(empty, empty), on_layer)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
     positions = positions_of(attention_mask) if positions is None else positions
     known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
-    cache = _StackedCache(layers, length, known, start)
+    if known is not None and start == length:
+        return _hand_over(known, on_layer)
+    cache = _StackedCache(layers, length, known, start, on_layer)
     padded = not bool(attention_mask.all())
     step = max(1, chunk_tokens // batch)
     for begin in range(start, length, step):
@@ -287,6 +323,14 @@ def prefill(
         )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
+
+
+def _hand_over(kv: KV, on_layer: OnLayer | None) -> KV:
+    """The cache, after telling of every layer of it."""
+    for index in range(len(kv.keys) if on_layer is not None else 0):
+        assert on_layer is not None
+        on_layer(index, KV(kv.keys[index : index + 1], kv.values[index : index + 1]))
+    return kv
 
 
 def _known(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import decode
+from . import decode, response
 from .alignment.chat import Rendered, render
 from .alignment.positions import Positions, content_tokens, fusable
 from .alignment.published import Aligned, Strategy, align
 from .alignment.tokens import span_map
-from .config import FuserConfig, ModelIdentity, ModelSpec
+from .config import FuserConfig, ModelIdentity, ModelSpec, is_address
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, Read, check_fusable, pad_left, positions_from, prefill, prefill_prompts
+from .kv import KV, Prefilled, Read, ToRead, check_fusable, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
+from .remote import Incoming, RemoteSharer, Transfer
 from .rotary import Rotary
 
 Mode = Literal["parallel", "sequential"]
@@ -43,6 +45,7 @@ class PromptIds:
         content: (T,), which receiver tokens belong to the content of a message; empty where that isn't known.
         positions: (T,) position ids of the receiver's tokens where they don't simply count up (published token maps).
         sharer_positions: the same per sharer; empty or None: they count up.
+        text: the prompt and the start of the answer that this was encoded from; None where ids were given.
     """
 
     receiver: Sequence[int]
@@ -52,6 +55,7 @@ class PromptIds:
     content: Sequence[bool] = ()
     positions: Sequence[int] | None = None
     sharer_positions: Sequence[Sequence[int] | None] = ()
+    text: tuple[str | Messages, str] | None = None
 
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
@@ -84,12 +88,14 @@ class FusedCache(Prefilled):
         coverage: per row and sharer, see `PromptIds`.
         bytes_passed: bytes of sharer keys and values that the fusers read: what would cross a wire.
         turns: per row, what a later turn can start from; empty unless it was asked for (`keep`).
+        transfers: what it took to get the caches of sharers that are served elsewhere, one per sharer that was asked.
     """
 
     fused_positions: list[int] = field(default_factory=list)
     coverage: list[Sequence[float]] = field(default_factory=list)
     bytes_passed: int = 0
     turns: list[Turn] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
 
 
 class C2C:
@@ -118,8 +124,11 @@ class C2C:
             raise C2CError(
                 f"{len(sharers)} sharers and {len(fusers)} fusers were given; every sharer needs a fuser of its own"
             )
+        if isinstance(receiver, RemoteSharer):
+            raise C2CError(f"the receiver can't be at {receiver.url}; it answers, so it has to be loaded here")
         for lm in (receiver, *sharers):
-            check_fusable(lm.text_config, lm.name)
+            if not isinstance(lm, RemoteSharer):  # whoever serves it has checked
+                check_fusable(lm.text_config, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             _check_fit("receiver", fuser.config.receiver, receiver, int(fuser.receiver_layers.max()))
             _check_fit("sharer", fuser.config.sharer, sharer, int(fuser.sharer_layers.max()))
@@ -128,6 +137,11 @@ class C2C:
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             if fuser.config.key_space == "unrotated":
+                if isinstance(sharer, RemoteSharer):
+                    raise C2CError(
+                        f"the fuser for {sharer.name} fuses unrotated keys, which takes the sharer's own rotary "
+                        f"embedding; load that sharer here instead of {sharer.url}"
+                    )
                 fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))
         self.mode = _checked(mode)
         self.chat_template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
@@ -142,7 +156,7 @@ class C2C:
     ) -> C2C:
         """A new pair with untrained fusers. `config` is one for all sharers or one each; `kwargs` as for the class."""
         main = load_lm(receiver)
-        others = [load_lm(source) for source in _as_list(sharers)]
+        others = [_lm(source) for source in _as_list(sharers)]
         configs = (
             [config or FuserConfig()] * len(others)
             if config is None or isinstance(config, FuserConfig)
@@ -174,7 +188,8 @@ class C2C:
         Args:
             fuser: a folder, a hub id, or None for the fuser that comes with this library; a list for several sharers.
             receiver, sharers: instead of the models that the fuser was trained for: ids, folders, GGUF files,
-                `ModelSpec`s or loaded models.
+                `ModelSpec`s or loaded models; for a sharer also the address of a `c2c sharer serve`, or a
+                `RemoteSharer`.
             revision: of the fuser on the hub.
             subfolder: where in the folder or repository the fuser is; a list for several sharers.
             dtype, device: of models that are loaded here ("auto" and the first GPU, if there is one, by default).
@@ -197,8 +212,8 @@ class C2C:
             assert trained_for is not None  # make_fuser has checked
             if given is None:
                 given = ModelSpec(source=trained_for.name, revision=trained_for.revision)
-            loaded = isinstance(given, (PreTrainedModel, LM))
-            return load_lm(given) if loaded else load_lm(given, None, **overrides)
+            loaded = isinstance(given, (PreTrainedModel, LM)) or is_address(given)
+            return _lm(given) if loaded else load_lm(given, None, **overrides)
 
         others = [None] * len(fusers) if sharers is None else _as_list(sharers)
         if len(others) != len(fusers):
@@ -238,10 +253,7 @@ class C2C:
             if prefix:
                 raise C2CError("prefix needs text or messages; append its token ids to the prompt instead")
             return prompt if isinstance(prompt, PromptIds) else self._same_ids(prompt)
-        mine, *theirs = (
-            render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)  # type: ignore[arg-type]
-            for lm in (self.receiver, *self.sharers)
-        )
+        mine, *theirs = (self._render(lm, prompt, prefix) for lm in (self.receiver, *self.sharers))
         published = self._published(mine, theirs)
         spans = [None if j in published else span_map(mine, other) for j, other in enumerate(theirs)]
         return PromptIds(
@@ -252,7 +264,14 @@ class C2C:
             content_tokens(mine),
             next((a.receiver_positions for a in published.values()), None),
             [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
+            # A copy: the caller may go on with the same list.
+            (prompt if isinstance(prompt, str) else [dict(message) for message in prompt], prefix),  # type: ignore[arg-type]
         )
+
+    def _render(self, lm: LM, prompt: Any, prefix: str) -> Rendered:
+        if isinstance(lm, RemoteSharer):
+            return lm.render(prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
+        return render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
 
     def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
         """Per sharer whose fuser has a published token map: what it reads."""
@@ -321,37 +340,46 @@ class C2C:
         before = _turns(past, len(batch))
         parallel = _checked(mode or self.mode) == "parallel"
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
-        clean = clean or prefill_prompts(
-            self.receiver,
-            [p.receiver for p in batch],
-            [p.positions for p in batch],
-            past=[turn.receiver if turn else None for turn in before],
-        )
-        # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone else
-        # reads the clean cache.
-        todo, kv = _taken(batch, before, clean.kv, parallel)
-        kv = kv or (None if shared else clean.kv)
-        passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
-        for j, fuser in enumerate(self.fusers):
-            assert isinstance(fuser, C2CFuser)
-            lengths: Sequence[int] = sharer_lengths(batch, j)
-            members = [row for row, length in enumerate(lengths) if length]
-            if fuser.sharer_depth == 0 or not members:
-                continue
-            if sharers is not None and (known := sharers[j]) is not None:
-                (cache, lengths), members = known, list(range(len(batch)))
-            else:
-                ids = {row: batch[row].sharers[j][: lengths[row]] for row in members}
-                places = {row: (batch[row].sharer_positions or [None] * (j + 1))[j] for row in members}
-                seen = [turn.sharers[j] if (turn := before[row]) else None for row in members]
-                cache = self._read(j, list(ids.values()), list(places.values()), fuser.sharer_depth, seen)
-                for place, row in enumerate(members if keep else ()):
-                    kept[row][j] = Read(ids[row], cache.tail(place, lengths[row]), places[row])
-            where, read = where_to_fuse(todo, j, clean.kv.length, cache.length, lengths, members)
-            source = clean.kv if parallel or kv is None else kv
-            with torch.no_grad():
-                kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), kv)
-            passed += read * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
+        given = list(sharers or [None] * len(self.sharers))
+        reads = [self._to_read(j, batch, before) if known is None else None for j, known in enumerate(given)]
+        with ExitStack() as stack:
+            # What comes from another machine is asked for first, and travels while the receiver reads here.
+            arriving: dict[int, Incoming] = {}
+            for j, (sharer, read) in enumerate(zip(self.sharers, reads, strict=True)):
+                if isinstance(sharer, RemoteSharer) and read is not None:
+                    arriving[j] = sharer.prefill(read.rows, read.positions, read.depth, read.past, self.receiver.device)
+                    stack.callback(arriving[j].close)
+            clean = clean or prefill_prompts(
+                self.receiver,
+                [p.receiver for p in batch],
+                [p.positions for p in batch],
+                past=[turn.receiver if turn else None for turn in before],
+            )
+            # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone
+            # else reads the clean cache.
+            todo, kv = _taken(batch, before, clean.kv, parallel)
+            kv = kv or (None if shared else clean.kv)
+            passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
+            for j, fuser in enumerate(self.fusers):
+                assert isinstance(fuser, C2CFuser)
+                read, incoming = reads[j], arriving.get(j)
+                if (known := given[j]) is not None:
+                    (cache, lengths), members = known, list(range(len(batch)))
+                elif read is not None:
+                    cache = incoming.kv if incoming else self._read(j, read)
+                    lengths, members = read.lengths, read.members
+                else:
+                    continue
+                where, used = where_to_fuse(todo, j, clean.kv.length, cache.length, lengths, members)
+                source = clean.kv if parallel or kv is None else kv
+                for layers in [None] if incoming is None else incoming.pieces():
+                    with torch.no_grad():
+                        kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), kv, layers)
+                passed += used * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
+                if keep and read is not None:
+                    for place, row in enumerate(members):
+                        kept[row][j] = Read(read.rows[place], cache.tail(place, lengths[row]), read.positions[place])
+            transfers = [each.transfer() for each in arriving.values()]
         kv = kv or clean.kv
         turns = []
         for row, (prompt, of_sharers) in enumerate(zip(batch, kept if keep else [], strict=False)):
@@ -360,20 +388,36 @@ class C2C:
             turns.append(Turn(prompt, own, kv.tail(row, n), of_sharers, parallel))
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
         coverage = [p.coverage for p in batch]
-        return FusedCache(clean.input_ids, clean.attention_mask, kv, clean.position_ids, fused, coverage, passed, turns)
+        ids, mask, places = clean.input_ids, clean.attention_mask, clean.position_ids
+        return FusedCache(ids, mask, kv, places, fused, coverage, passed, turns, transfers)
 
-    def _read(
-        self,
-        j: int,
-        rows: Sequence[Sequence[int]],
-        positions: Sequence[Sequence[int] | None],
-        depth: int,
-        past: Sequence[Read | None],
-    ) -> KV:
-        """Sharer j's cache of its lowest `depth` layers, padded on the left."""
+    def _to_read(self, j: int, batch: Sequence[PromptIds], before: Sequence[Turn | None]) -> ToRead | None:
+        """What sharer j has to read of a batch; None: nothing."""
+        fuser = self.fusers[j]
+        assert isinstance(fuser, C2CFuser)
+        lengths = sharer_lengths(batch, j)
+        members = [row for row, length in enumerate(lengths) if length]
+        if fuser.sharer_depth == 0 or not members:
+            return None
+        return ToRead(
+            members,
+            lengths,
+            [batch[row].sharers[j][: lengths[row]] for row in members],
+            [(batch[row].sharer_positions or [None] * (j + 1))[j] for row in members],
+            fuser.sharer_depth,
+            [turn.sharers[j] if (turn := before[row]) else None for row in members],
+        )
+
+    def _read(self, j: int, asked: ToRead) -> KV:
+        """Sharer j's cache, padded on the left."""
         sharer = self.sharers[j]
-        ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
-        return prefill(sharer, ids, mask, num_layers=depth, positions=positions_from(positions, mask), past=past)
+        if isinstance(sharer, RemoteSharer):
+            incoming = sharer.prefill(asked.rows, asked.positions, asked.depth, asked.past, self.receiver.device)
+            incoming.wait(asked.depth)
+            return incoming.kv
+        ids, mask = pad_left(asked.rows, sharer.pad_token_id, sharer.device)
+        places = positions_from(asked.positions, mask)
+        return prefill(sharer, ids, mask, num_layers=asked.depth, positions=places, past=asked.past)
 
     def _selected(
         self, batch: Sequence[PromptIds], sharer_mask: int | Sequence[int] | None, positions: Any
@@ -436,23 +480,25 @@ class C2C:
         Args:
             prompts: see `prefill`, or a fused cache.
             prefix: the start of the answer.
-            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); the rest goes to `generate`.
+            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); `fuse_response`, whether the
+                answer's tokens are fused too (`cache2cache.response`; None: as the fuser was trained; a fused cache
+                must then be made with `keep`); the rest goes to `generate`.
 
         Returns:
             Token ids (B, T + new) with the prompt, padded on the left, or whatever the options make `generate` return.
         """
-        fused = self._fused(prompts, prefix, kwargs)
+        fused = self._answering(prompts, prefix, kwargs)
         return decode.generate(self.receiver, fused, **kwargs)
 
     def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
-        fused = self._fused(prompt, prefix, kwargs)
+        fused = self._answering(prompt, prefix, kwargs)
         return decode.stream(self.receiver, fused, **kwargs)
 
     def chat(self, messages: Messages | Sequence[Messages], *, prefix: str = "", **kwargs: Any) -> str | list[str]:
         """Answer a chat, or each chat of a list, as text. `kwargs` as for `generate`."""
         batch = as_batch(messages)
-        fused = self._fused(batch, prefix, kwargs)
+        fused = self._answering(batch, prefix, kwargs)
         sequences = decode.generate(self.receiver, fused, **kwargs)
         texts = self.receiver.need_tokenizer().batch_decode(
             sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
@@ -491,14 +537,20 @@ class C2C:
         scores = decode.score(self.receiver, fused, ids)
         return scores[0] if single else scores
 
-    def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> FusedCache:
+    def _answering(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> Prefilled:
+        """As `_fused`, to be decoded with the answer's tokens fused where that is asked for."""
+        sharers = response.chosen(self, kwargs.pop("fuse_response", None))
+        fused = self._fused(prompts, prefix, kwargs, keep=bool(sharers))
+        return response.Answering.of(self, fused, sharers) if sharers else fused
+
+    def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any], *, keep: bool = False) -> FusedCache:
         """The fused cache of prompts; takes the options of `fuse` out of `kwargs`."""
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         if isinstance(prompts, FusedCache):
             if given := ["prefix"] * bool(prefix) + list(options):
                 raise C2CError(f"{given[0]} was given with a fused cache; give it to prefill instead")
             return prompts
-        return self.prefill(prompts, prefix=prefix, **options)
+        return self.prefill(prompts, prefix=prefix, keep=keep, **options)
 
 
 OPTIONS = ("sharer_mask", "positions", "mode", "past")
@@ -600,6 +652,11 @@ def where_to_fuse(
         rows = [torch.full_like(t, row), t + mine, torch.full_like(t, sharer_row), s + theirs]
         where.append(torch.stack([*rows, *ids]))
     return torch.cat(where, dim=1), read
+
+
+def _lm(source: ModelSource) -> LM:
+    """A model, or a sharer that is served elsewhere."""
+    return RemoteSharer(str(source)) if is_address(source) else load_lm(source)
 
 
 def identity(lm: LM) -> ModelIdentity:

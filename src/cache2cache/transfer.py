@@ -30,6 +30,7 @@ from torch import Tensor
 from .errors import C2CError
 from .kv import Prefilled, pad_left, positions_of
 from .models.load import LM
+from .models.owner import Hash, Owner
 from .packing import Coded, Numbers, check_format, decode, encode, format_of, pack, unpack
 from .pair import FusedCache
 
@@ -37,46 +38,6 @@ FORMAT_VERSION = 1
 MAX_HEADER = 4 << 20  # bytes; a batch of some ten thousand prompts
 
 _Count = Annotated[int, Field(ge=0, lt=1 << 62)]
-_Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Owner(BaseModel):
-    """The model that a cache belongs to: its shapes, and the hashes of `LM` (None without a tokenizer)."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str
-    num_layers: Annotated[int, Field(gt=0)]
-    num_kv_heads: Annotated[int, Field(gt=0)]
-    head_dim: Annotated[int, Field(gt=0)]
-    weights: _Hash
-    tokenizer: _Hash | None
-    template: _Hash | None
-
-    @classmethod
-    def of(cls, lm: LM) -> Owner:
-        return cls(
-            name=lm.name,
-            num_layers=lm.num_layers,
-            num_kv_heads=lm.num_kv_heads,
-            head_dim=lm.head_dim,
-            weights=lm.fingerprint,
-            tokenizer=lm.tokenizer_fingerprint,
-            template=lm.template_fingerprint,
-        )
-
-    def differences(self, other: Owner) -> list[str]:
-        """What this model has other than `other`, each with both values; what only one of them has is no difference."""
-        shapes = [(one.num_layers, one.num_kv_heads, one.head_dim) for one in (self, other)]
-        found = []
-        if shapes[0] != shapes[1]:
-            (a, b, c), (x, y, z) = shapes
-            found.append(f"shapes ({a} layers, {b} KV heads of {c} against {x} layers, {y} KV heads of {z})")
-        for field, name in (("weights", "weights"), ("tokenizer", "tokenizer"), ("template", "chat template")):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine and theirs and mine != theirs:
-                found.append(f"{name} ({mine[:12]} against {theirs[:12]})")
-        return found
 
 
 class _Header(BaseModel):
@@ -89,7 +50,7 @@ class _Header(BaseModel):
     model: Owner
     numbers: Numbers
     error: float = Field(ge=0, allow_inf_nan=False, description="see packing.relative_error")
-    tokens: _Hash
+    tokens: Hash
     lengths: list[Annotated[int, Field(gt=0, lt=1 << 40)]] = Field(min_length=1, description="tokens of each prompt")
     fused_positions: list[_Count] = []
     coverage: list[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]] = []

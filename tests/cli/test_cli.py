@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
 import warnings
@@ -20,8 +21,10 @@ from cache2cache.cli import main
 from cache2cache.decode import Chunk
 from cache2cache.errors import C2CError
 from cache2cache.methods import METHODS
+from cache2cache.models import load_lm
 from cache2cache.pair import C2C, FusedCache
 from cache2cache.tasks import load
+from serving.wire import served
 
 
 def c2c(*arguments: str) -> int:
@@ -38,7 +41,17 @@ def one_line(error: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["ask"], ["chat"], ["models"], ["models", "list"], ["models", "pull"], ["models", "path"]]
+    "command",
+    [
+        [],
+        ["ask"],
+        ["chat"],
+        ["models"],
+        ["models", "list"],
+        ["models", "pull"],
+        ["models", "path"],
+        ["sharer", "serve"],
+    ],
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert c2c(*command, "--help") == 0
@@ -131,7 +144,8 @@ def test_ask_json(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [answer["method"] for answer in asked["answers"]] == ["c2c", "receiver", "sharer", "text"]
     for answer in asked["answers"]:
         assert set(answer) == {
-            "method", "text", "message", "first_token_s", "total_s", "new_tokens", "message_tokens", "bytes_passed"
+            "method", "text", "message", "first_token_s", "total_s", "new_tokens", "message_tokens", "bytes_passed",
+            "transfer_bytes", "transfer_s",
         }  # fmt: skip
         assert 0 < answer["first_token_s"] <= answer["total_s"]
         assert 1 <= answer["new_tokens"] <= 5
@@ -277,3 +291,31 @@ def test_chat_at_a_terminal(
         {"role": "assistant", "content": "half an"},
         {"role": "user", "content": "again"},
     ]
+
+
+def test_a_served_sharer(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharer = tiny_pair_folder.parent / "qwen3"
+    monkeypatch.delenv("C2C_SHARER_KEY", raising=False)
+    assert c2c("sharer", "serve", str(sharer), "--host", "0.0.0.0") == 1
+    assert "so a key is needed; set C2C_SHARER_KEY" in one_line(capsys.readouterr().err)
+    assert c2c("sharer", "serve", "nothing-like-it") == 1
+    assert "unknown model 'nothing-like-it'" in one_line(capsys.readouterr().err)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert c2c("sharer", "serve", str(sharer), "--port", str(taken.getsockname()[1])) == 1
+    assert "can't listen on 127.0.0.1:" in one_line(capsys.readouterr().err)
+
+    address = served(load_lm(sharer))
+    pair = ["--fuser", str(tiny_pair_folder), "--max-new-tokens", "5"]
+    assert c2c("ask", "What is it?", "--json", "--only", "c2c", *pair) == 0
+    (here,) = json.loads(capsys.readouterr().out)["questions"][0]["answers"]
+    assert c2c("ask", "What is it?", "--json", "--sharer", address, *pair) == 0
+    there, alone = json.loads(capsys.readouterr().out)["questions"][0]["answers"]
+    assert (there["method"], alone["method"]) == ("c2c", "receiver") and there["text"] == here["text"]
+    assert there["transfer_bytes"] > there["bytes_passed"] == here["bytes_passed"] and there["transfer_s"] > 0
+    assert here["transfer_bytes"] == 0
+    assert c2c("ask", "What is it?", "--sharer", address, *pair) == 0
+    assert re.search(r"^over the wire: 0\.\d\d MB in \d+\.\d\d s$", capsys.readouterr().out, re.M)
+    assert c2c("ask", "What is it?", "--only", "sharer", "--sharer", address, *pair) == 1
+    assert "which only reads prompts for a pair" in one_line(capsys.readouterr().err)

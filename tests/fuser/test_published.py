@@ -248,9 +248,17 @@ def test_the_recipe(tmp_path: Path) -> None:
         make(tmp_path, NEAREST_3, LLAMA, QWEN3, **wrong)
         with pytest.raises(C2CError, match=r"config\.json"):
             checkpoint.load(tmp_path)
-    make(tmp_path, NEAREST_3, LLAMA, QWEN3, include_response=True)
-    with pytest.warns(UserWarning, match="include_response"):
+    make(tmp_path, NEAREST_3, LLAMA, QWEN3, include_response=True, is_do_alignment=True)
+    with pytest.warns(UserWarning, match="include_response and the token map first"):
         checkpoint.load(tmp_path)
+
+
+def test_a_fuser_trained_with_responses(tmp_path: Path) -> None:
+    make(tmp_path / "a", NEAREST_3, LLAMA, QWEN3, include_response=True)
+    assert checkpoint.load(tmp_path / "a").config.fuse_response
+    for to in ("ours", "published"):
+        checkpoint.convert(tmp_path / "a", tmp_path / to, to)
+        assert checkpoint.load(tmp_path / to).config.fuse_response
 
 
 def test_where_the_files_may_be(tmp_path: Path) -> None:

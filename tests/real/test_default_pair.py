@@ -5,6 +5,7 @@ The models are fetched on first use; where they can't be, the tests are skipped.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from cache2cache import C2C, C2CError, FuserConfig, ModelSpec, load_lm
 from cache2cache.evaluation.likelihood import evaluate
 from cache2cache.fuser import checkpoint
 from cache2cache.models import LM
+from cache2cache.remote import RemoteSharer
 from cache2cache.tasks import Question
 from cache2cache.tasks.prompts import extract_letter, short_prompt
+from serving.wire import serve_process, stop, until_it_serves
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
 
@@ -178,3 +181,53 @@ def test_gemma_beyond_its_window(gemma: LM, smollm2: LM, gemma_receives: bool) -
     torch.testing.assert_close(cache.kv.values[:, 1, :, padding:], single.kv.values[:, 0], atol=1e-3, rtol=1e-3)
     out = opened.generate(single, **options)[0, single.input_ids.shape[1] :].tolist()
     assert [c.token for c in opened.stream(single, **options) if c.token is not None] == out and len(out) == 8
+
+
+# ---- several sharers, and one in another process --------------------------------------------------------------------
+
+
+def test_two_sharers_of_unlike_size(pair: C2C, smollm2: LM) -> None:
+    """The packaged fuser and one for the 0.5B, which knows nothing of it, at once."""
+    small = fetched("qwen2.5-coder-0.5b-instruct", "bfloat16" if pair.sharers[0].dtype == torch.bfloat16 else "auto")
+    torch.manual_seed(0)
+    config = FuserConfig(hidden_dim=16, intermediate_dim=16, gate_init=1.0)
+    other = C2C.from_models(smollm2, small, config)
+    both = C2C(smollm2, [*pair.sharers, small], [*pair.fusers, *other.fusers])  # type: ignore[list-item]
+    swapped = C2C(smollm2, [small, *pair.sharers], [*other.fusers, *pair.fusers])  # type: ignore[list-item]
+    chats = [chat_of(QUESTIONS[1]), chat_of(QUESTIONS[4])]
+    fused = both.prefill(chats)
+    torch.testing.assert_close(fused.kv.values, swapped.prefill(chats).kv.values, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(fused.kv.values, both.prefill(chats, mode="sequential").kv.values, atol=1e-3)
+    assert both.chat(chats, sharer_mask=0b01, **GREEDY) == pair.chat(chats, **GREEDY)
+    one_each = both.chat(chats, sharer_mask=[0b10, 0b01], **GREEDY)
+    assert one_each == [other.chat(chats[0], **GREEDY), pair.chat(chats[1], **GREEDY)]
+    assert fused.bytes_passed == sum(both.prefill(chats, sharer_mask=m).bytes_passed for m in (1, 2))
+
+
+def test_gemma_in_another_process(gemma: LM, smollm2: LM) -> None:
+    """The same tokens as with Gemma here, also after its process was killed and started again."""
+    torch.manual_seed(0)
+    config = FuserConfig(hidden_dim=16, intermediate_dim=16, gate_init=1.0)
+    here = C2C.from_models(smollm2, gemma, config)
+    expected = [here.generate(chat, **GREEDY).tolist() for chat in (LONG, SHORT)]
+    first = serve_process("gemma-3-270m", 0)
+    processes = [first]
+    try:
+        remote = RemoteSharer(until_it_serves(first), attempts=12)
+        away = C2C(smollm2, [remote], list(here.fusers))  # type: ignore[arg-type]
+        assert away.generate(LONG, **GREEDY).tolist() == expected[0]
+        transfer = away.prefill(SHORT).transfers[0]
+        assert transfer.attempts == 1 and transfer.nbytes > away.prefill(SHORT).bytes_passed
+        # Killed while the long prompt is under way; the same request is answered by its successor.
+        killer = threading.Timer(0.1, first.kill)
+        killer.start()
+        restarted = threading.Timer(0.5, lambda: processes.append(serve_process("gemma-3-270m", remote._port or 0)))
+        restarted.start()
+        for _ in range(3):
+            assert away.generate(LONG, **GREEDY).tolist() == expected[0]
+            assert away.generate(SHORT, **GREEDY).tolist() == expected[1]
+        restarted.join()
+        assert first.wait(10) != 0 and len(processes) == 2
+    finally:
+        for process in processes:
+            stop(process)

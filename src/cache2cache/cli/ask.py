@@ -45,7 +45,11 @@ def ask(
     picture: Annotated[Path | None, typer.Option(help="Also write what was shown to this SVG file.")] = None,
 ) -> None:
     """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
-    chosen = list(dict.fromkeys(only or DEFAULT))
+    from cache2cache.config import is_address
+
+    # A sharer that is served elsewhere reads prompts and doesn't answer.
+    default = DEFAULT[:2] if is_address(sharer) else DEFAULT
+    chosen = list(dict.fromkeys(only or default))
     if unknown := [method for method in chosen if method not in LABELS]:
         raise C2CError(f"unknown method {unknown[0]!r}; expected one of {', '.join(LABELS)}")
     if question is not None and not question.strip():
@@ -76,6 +80,9 @@ def ask(
         shown.append(view.Shown(title, prompt.prompt, answers, letters, right))
         if not as_json:
             Console().print(view.table(answers, letters, right, LABELS))
+            for answer in answers:
+                if answer.transfer_bytes:
+                    print(f"over the wire: {answer.transfer_bytes / 1e6:.2f} MB in {answer.transfer_s:.2f} s")
         results.append(_result(item, prompt.prompt, answers, letters))
     if picture is not None:
         view.picture(picture, shown, LABELS)

@@ -17,7 +17,9 @@ Receiver = Annotated[
         help="Receiver: catalogue name, hub id, folder or GGUF file.  [default: the one the fuser was trained for]"
     ),
 ]
-Sharer = Annotated[str | None, typer.Option(help="Sharer, likewise.")]
+Sharer = Annotated[
+    str | None, typer.Option(help="Sharer, likewise; or http://host:port, where `c2c sharer serve` runs.")
+]
 Dtype = Annotated[str | None, typer.Option(help="Number format of the weights.  [default: float32, on a GPU bfloat16]")]
 Device = Annotated[
     str | None, typer.Option(help="Where the models run, such as cpu or cuda:0.  [default: GPU if there is one]")

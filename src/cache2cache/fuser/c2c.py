@@ -13,9 +13,10 @@ and fusing is a handful of batched products over (G, N, width), N being the posi
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +238,14 @@ class C2CFuser(nn.Module):
                 noise = -(-uniform.log()).log()
         return ((logit + noise.to(z.device)) / self.temperature).sigmoid()
 
-    def forward(self, receiver: KV, sharer: KV, where: Tensor, out: KV | None = None) -> KV:
+    def forward(
+        self,
+        receiver: KV,
+        sharer: KV,
+        where: Tensor,
+        out: KV | None = None,
+        sharer_layers: tuple[int, int] | None = None,
+    ) -> KV:
         """The receiver's cache with the sharer's fused in.
 
         Args:
@@ -246,11 +254,13 @@ class C2CFuser(nn.Module):
             where: (4, N) int64, what to fuse: row and position in the receiver's cache, row and position in the
                 sharer's. No receiver position twice. With unrotated keys (6, N): then the position ids of both.
             out: the cache that the changes are added to, in place (may be `receiver` itself), contiguous; None: a copy.
+            sharer_layers: fuse only what reads sharer layers from the first to before the second, while others are
+                still on their way (inference only); None: all.
 
         Returns:
             `out`, or a new cache. Gradients flow into the fuser's parameters when they are enabled.
         """
-        if sharer.keys.shape[0] < self.sharer_depth:
+        if sharer.keys.shape[0] < (self.sharer_depth if sharer_layers is None else sharer_layers[1]):
             raise C2CError(
                 f"the sharer's cache has {sharer.keys.shape[0]} layers; this fuser reads {self.sharer_depth}"
             )
@@ -261,6 +271,8 @@ class C2CFuser(nn.Module):
         if where.shape[1] == 0:
             return out
         parts = self._parts(receiver)
+        if sharer_layers is not None:
+            parts = [part for whole in parts if (part := self._reading(whole, *sharer_layers)) is not None]
         for piece in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
             for fuser, layers in parts:
                 theirs, read, before, places = self._read_both(receiver, sharer, piece, layers, fuser.dtype)
@@ -281,6 +293,18 @@ class C2CFuser(nn.Module):
             return [(self, [(kind, every) for kind in KINDS])]
         # Half precision only where it is the hardware's pace; a CPU computes the few products in float32.
         return self._inference(receiver.keys.dtype if receiver.keys.is_cuda else torch.float32)
+
+    def _reading(self, part: Part, start: int, end: int) -> Part | None:
+        """The modules of a part that read sharer layers from `start` to before `end`."""
+        fuser, layers = part
+        reads = self.sharer_layers[layers[0][1]]
+        chosen = ((reads >= start) & (reads < end)).nonzero().flatten()
+        if len(chosen) in (0, len(reads)):
+            return part if len(chosen) else None
+        index: Tensor | slice = chosen
+        if int(chosen[-1] - chosen[0]) == len(chosen) - 1:  # neighbours, as in all layer maps by name: views will do
+            index = slice(int(chosen[0]), int(chosen[-1]) + 1)
+        return _some_modules(fuser, index), [(kind, entries[chosen]) for kind, entries in layers]
 
     def inputs(self, receiver: KV, sharer: KV, where: Tensor) -> tuple[Tensor, Tensor]:
         """What all modules read at the given positions: the sharer's (G, N, S) and the receiver's (G, N, T)."""
@@ -407,8 +431,20 @@ class C2CFuser(nn.Module):
 
 
 KINDS = ("keys", "values")
+_M = TypeVar("_M", bound=nn.Module)
 Part = tuple[C2CFuser, list[tuple[str, Tensor]]]
 STATISTICS = ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std")
+
+
+def _some_modules(module: _M, index: Tensor | slice) -> _M:
+    """A shallow copy with some of the stacked modules: all parameters' entries at `index`."""
+    chosen = copy.copy(module)
+    chosen._parameters = {
+        name: None if p is None else nn.Parameter(p.detach()[index], requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    chosen._modules = {name: m and _some_modules(m, index) for name, m in module._modules.items()}
+    return chosen
 
 
 def _contiguous(kv: KV) -> KV:

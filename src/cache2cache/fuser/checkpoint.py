@@ -200,10 +200,11 @@ def load(source: str | Path | None = None, *, revision: str | None = None, subfo
     """
     folder = resolve(source, revision, subfolder)
     config, tensors, record = read(folder)
-    if published.responses_fused(record.get("published", {})):
+    if config.fuse_response and config.token_map != "span":
         # No error: the prompt is fused just as in training, and the published evaluation fuses no more than that.
         warnings.warn(
-            f"{folder} was trained with include_response; the tokens of the answer are not fused here, only the prompt",
+            f"{folder} was trained with include_response and the token map {config.token_map}, for which the tokens of "
+            "the answer are not fused here, only the prompt",
             stacklevel=2,
         )
     fuser = make_fuser(config)

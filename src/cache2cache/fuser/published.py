@@ -132,6 +132,7 @@ def _read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any], list[int]]:
         "layer_map": pairs,
         "token_map": _token_map(path, model),
         "gate_noise": "gumbel",
+        "fuse_response": bool(model.get("include_response")),
         **{key: init[key] for key in DEFAULTS if key != "dtype"},
         # What this library wrote into its own corner of the recipe; sizes are the files' own.
         **{key: remembered[key] for key in ("token_map", "gate_noise", "gate_init") if key in remembered},
@@ -253,12 +254,6 @@ def _token_map(path: Path, model: Mapping[str, Any]) -> str:
     if strategy not in ("first", "longest"):
         raise C2CError(f"{path}: unknown alignment_strategy {strategy!r}; expected first or longest")
     return str(strategy)
-
-
-def responses_fused(recipe: Mapping[str, Any]) -> bool:
-    """Whether a recipe asks for `include_response`: fusing the answer's tokens as they come."""
-    model = recipe.get("model")
-    return isinstance(model, Mapping) and bool(model.get("include_response"))
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -471,7 +466,7 @@ def _new_recipe(
         "teacher_model": config.sharer.name,
         "is_do_alignment": True,
         "alignment_strategy": "longest" if config.token_map == "span" else config.token_map,
-        "include_response": False,
+        "include_response": config.fuse_response,
         "projector": {"type": CLASS, "params": {k: v for k, v in init.items() if k not in (*SHAPES, "dtype")}},
     }
     depths = (config.receiver.num_layers, config.sharer.num_layers)

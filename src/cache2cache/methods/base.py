@@ -63,6 +63,7 @@ class Answer:
         first_token_s, total_s: seconds to the first and to the newest token of the answer, the message included.
         new_tokens, message_tokens: tokens written, end tokens included.
         bytes_passed: from the sharer to the receiver: cache entries that the fuser reads, or the message in UTF-8.
+        transfer_bytes, transfer_s: what came over the wire from sharers served elsewhere, and the slowest of them.
     """
 
     method: str
@@ -73,6 +74,8 @@ class Answer:
     new_tokens: int = 0
     message_tokens: int = 0
     bytes_passed: int = 0
+    transfer_bytes: int = 0
+    transfer_s: float = 0.0
 
 
 def stream_lm(

@@ -7,11 +7,18 @@ from collections.abc import Iterator
 
 from cache2cache.methods.base import Answer, Ask, grow
 from cache2cache.pair import C2C
+from cache2cache.response import chosen
 
 
 def c2c(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """Cache-to-cache; with several sharers all of them."""
     began = time.perf_counter()
-    fused = pair.prefill(ask.chat())
+    fused = pair.prefill(ask.chat(), keep=bool(chosen(pair, None)))
     chunks = pair.stream(fused, do_sample=False, max_new_tokens=max_new_tokens)
-    yield from grow(Answer("c2c", bytes_passed=fused.bytes_passed), began, chunks)
+    blank = Answer(
+        "c2c",
+        bytes_passed=fused.bytes_passed,
+        transfer_bytes=sum(transfer.nbytes for transfer in fused.transfers),
+        transfer_s=max((transfer.seconds for transfer in fused.transfers), default=0.0),
+    )
+    yield from grow(blank, began, chunks)
