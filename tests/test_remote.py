@@ -422,3 +422,14 @@ def test_the_answer_can_be_fused_too() -> None:
     for prompt in (CHATS[:2], [CHATS[2]]):
         expected = pair.chat(prompt, fuse_response=True, **OPTIONS)
         assert away.chat(prompt, fuse_response=True, **OPTIONS) == expected
+
+
+def test_a_sharer_elsewhere_can_be_skipped() -> None:
+    pair = pair_of("llama", "qwen3")
+    away = elsewhere(pair)
+    assert away.prefill(CHATS, skip=0.0).transfers == []
+    sure = pair.prefill(CHATS, skip=1.0).confidence
+    skip = (max(sure) + min(sure)) / 2
+    there = away.prefill(CHATS, skip=skip)
+    assert 0 < sum(there.skipped) < len(CHATS) and len(there.transfers) == 1
+    same(there.kv, pair.prefill(CHATS, skip=skip).kv)

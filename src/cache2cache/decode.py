@@ -179,6 +179,20 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
         thread.join()
 
 
+def threshold(skip: float | None) -> float | None:
+    """A confidence from which the sharers are skipped, as it is; raises a C2CError for what is no probability."""
+    if skip is not None and not 0 <= skip <= 1:
+        raise C2CError(f"skip is {skip}; expected a confidence from 0 (always skip) to 1, or None to never skip")
+    return skip
+
+
+@torch.no_grad()
+def confidence(lm: LM, prompt: Prefilled) -> list[float]:
+    """Per prompt, the probability that the model gives its likeliest next token (over the whole vocabulary)."""
+    logits = _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1]
+    return logits.softmax(-1).amax(-1).tolist()
+
+
 @torch.no_grad()
 def score(lm: LM, prompt: Prefilled, continuations: Sequence[Sequence[Sequence[int]]]) -> list[list[Score]]:
     """Log-likelihoods of continuations of each prompt.

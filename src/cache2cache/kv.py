@@ -247,12 +247,12 @@ class ToRead:
         depth: the lowest that many layers.
     """
 
-    members: list[int]
-    lengths: list[int]
-    rows: list[Sequence[int]]
-    positions: list[Sequence[int] | None]
+    members: Sequence[int]
+    lengths: Sequence[int]
+    rows: Sequence[Sequence[int]]
+    positions: Sequence[Sequence[int] | None]
     depth: int
-    past: list[Read | None]
+    past: Sequence[Read | None]
 
 
 def positions_from(rows: Sequence[Sequence[int] | None], attention_mask: Tensor) -> Tensor | None:

@@ -87,6 +87,8 @@ class FusedCache(Prefilled):
         fused_positions: per row, how many positions of the prompt were fused.
         coverage: per row and sharer, see `PromptIds`.
         bytes_passed: bytes of sharer keys and values that the fusers read: what would cross a wire.
+        confidence: per row, how sure the receiver alone is of its next token; empty where `skip` wasn't given.
+        skipped: per row, whether that was enough to answer without the sharers.
         turns: per row, what a later turn can start from; empty unless it was asked for (`keep`).
         transfers: what it took to get the caches of sharers that are served elsewhere, one per sharer that was asked.
     """
@@ -96,6 +98,8 @@ class FusedCache(Prefilled):
     bytes_passed: int = 0
     turns: list[Turn] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    skipped: list[bool] = field(default_factory=list)
 
 
 class C2C:
@@ -301,7 +305,7 @@ class C2C:
         Args:
             prompts: one prompt (see `encode`) or a list of them; a tensor (B, T) of ids is a batch without padding.
             prefix: the start of the answer.
-            options: `sharer_mask`, `positions`, `mode`, `past`, `keep`, as for `fuse`.
+            options: `sharer_mask`, `positions`, `mode`, `skip`, `past`, `keep`, as for `fuse`.
         """
         return self.fuse([self.encode(prompt, prefix=prefix) for prompt in as_batch(prompts)], **options)
 
@@ -312,6 +316,7 @@ class C2C:
         sharer_mask: int | Sequence[int] | None = None,
         positions: Positions | Sequence[Positions] = "all",
         mode: Mode | None = None,
+        skip: float | None = None,
         past: FusedCache | Sequence[Turn | None] | None = None,
         keep: bool = False,
         clean: Prefilled | None = None,
@@ -328,6 +333,8 @@ class C2C:
                 "content" (of the messages; no template tokens), "front:0.5" or "back:0.5" (that share of the positions,
                 from the front or the back), or (T,) bools.
             mode: instead of the pair's own.
+            skip: a prompt whose likeliest next token has at least this probability for the receiver alone
+                (`decode.confidence`) is left to it, as with a `sharer_mask` of 0; None: no prompt is.
             past: an earlier fused cache made with `keep`, row by row the same chats some turns ago (or its `turns`, one
                 or None per prompt): what the prompts begin with alike is neither read nor fused again.
             keep: also keep the clean caches, for a later turn's `past`.
@@ -336,32 +343,32 @@ class C2C:
                 (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
         self._check(batch)
+        skip = decode.threshold(skip)
         batch = self._selected(batch, sharer_mask, positions)
         before = _turns(past, len(batch))
         parallel = _checked(mode or self.mode) == "parallel"
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
         given = list(sharers or [None] * len(self.sharers))
-        reads = [self._to_read(j, batch, before) if known is None else None for j, known in enumerate(given)]
         with ExitStack() as stack:
-            # What comes from another machine is asked for first, and travels while the receiver reads here.
-            arriving: dict[int, Incoming] = {}
-            for j, (sharer, read) in enumerate(zip(self.sharers, reads, strict=True)):
-                if isinstance(sharer, RemoteSharer) and read is not None:
-                    arriving[j] = sharer.prefill(read.rows, read.positions, read.depth, read.past, self.receiver.device)
-                    stack.callback(arriving[j].close)
+            # What comes from another machine travels while the receiver reads here; unless that says who isn't asked.
+            reads, arriving = self._ask(batch, before, given, stack) if skip is None else ([], {})
             clean = clean or prefill_prompts(
                 self.receiver,
                 [p.receiver for p in batch],
                 [p.positions for p in batch],
                 past=[turn.receiver if turn else None for turn in before],
             )
+            batch, sure, skipped = self._skipped(batch, clean, skip)
+            if skip is not None:
+                reads, arriving = self._ask(batch, before, given, stack)
             # What an earlier turn fused in the same way is taken from there. The first change needs a copy if anyone
             # else reads the clean cache.
             todo, kv = _taken(batch, before, clean.kv, parallel)
             kv = kv or (None if shared else clean.kv)
-            passed, kept = 0, [_no_reads(len(self.sharers)) for _ in batch]
+            passed, kept = 0, [_unread(prompt, turn) for prompt, turn in zip(batch, before, strict=True)]
             for j, fuser in enumerate(self.fusers):
                 assert isinstance(fuser, C2CFuser)
+                members: Sequence[int]
                 read, incoming = reads[j], arriving.get(j)
                 if (known := given[j]) is not None:
                     (cache, lengths), members = known, list(range(len(batch)))
@@ -389,7 +396,23 @@ class C2C:
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
         coverage = [p.coverage for p in batch]
         ids, mask, places = clean.input_ids, clean.attention_mask, clean.position_ids
-        return FusedCache(ids, mask, kv, places, fused, coverage, passed, turns, transfers)
+        return FusedCache(ids, mask, kv, places, fused, coverage, passed, turns, transfers, sure, skipped)
+
+    def _ask(
+        self,
+        batch: Sequence[PromptIds],
+        before: Sequence[Turn | None],
+        given: Sequence[object],
+        stack: ExitStack,
+    ) -> tuple[list[ToRead | None], dict[int, Incoming]]:
+        """What each sharer whose cache isn't given has to read, and the caches on their way from other machines."""
+        reads = [self._to_read(j, batch, before) if known is None else None for j, known in enumerate(given)]
+        arriving: dict[int, Incoming] = {}
+        for j, (sharer, read) in enumerate(zip(self.sharers, reads, strict=True)):
+            if isinstance(sharer, RemoteSharer) and read is not None:
+                arriving[j] = sharer.prefill(read.rows, read.positions, read.depth, read.past, self.receiver.device)
+                stack.callback(arriving[j].close)
+        return reads, arriving
 
     def _to_read(self, j: int, batch: Sequence[PromptIds], before: Sequence[Turn | None]) -> ToRead | None:
         """What sharer j has to read of a batch; None: nothing."""
@@ -442,6 +465,17 @@ class C2C:
             chosen.append(replace(prompt, maps=maps))
         return chosen
 
+    def _skipped(
+        self, batch: Sequence[PromptIds], clean: Prefilled, skip: float | None
+    ) -> tuple[Sequence[PromptIds], list[float], list[bool]]:
+        """The prompts without a sharer where the receiver is confident enough; its confidences, and where."""
+        if skip is None:
+            return batch, [], [False] * len(batch)
+        sure = decode.confidence(self.receiver, clean)
+        skipped = [c >= skip for c in sure]
+        every = (1 << len(self.sharers)) - 1
+        return self._selected(batch, [0 if s else every for s in skipped], "all"), sure, skipped
+
     def _check(self, batch: Sequence[PromptIds]) -> None:
         if not batch:
             raise C2CError("no prompts were given; expected at least one")
@@ -480,7 +514,7 @@ class C2C:
         Args:
             prompts: see `prefill`, or a fused cache.
             prefix: the start of the answer.
-            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `past`); `fuse_response`, whether the
+            kwargs: options of `fuse` (`sharer_mask`, `positions`, `mode`, `skip`, `past`); `fuse_response`, whether the
                 answer's tokens are fused too (`cache2cache.response`; None: as the fuser was trained; a fused cache
                 must then be made with `keep`); the rest goes to `generate`.
 
@@ -553,7 +587,7 @@ class C2C:
         return self.prefill(prompts, prefix=prefix, keep=keep, **options)
 
 
-OPTIONS = ("sharer_mask", "positions", "mode", "past")
+OPTIONS = ("sharer_mask", "positions", "mode", "skip", "past")
 
 
 def _checked(mode: Mode) -> Mode:
@@ -606,8 +640,10 @@ def _taken(
     return todo, kv
 
 
-def _no_reads(sharers: int) -> list[Read | None]:
-    return [None] * sharers
+def _unread(prompt: PromptIds, turn: Turn | None) -> list[Read | None]:
+    """Per sharer what an earlier turn read, where this one reads nothing: kept for the turn that needs it again."""
+    known = turn.sharers if turn else [None] * len(prompt.maps)
+    return [None if max(index[:-1], default=-1) >= 0 else read for index, read in zip(prompt.maps, known, strict=True)]
 
 
 def sharer_lengths(batch: Sequence[PromptIds], j: int) -> list[int]:

@@ -50,6 +50,7 @@ from .alignment.chat import Rendered, common_prefix
 from .alignment.tokens import span_map
 from .config import FuserConfig
 from .errors import C2CError
+from .fuser import C2CFuser
 from .kv import CACHE, KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ class _Answer(StoppingCriteria):
         kv: KV | None = None
         for j in self.sharers:
             fuser = pair.fusers[j]
+            assert isinstance(fuser, C2CFuser)
             members = [b for b, partners in enumerate(wanted) if j in partners]
             if fuser.sharer_depth == 0 or not members:
                 continue

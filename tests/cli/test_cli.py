@@ -18,6 +18,7 @@ import pytest
 
 from cache2cache.cli import ask as ask_module
 from cache2cache.cli import main
+from cache2cache.cli.view import clean
 from cache2cache.decode import Chunk
 from cache2cache.errors import C2CError
 from cache2cache.methods import METHODS
@@ -146,11 +147,39 @@ def test_ask_json(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) ->
         assert set(answer) == {
             "method", "text", "message", "first_token_s", "total_s", "new_tokens", "message_tokens", "bytes_passed",
             "transfer_bytes", "transfer_s",
+            "skipped",
         }  # fmt: skip
         assert 0 < answer["first_token_s"] <= answer["total_s"]
         assert 1 <= answer["new_tokens"] <= 5
     passed = {answer["method"]: answer["bytes_passed"] for answer in asked["answers"]}
     assert passed["receiver"] == passed["sharer"] == 0 < passed["c2c"]
+
+
+def test_ask_and_chat_that_skip_the_sharer(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--fuser", str(tiny_pair_folder), "--max-new-tokens", "6", "--skip")
+    methods = ("--only", "c2c", "--only", "receiver")
+    for skip, skipped in (("0", True), ("1", False)):
+        assert c2c("ask", "What is it?", *common, skip, *methods, "--json") == 0
+        fused, alone = json.loads(capsys.readouterr().out)["questions"][0]["answers"]
+        assert (fused["text"] == alone["text"]) == (fused["bytes_passed"] == 0) == fused["skipped"] == skipped
+        assert c2c("ask", "What is it?", *common, skip, *methods) == 0
+        assert capsys.readouterr().out.count("skipped") == skipped
+    said = []
+    for skip in ("0", "1"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd now?\n"))
+        assert c2c("chat", *common, skip) == 0
+        said.append(capsys.readouterr().out)
+    pair = C2C.from_pretrained(tiny_pair_folder)
+    chat: list[dict[str, str]] = [{"role": "user", "content": "Hello"}]
+    alone, fused = (
+        clean(str(pair.chat(chat, sharer_mask=mask, do_sample=False, max_new_tokens=6))).rstrip("\ufffd")
+        for mask in (0, 1)
+    )
+    assert alone != fused and said[0].startswith(alone) and said[1].startswith(fused)
+    for command in ("ask", "chat", "evaluate"):
+        assert c2c(command, "--skip", "1.5") == 2
 
 
 def test_ask_without_a_question(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -264,6 +264,50 @@ def test_bad_evaluations(trained: Path, models: Path, tmp_path: Path, refused: R
     assert "another prompt; choose another --output" in refused(*common, questions, "--prompt", "short")
 
 
+def test_calibrate_and_evaluate_what_it_says(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fuser, both = trained / "fuser", ("--method", "receiver", "--method", "c2c")
+    for name, count in (("seen", 9), ("new", 6)):
+        questions = write_questions(tmp_path / f"{name}.jsonl", count)
+        assert c2c("evaluate", fuser, "--task", questions, *both, "--output", tmp_path / name) == 0
+    command = ("calibrate", tmp_path / "seen", "--check", tmp_path / "new", "--tolerance", 100)
+    capsys.readouterr()
+    assert c2c(*command, "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["calibrated"]["skipped"]["share"] == 100 and result["tolerance"] == 100
+    assert result["calibrated"]["skip"] == result["calibrated"]["receiver"]
+    assert c2c(*command) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"--skip {result['threshold']}"
+    assert "calibrated on (9)" in printed and "checked on (6)" in printed and "as many skipped at random" in printed
+
+    again = ("evaluate", fuser, "--task", tmp_path / "new.jsonl", *both, "--output", tmp_path / "new", "--skip")
+    assert c2c(*again, result["threshold"]) == 0
+    assert "C2C that skips the sharer" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())["tasks"][str(tmp_path / "new.jsonl")]
+    assert summary["skip"]["accuracy"] == result["checked"]["skip"]["accuracy"]
+    assert summary["skip"]["skipped"] == result["checked"]["skipped"]["share"]
+    before = files(tmp_path)
+    assert c2c(*again, result["threshold"]) == 0 and files(tmp_path) == before
+
+
+def test_bad_calibrations(trained: Path, tmp_path: Path, refused: Refused) -> None:
+    assert "none holds no evaluation" in refused("calibrate", "none")
+    common = (
+        "evaluate",
+        trained / "fuser",
+        "--task",
+        write_questions(tmp_path / "q.jsonl", 4),
+        "--output",
+        tmp_path / "out",
+    )
+    assert "the method skip needs a threshold" in refused(*common, "--method", "skip")
+    assert not (tmp_path / "out").exists()
+    assert c2c(*common, "--method", "receiver", "--skip", 0.5) == 0
+    assert "4 answers of the receiver and 0 of C2C, 4 without the other" in refused("calibrate", tmp_path / "out")
+    assert "another skip; choose another --output" in refused(*common, "--method", "receiver", "--skip", 0.25)
+    assert c2c(*common, "--method", "receiver") == 0 and c2c(*common, "--method", "skip", "--skip", 0.5) == 0
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (open, (os.environ["EVIL_FILE"], "w"))

@@ -215,6 +215,38 @@ def test_a_cut_samples_file_is_completed(
     assert len(evaluate(pair, "own", questions, path, batch_size=4)) == 36
 
 
+def test_a_cut_file_with_skipped_questions_is_completed(questions: list[Question], tmp_path: Path) -> None:
+    pair, path = pair_of(), tmp_path / "samples.jsonl"
+    alone = evaluate(pair, "own", questions, path, batch_size=4, methods=["receiver"])
+    sure = sorted(a.confidence for a in alone if a.confidence is not None)
+    options: dict[str, Any] = {"methods": ["receiver", "skip"], "skip": (sure[4] + sure[5]) / 2, "batch_size": 4}
+    path.unlink()
+    once = evaluate(pair, "own", questions, path, **options)
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 18
+    for cut in (len(whole) // 2, len(whole) - 1, 0):
+        path.write_bytes(whole[:cut])
+        assert sorted(evaluate(pair, "own", questions, path, **options), key=str) == sorted(once, key=str)
+        assert path.read_bytes() == whole
+    c2c = by_method(evaluate(pair, "own", questions, tmp_path / "all.jsonl", batch_size=4), "c2c")
+    skipped, own = by_method(once, "skip"), by_method(once, "receiver")
+    assert sum(bool(a.skipped) for a in skipped.values()) == 4
+    for i, answer in skipped.items():
+        assert answer.skipped == (own[i].confidence > options["skip"])  # type: ignore[operator]
+        assert answer.logprobs == pytest.approx((own if answer.skipped else c2c)[i].logprobs, abs=1e-4)
+        assert own[i].skipped is None and answer.confidence is None
+
+
+def test_the_method_skip_reads_with_the_sharer_only_what_it_must(questions: list[Question], tmp_path: Path) -> None:
+    pair = pair_of()
+    seen: list[int] = []
+    pair.sharers[0].decoder.layers[0].register_forward_pre_hook(lambda m, a: seen.append(len(a[0])))  # type: ignore[union-attr, index]
+    evaluate(pair, "own", questions, tmp_path / "a.jsonl", methods=["receiver", "skip"], skip=0.0)
+    assert seen == []
+    evaluate(pair, "own", questions, tmp_path / "b.jsonl", methods=["receiver", "skip"], skip=1.0)
+    assert seen == [9]
+
+
 def test_only_what_is_asked_for_comes_back(questions: list[Question], tmp_path: Path) -> None:
     """One file holds several tasks and prompts; fewer questions or methods later give fewer answers."""
     pair, path = pair_of(), tmp_path / "samples.jsonl"
@@ -237,6 +269,10 @@ def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
         evaluate(pair, "own", questions, path, prompt="long")
     with pytest.raises(C2CError, match="unknown method 'text'; expected one of receiver, sharer, c2c, other"):
         evaluate(pair, "own", questions, path, methods=["c2c", "text"])
+    with pytest.raises(C2CError, match="the method skip needs a threshold"):
+        evaluate(pair, "own", questions, path, methods=["skip"])
+    with pytest.raises(C2CError, match="expected a confidence from 0"):
+        evaluate(pair, "own", questions, path, methods=["skip"], skip=2.0)
     with pytest.raises(C2CError, match="two questions of own have the same id"):
         evaluate(pair, "own", [questions[0], replace(questions[1], id=questions[0].id)], path)
     both = C2C(pair.receiver, [pair.sharers[0]] * 2, [pair.fusers[0]] * 2)  # type: ignore[list-item]

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cache2cache import __version__
-from cache2cache.cli import ask, chat, evaluate, fuser, models, precompute, sharer, train
+from cache2cache.cli import ask, calibrate, chat, evaluate, fuser, models, precompute, sharer, train
 from cache2cache.errors import C2CError
 
 
@@ -41,6 +41,7 @@ app.command()(chat.chat)
 app.command()(precompute.precompute)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(calibrate.calibrate)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")

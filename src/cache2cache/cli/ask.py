@@ -42,6 +42,7 @@ def ask(
     dtype: options.Dtype = None,
     device: options.Device = None,
     system: options.System = None,
+    skip: options.Skip = None,
     picture: Annotated[Path | None, typer.Option(help="Also write what was shown to this SVG file.")] = None,
 ) -> None:
     """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
@@ -70,7 +71,7 @@ def ask(
         print(DEMO_NOTE)
     results, shown = [], []
     for number, item in enumerate(questions, 1):
-        prompt = Ask.of(item, system=system)
+        prompt = Ask.of(item, system=system, skip=skip)
         title = f"Question {number} of {len(questions)}" if len(questions) > 1 else "Question"
         # Nothing runs before its turn: every method is a generator whose clock starts with its first piece.
         runs = {method: METHODS[method](pair, prompt, max_new_tokens) for method in chosen}

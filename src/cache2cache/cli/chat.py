@@ -21,6 +21,7 @@ def chat(
     dtype: options.Dtype = None,
     device: options.Device = None,
     system: options.System = None,
+    skip: options.Skip = None,
 ) -> None:
     """Chat with the pair. /clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
@@ -38,7 +39,7 @@ def chat(
         elif said:
             asked = [*messages, {"role": "user", "content": said}]
             try:
-                text, past = _answer(pair, asked, past, max_new_tokens, typing)
+                text, past = _answer(pair, asked, past, max_new_tokens, typing, skip)
             except C2CError as error:  # such as a chat that has outgrown the context: /clear mends that
                 if not typing:
                     raise
@@ -64,7 +65,12 @@ def _read(typing: bool) -> str | None:
 
 
 def _answer(
-    pair: C2C, messages: list[dict[str, str]], past: FusedCache | None, max_new_tokens: int, typing: bool
+    pair: C2C,
+    messages: list[dict[str, str]],
+    past: FusedCache | None,
+    max_new_tokens: int,
+    typing: bool,
+    skip: float | None,
 ) -> tuple[str, FusedCache | None]:
     """Stream one answer to stdout; what had been written when Ctrl-C stopped it counts as the answer.
 
@@ -75,7 +81,7 @@ def _answer(
 
     text = ""
     try:
-        past = pair.prefill(messages, past=past, keep=True)  # reads only what is new
+        past = pair.prefill(messages, past=past, keep=True, skip=skip)  # reads only what is new
         with closing(pair.stream(past, do_sample=False, max_new_tokens=max_new_tokens)) as chunks:
             for chunk in chunks:
                 text += chunk.text

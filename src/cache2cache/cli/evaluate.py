@@ -1,4 +1,4 @@
-"""c2c evaluate [FUSER]: accuracy by option likelihood of receiver, sharer, C2C and the control."""
+"""c2c evaluate [FUSER]: accuracy by option likelihood of receiver, sharer, C2C (also skipping) and the control."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cache2cache.cli import options
 
 
 def evaluate(
@@ -19,6 +21,7 @@ def evaluate(
     method: Annotated[
         list[str] | None, typer.Option(help="receiver, sharer, c2c, other; repeatable; all by default.")
     ] = None,
+    skip: options.Skip = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first questions of each set.")] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Questions at once.")] = 16,
     receiver: Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")] = None,
@@ -32,17 +35,19 @@ def evaluate(
     Run it again after an interruption: what stands in the output folder is not asked again.
     """
     from cache2cache import heap
-    from cache2cache.evaluation.likelihood import METHODS
+    from cache2cache.evaluation.likelihood import METHODS, SKIP
     from cache2cache.evaluation.report import run
 
     heap.keep()
+    methods = method or list(METHODS)
     run(
         fuser,
         tasks=task or ["arc-easy", "openbookqa"],
         split=split,
         data_dir=data_dir,
         prompt=prompt,
-        methods=method or list(METHODS),
+        methods=methods if skip is None else list(dict.fromkeys([*methods, SKIP])),
+        skip=skip,
         limit=limit,
         batch_size=batch_size,
         receiver=(receiver, receiver_dtype),

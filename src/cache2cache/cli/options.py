@@ -25,6 +25,14 @@ Device = Annotated[
     str | None, typer.Option(help="Where the models run, such as cpu or cuda:0.  [default: GPU if there is one]")
 ]
 System = Annotated[str | None, typer.Option(help="System message.")]
+Skip = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Leave out the sharer where the receiver alone is at least this confident; see c2c calibrate.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 

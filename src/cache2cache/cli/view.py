@@ -134,7 +134,7 @@ def table(answers: list[Answer], letters: list[str | None], right: str | None, l
         tokens = f"{answer.message_tokens} + {answer.new_tokens}" if answer.message_tokens else str(answer.new_tokens)
         verdict = [] if right is None else [f"{letter or '-'} {'yes' if letter == right else 'no'}"]
         row = [labels[answer.method], *verdict, f"{answer.first_token_s:.2f} s", f"{answer.total_s:.2f} s", tokens]
-        out.add_row(*row, f"{answer.bytes_passed:,}")
+        out.add_row(*row, "skipped" if answer.skipped else f"{answer.bytes_passed:,}")
     return out
 
 

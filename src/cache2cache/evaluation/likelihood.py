@@ -2,7 +2,8 @@
 
 Four methods on the same questions: the receiver alone, the sharer alone, C2C, and C2C with the sharer's cache taken
 from another question of like length. The last one separates what the sharer knows of the question from the mere
-presence of a cache: only the rest of a gain is communication.
+presence of a cache: only the rest of a gain is communication. A fifth, with a threshold, is C2C that skips the sharer
+where the receiver is confident (`evaluation.skipping`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ..decode import score
+from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts
 from ..pair import C2C, FusedCache, PromptIds
@@ -23,12 +24,18 @@ from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 
 METHODS = ("receiver", "sharer", "c2c", "other")
+SKIP = "skip"  # asked for with a threshold
 PROMPTS = {"paper": paper_prompt, "short": short_prompt}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One method's answer to one question: the index it chose, and the letters' log-likelihoods."""
+    """One method's answer to one question: the index it chose, and the letters' log-likelihoods.
+
+    Attributes:
+        confidence: the receiver's own (`decode.confidence`), in its rows: what `c2c calibrate` reads.
+        skipped: whether the sharer was skipped, in the rows of the method skip.
+    """
 
     task: str
     prompt: str
@@ -37,6 +44,8 @@ class Answer:
     choice: int
     correct: bool
     logprobs: list[float]
+    confidence: float | None = None
+    skipped: bool | None = None
 
 
 def evaluate(
@@ -47,6 +56,7 @@ def evaluate(
     *,
     prompt: str = "paper",
     methods: Sequence[str] = METHODS,
+    skip: float | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> list[Answer]:
@@ -58,11 +68,12 @@ def evaluate(
         questions: what to ask.
         samples: JSONL file that a row per answer is added to; what stands there already is not asked again.
         prompt: "paper" or "short".
-        methods: of METHODS.
+        methods: of METHODS, and SKIP.
+        skip: the threshold of the method skip.
         batch_size: questions at once, of like length.
         progress: called with the number of questions of each batch done.
     """
-    check_names(prompt, methods)
+    check_names(prompt, methods, skip)
     if len({q.id for q in questions}) != len(questions):
         raise C2CError(f"two questions of {task} have the same id; give each row its own")
     if len(pair.sharers) != 1:
@@ -82,9 +93,10 @@ def evaluate(
         for batch in _split(encoded, batch_size):
             wanted = [m for m in methods if any((q.id, m) not in have for q, _ in batch)]
             if wanted:
-                for answer in _answer(pair, task, prompt, batch, wanted):
+                for answer in _answer(pair, task, prompt, batch, wanted, skip):
                     if (answer.id, answer.method) not in have:
-                        file.write(json.dumps(asdict(answer)) + "\n")
+                        row = {name: value for name, value in asdict(answer).items() if value is not None}
+                        file.write(json.dumps(row) + "\n")
                         done.append(answer)
                 file.flush()
                 os.fsync(file.fileno())
@@ -93,11 +105,14 @@ def evaluate(
     return [a for a in done if a.id in ids and a.method in methods]
 
 
-def check_names(prompt: str, methods: Sequence[str]) -> None:
-    """Raise a C2CError for a prompt or method that doesn't exist."""
-    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, METHODS)):
+def check_names(prompt: str, methods: Sequence[str], skip: float | None = None) -> None:
+    """Raise a C2CError for a prompt or method that doesn't exist, and for skipping without a threshold."""
+    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, (*METHODS, SKIP))):
         if wrong := [g for g in given if g not in known]:
             raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
+    if SKIP in methods and skip is None:
+        raise C2CError("the method skip needs a threshold; give one, from 0 to 1, as skip")
+    threshold(skip)
 
 
 def read_answers(samples: Path) -> list[Answer]:
@@ -124,12 +139,17 @@ def _split(items: list[tuple[Question, PromptIds]], size: int) -> list[list[tupl
 
 
 def _answer(
-    pair: C2C, task: str, prompt: str, batch: list[tuple[Question, PromptIds]], methods: Sequence[str]
+    pair: C2C,
+    task: str,
+    prompt: str,
+    batch: list[tuple[Question, PromptIds]],
+    methods: Sequence[str],
+    skip: float | None,
 ) -> list[Answer]:
     sharer, receiver = pair.sharers[0], pair.receiver
     prompts = [p for _, p in batch]
     cache = None
-    if set(methods) - {"receiver"}:
+    if set(methods) - {"receiver", SKIP}:
         rows = [p.sharers[0] for p in prompts]
         ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
         cache = prefill(sharer, ids, mask)
@@ -138,8 +158,13 @@ def _answer(
     for method in methods:
         state: Prefilled
         lm = receiver
+        sure: Sequence[float | None] = [None] * len(batch)
+        skipped: Sequence[bool | None] = [None] * len(batch)
         if method == "receiver":
-            state = clean
+            state, sure = clean, [round(p, 6) for p in confidence(lm, clean)]
+        elif method == SKIP:  # the sharer reads here as it does when answering: only what isn't skipped
+            state = fused = pair.fuse(prompts, clean=clean, skip=skip)
+            skipped = fused.skipped
         else:
             assert cache is not None
             if method == "sharer":
@@ -149,10 +174,12 @@ def _answer(
             else:
                 state = fuse_others(pair, prompts, clean, cache)
         letters = [[lm.continuation_ids(f" {letter}") for letter in q.letters] for q, _ in batch]
-        for (question, _), scores in zip(batch, score(lm, state, letters), strict=True):
+        found = score(lm, state, letters)
+        for (question, _), scores, own, without in zip(batch, found, sure, skipped, strict=True):
             logprobs = [round(s.logprob, 5) for s in scores]
             choice = max(range(len(logprobs)), key=logprobs.__getitem__)
-            answers.append(Answer(task, prompt, question.id, method, choice, choice == question.answer, logprobs))
+            right = choice == question.answer
+            answers.append(Answer(task, prompt, question.id, method, choice, right, logprobs, own, without))
     return answers
 
 

@@ -17,12 +17,13 @@ from ..errors import C2CError
 from ..fuser import checkpoint
 from ..pair import C2C, identity
 from ..tasks import load
-from .likelihood import Answer, check_names, evaluate, wilson
+from .likelihood import SKIP, Answer, check_names, evaluate, wilson
 
 LABELS = {
     "receiver": "receiver alone",
     "sharer": "sharer alone",
     "c2c": "C2C",
+    "skip": "C2C that skips the sharer",
     "other": "C2C, another question's cache",
 }
 
@@ -40,9 +41,10 @@ def run(
     receiver: tuple[str | None, str],
     sharer: tuple[str | None, str],
     output: Path,
+    skip: float | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
-    check_names(prompt, methods)
+    check_names(prompt, methods, skip)
     questions = {task: load(task, split, data_dir)[:limit] for task in tasks}
     if empty := [task for task, rows in questions.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
@@ -56,7 +58,7 @@ def run(
         return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
 
     pair = C2C.from_pretrained(fuser, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
-    settings = {
+    settings: dict[str, Any] = {
         "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
         "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
         "fuser": fuser or checkpoint.DEFAULT,
@@ -65,6 +67,8 @@ def run(
         "prompt": prompt,
         "limit": limit,
     }
+    if SKIP in methods:
+        settings["skip"] = skip
     _claim(output, settings)
     console = Console(stderr=True)
     summary: dict[str, Any] = {"settings": settings, "tasks": {}}
@@ -73,7 +77,7 @@ def run(
         with Progress(*columns, console=console) as bar:
             row = bar.add_task(task, total=len(rows))
             answers = evaluate(
-                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods,
+                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods, skip=skip,
                 batch_size=batch_size, progress=lambda n: bar.advance(row, n),  # noqa: B023
             )  # fmt: skip
         summary["tasks"][task] = summarize(answers, methods)
@@ -88,15 +92,16 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix the answers of two settings in one folder."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
-    if not path.exists():
-        partial = output / f".settings.{os.getpid()}"
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-        os.replace(partial, path)
-    before = json.loads(path.read_text())
-    if changed := sorted(k for k in settings if before.get(k) != settings[k]):
+    before = json.loads(path.read_text()) if path.exists() else settings
+    known = {"skip": settings.get("skip"), **before}  # a folder where nothing was skipped so far takes any threshold
+    if changed := sorted(k for k in settings if known.get(k) != settings[k]):
         raise C2CError(
             f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
         )
+    if not path.exists() or "skip" in settings.keys() - before.keys():
+        partial = output / f".settings.{os.getpid()}"
+        partial.write_text(json.dumps({**before, **settings}, indent=2) + "\n")
+        os.replace(partial, path)
 
 
 def summarize(answers: Sequence[Answer], methods: Sequence[str]) -> dict[str, Any]:
@@ -110,6 +115,9 @@ def summarize(answers: Sequence[Answer], methods: Sequence[str]) -> dict[str, An
             "accuracy": round(100 * sum(mine) / len(mine), 2),
             "interval": [round(100 * low, 2), round(100 * high, 2)],
         }
+    if SKIP in methods:
+        skipped = [bool(a.skipped) for a in answers if a.method == SKIP]
+        result[SKIP]["skipped"] = round(100 * sum(skipped) / len(skipped), 2)
     if {"receiver", "c2c"} <= set(methods):
         result["gain"] = round(result["c2c"]["accuracy"] - result["receiver"]["accuracy"], 2)
         right = {m: {a.id for a in answers if a.method == m and a.correct} for m in ("receiver", "c2c")}
@@ -133,10 +141,7 @@ def table(summary: dict[str, Any]) -> Table:
         made.add_column(f"{task} ({next(iter(result.values()))['questions']})", justify="right")
     for method, label in LABELS.items():
         if all(method in result for result in tasks.values()):
-            cells = (result[method] for result in tasks.values())
-            made.add_row(
-                label, *(f"{c['accuracy']:.1f}  [{c['interval'][0]:.1f}, {c['interval'][1]:.1f}]" for c in cells)
-            )
+            made.add_row(label, *(_cell(result[method]) for result in tasks.values()))
     for key, label in (
         ("gain", "gain of C2C over the receiver"),
         ("presence", "… of it with another question's cache"),
@@ -144,6 +149,12 @@ def table(summary: dict[str, Any]) -> Table:
         if all(key in result for result in tasks.values()):
             made.add_row(label, *(f"{result[key]:+.1f}" for result in tasks.values()), style="bold")
     return made
+
+
+def _cell(measured: dict[str, Any]) -> str:
+    low, high = measured["interval"]
+    cell = f"{measured['accuracy']:.1f}  [{low:.1f}, {high:.1f}]"
+    return f"{measured['skipped']:.1f} skipped: {cell}" if "skipped" in measured else cell
 
 
 def fuser_hash(folder: Path) -> str:

@@ -26,12 +26,14 @@ class Ask:
         stem: the question without its options, and
         full: the question with them: what a sharer is told in the forms of text-to-text.
         system: a system message for every chat.
+        skip: the receiver's confidence from which C2C leaves out the sharer, see `C2C.fuse`.
     """
 
     prompt: str
     stem: str
     full: str
     system: str | None = None
+    skip: float | None = None
 
     @classmethod
     def of(
@@ -40,11 +42,12 @@ class Ask:
         *,
         prompt: Callable[[Question], str] = short_prompt,
         system: str | None = None,
+        skip: float | None = None,
     ) -> Ask:
         """From a multiple-choice question, put with `prompt`; or from any text, put as it is."""
         if isinstance(question, str):
-            return cls(question, question, question, system)
-        return cls(prompt(question), question.question, f"{question.question}\n{option_lines(question)}", system)
+            return cls(question, question, question, system, skip)
+        return cls(prompt(question), question.question, f"{question.question}\n{option_lines(question)}", system, skip)
 
     def chat(self, *turns: tuple[str, str]) -> list[dict[str, str]]:
         """A chat of `turns` (role, content), the prompt by default, behind the system message."""
@@ -64,6 +67,7 @@ class Answer:
         new_tokens, message_tokens: tokens written, end tokens included.
         bytes_passed: from the sharer to the receiver: cache entries that the fuser reads, or the message in UTF-8.
         transfer_bytes, transfer_s: what came over the wire from sharers served elsewhere, and the slowest of them.
+        skipped: whether C2C left out the sharer.
     """
 
     method: str
@@ -76,6 +80,7 @@ class Answer:
     bytes_passed: int = 0
     transfer_bytes: int = 0
     transfer_s: float = 0.0
+    skipped: bool = False
 
 
 def stream_lm(
