@@ -40,7 +40,7 @@ from cache2cache.alignment.tokens import span_map
 from cache2cache.config import FuserConfig
 from cache2cache.decode import generate
 from cache2cache.fuser import C2CFuser, checkpoint
-from cache2cache.kv import KV, _lowest_layers, pad_left, positions_of, prefill_prompts
+from cache2cache.kv import CACHE, KV, _lowest_layers, pad_left, positions_of, prefill_prompts
 from cache2cache.models.load import LM
 from cache2cache.pair import FusedCache, PromptIds, sharer_lengths, where_to_fuse
 
@@ -62,8 +62,8 @@ def plain_prefill(lm: LM, rows: list[list[int]], num_layers: int) -> DynamicCach
         input_ids=ids,
         attention_mask=None if bool(mask.all()) else mask,
         position_ids=positions_of(mask),
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE: cache},
     )
     return cache
 
@@ -151,7 +151,7 @@ def setting(pair: C2C, length: int, batch: int, options: argparse.Namespace) -> 
 
     def decode_alone() -> None:
         receiver.model.generate(
-            ids, attention_mask=mask, past_key_values=again(own), pad_token_id=receiver.pad_token_id, **steps
+            ids, attention_mask=mask, pad_token_id=receiver.pad_token_id, **{CACHE: again(own)}, **steps
         )
 
     config = sharer.text_config

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
 
 from cache2cache.errors import C2CError
-from cache2cache.kv import KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
+from cache2cache.kv import CACHE, KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
 from cache2cache.models import LM, load_lm
 from tiny import FAMILIES, tiny_model
 
@@ -26,7 +26,7 @@ def test_prefill_is_what_the_model_itself_stores(family: str) -> None:
     lm = lm_of(family)
     ids = torch.tensor(rows_of([23]))  # Gemma's window is 8
     cache = DynamicCache()
-    lm.model(input_ids=ids, past_key_values=cache)
+    lm.model(input_ids=ids, **{CACHE: cache})
     stored = KV.from_cache(cache)
     read = prefill(lm, ids, torch.ones_like(ids))
     assert read.keys.shape == (lm.num_layers, 1, lm.num_kv_heads, 23, lm.head_dim)
@@ -73,6 +73,22 @@ def test_a_cache_built_back_generates_the_same(family: str) -> None:
     assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_holds_the_same_and_the_prompt_stays_as_it_was(family: str) -> None:
+    lm = lm_of(family)
+    prompt = prefill_prompts(lm, rows_of([21, 12]))
+    cache = prompt.kv.to_static_cache(26)
+    before = prompt.kv.keys.clone()
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = lm.model.generate(**prompt.inputs(), **options)
+    assert torch.equal(lm.model.generate(**{**prompt.inputs(), CACHE: cache}, **options), expected)
+    assert torch.equal(lm.model.generate(**prompt.inputs(static_length=30), **options), expected)
+    assert torch.equal(prompt.kv.keys, before)
+    assert torch.equal(torch.stack([layer.keys[:, :, :20] for layer in cache.layers]), before)
+    with pytest.raises(C2CError, match="19 positions can't hold 20"):
+        prompt.kv.to_static_cache(19)
+
+
 def test_prompts_of_one_token_have_an_empty_cache() -> None:
     lm = lm_of("llama")
     prompt = prefill_prompts(lm, [[5]])
@@ -93,7 +109,7 @@ def test_positions_under_left_padding() -> None:
 def test_a_window_that_has_dropped_positions_is_refused() -> None:
     model = tiny_model("gemma3")
     cache = DynamicCache(config=model.config)
-    model(input_ids=torch.tensor(rows_of([20])), past_key_values=cache)
+    model(input_ids=torch.tensor(rows_of([20])), **{CACHE: cache})
     with pytest.raises(C2CError, match="kept 7 of 20 positions"):
         KV.from_cache(cache)
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
+from cache2cache.decode import generate
+from cache2cache.kv import prefill_prompts
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -44,6 +46,12 @@ def pair_of(receiver: str, *sharers: str, mode: str = "parallel", **settings: An
     return C2C.from_models(lm_of(receiver), others, config, mode=mode)  # type: ignore[arg-type]
 
 
+def in_bfloat16(pair: C2C) -> C2C:
+    for lm in (pair.receiver, *pair.sharers):
+        lm.model.to(torch.bfloat16)  # type: ignore[arg-type]
+    return pair
+
+
 def alone(lm: LM, chat: list[dict[str, str]]) -> torch.Tensor:
     """What stock transformers does with the chat."""
     ids = lm.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)  # type: ignore[union-attr]
@@ -61,6 +69,24 @@ def test_closed_gates_are_the_receiver(receiver: str, sharer: str) -> None:
         out = pair.generate(chat, output_logits=True, return_dict_in_generate=True, **OPTIONS)
         plain = pair.receiver.model(expected).logits[0, -8:-1]
         torch.testing.assert_close(torch.cat(out.logits), plain.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
+def test_bfloat16(receiver: str, sharer: str) -> None:
+    """Closed gates are the receiver, and open ones give float32's fused cache up to rounding."""
+    closed = in_bfloat16(pair_of(receiver, sharer, gate_init=0.0))
+    fused = closed.prefill(CHATS[::2])
+    plain = prefill_prompts(closed.receiver, [closed.encode(chat).receiver for chat in CHATS[::2]])
+    assert fused.kv.keys.dtype == torch.bfloat16
+    assert torch.equal(fused.kv.keys, plain.kv.keys) and torch.equal(fused.kv.values, plain.kv.values)
+    assert torch.equal(closed.generate(fused, **OPTIONS), generate(closed.receiver, plain, **OPTIONS))
+
+    exact = pair_of(receiver, sharer).prefill(CHATS[2])
+    opened = in_bfloat16(pair_of(receiver, sharer)).prefill(CHATS[2])
+    clean = prefill_prompts(pair_of(receiver, sharer).receiver, exact.input_ids.tolist())
+    for kind in ("keys", "values"):
+        got, wanted, unfused = (getattr(x.kv, kind).float() for x in (opened, exact, clean))
+        assert 5 * (got - wanted).norm() < (wanted - unfused).norm()  # False for what is no number
 
 
 @pytest.mark.parametrize(("receiver", "sharer"), PAIRS)
@@ -318,6 +344,83 @@ def test_every_way_of_decoding_is_that_of_the_receiver(family: str, options: dic
         assert torch.equal(fused, plain)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_gives_the_same_answers(family: str) -> None:
+    """Sampled, beams, left padding, prompts beyond Gemma's window of 8, one of a single token, room for more."""
+    pair = pair_of(family, "qwen3")
+    batch = pair.prefill([CHATS[1], CHATS[2]]) if family != "llama" else pair.prefill([CHATS[0], CHATS[2]])
+    assert not batch.attention_mask.all()
+    for fused in (batch, pair.prefill(PromptIds([9], [[20]], [[0]]))):
+        for options in ({}, {"max_cache_len": 300}, {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}):
+            answers = []
+            for cache in ({}, {"cache_implementation": "static"}):
+                torch.manual_seed(5)
+                answers.append(pair.generate(fused, **{**OPTIONS, **options, **cache}))
+            assert torch.equal(*answers)
+
+
+def counting() -> tuple[Any, list[torch.fx.GraphModule]]:
+    """A backend of `torch.compile` that needs no C++ compiler: it keeps the graphs it is given and runs them as is."""
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    return backend, graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_on_a_static_cache_are_one_compiled_graph(family: str) -> None:
+    """The same one for another prompt, if there is room for both, padded or not."""
+    pair = pair_of(family, "qwen3")
+    backend, graphs = counting()
+    config = CompileConfig(backend=backend, mode=None, fullgraph=True)  # type: ignore[arg-type]
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "max_cache_len": 200, "compile_config": config}
+    for chats in ([CHATS[0], CHATS[2]], [CHATS[2], CHATS[2]]):
+        fused = pair.prefill(chats)
+        assert torch.equal(pair.generate(fused, **static, **OPTIONS), pair.generate(fused, **OPTIONS))
+        assert len(graphs) == 1
+
+
+def test_a_compiled_receiver_gives_the_same_answers() -> None:
+    """`torch.compile` by hand, with the cache that grows: generate, stream, score."""
+    pair = pair_of("llama", "qwen3")
+    fused = pair.prefill(CHATS[0])
+
+    def answers() -> Any:
+        scores = pair.score(fused, [["a", "bc"]])[0]
+        return pair.generate(fused, **OPTIONS), list(pair.stream(fused, **OPTIONS)), [s.logprob for s in scores]  # type: ignore[union-attr]
+
+    tokens, chunks, logprobs = answers()
+    backend, graphs = counting()
+    pair.receiver.model.forward = torch.compile(pair.receiver.model.forward, backend=backend)  # type: ignore[method-assign]
+    again = answers()
+    assert graphs
+    assert torch.equal(again[0], tokens) and again[1] == chunks and again[2] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_settings_for_a_static_cache_may_come_in_a_configuration() -> None:
+    pair = pair_of("llama", "qwen3")
+    given = GenerationConfig(cache_implementation="static", **OPTIONS)
+    assert torch.equal(pair.generate(CHATS[0], generation_config=given), pair.generate(CHATS[0], **OPTIONS))
+    assert given.cache_implementation == "static" and given.pad_token_id is None  # stays as it was
+
+
+def test_the_cache_that_gemmas_own_settings_ask_for_is_no_obstacle() -> None:
+    pair = pair_of("gemma3", "qwen3")
+    expected = pair.generate(CHATS[0], **OPTIONS)
+    pair.receiver.model.generation_config.cache_implementation = "hybrid"  # type: ignore[union-attr]
+    assert torch.equal(pair.generate(CHATS[0], **OPTIONS), expected)
+
+
+def test_a_stream_from_a_static_cache_is_refused() -> None:
+    with pytest.raises(C2CError, match="use generate with a streamer"):
+        next(pair_of("llama", "qwen3").stream(CHATS[0], cache_implementation="static", **OPTIONS))
+
+
 # ---- wrong input ----------------------------------------------------------------------------------------------------
 
 
@@ -343,11 +446,14 @@ def test_wrong_prompts(prompt: Any, words: str) -> None:
     ("options", "words"),
     [
         ({"assistant_model": tiny_model("llama")}, "assistant_model .* reads the whole prompt again"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit .* reads the whole prompt again"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .* reads the whole prompt again"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "reads the whole prompt again"),
-        ({"cache_implementation": "static"}, "the cache is there already"),
+        ({"use_cache": False}, "use_cache .* reads the whole prompt again"),
+        ({"cache_implementation": "offloaded"}, "it is there already"),
+        ({"cache_implementation": "static"}, "say how long the answer may get"),
     ],
-    ids=["assistant", "lookup", "lookup in the config", "static"],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_decoding_that_a_given_cache_does_not_allow(options: dict[str, Any], words: str) -> None:
     with pytest.raises(C2CError, match=words):

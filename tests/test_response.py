@@ -12,7 +12,7 @@ from transformers import DynamicCache, LogitsProcessorList
 from cache2cache import C2C, C2CError, FuserConfig
 from cache2cache.alignment.chat import render
 from cache2cache.config import TrainConfig
-from cache2cache.kv import KV
+from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from test_fusion import THREE, close, some, tokens_read
 from test_pair import CHATS, OPTIONS, PAIRS, alone, lm_of, pair_of
@@ -60,12 +60,12 @@ def forced(pair: C2C, prompts: Any, scripts: list[list[int]], **options: Any) ->
         **{"fuse_response": True, **OPTIONS, "max_new_tokens": steps, **options},
     )
     logits = torch.stack(out.logits, 1)
-    return [row[: len(script)] for row, script in zip(logits, scripts, strict=True)], stacked(out.past_key_values)
+    return [row[: len(script)] for row, script in zip(logits, scripts, strict=True)], stacked(out[CACHE])
 
 
 def read_all(lm: LM, ids: list[int]) -> KV:
     cache = DynamicCache()
-    lm.model(torch.tensor([ids]), past_key_values=cache)
+    lm.model(torch.tensor([ids]), **{CACHE: cache})
     return KV.from_cache(cache)
 
 
@@ -89,9 +89,7 @@ def next_logits(lm: LM, token: int, fused: KV) -> Tensor:
         mask = {"full_attention": hidden, "sliding_attention": sliding}
     place = torch.tensor([[length - 1]])
     cache = fused.to_cache()
-    return lm.model(torch.tensor([[token]]), attention_mask=mask, position_ids=place, past_key_values=cache).logits[
-        0, 0
-    ]
+    return lm.model(torch.tensor([[token]]), attention_mask=mask, position_ids=place, **{CACHE: cache}).logits[0, 0]
 
 
 def reference(pair: C2C, chat: Any, script: list[int]) -> tuple[Tensor, KV]:
@@ -292,13 +290,15 @@ def test_sampling_and_several_answers() -> None:
         torch.manual_seed(0)
         out = pair.generate(CHATS[0], return_dict_in_generate=True, **options)
         index = out.sequences[:, length:].tolist().index(row)
-        close(stacked(out.past_key_values).tail(index, kv.length), kv)
+        close(stacked(out[CACHE]).tail(index, kv.length), kv)
 
 
 def test_refusals() -> None:
     pair = pair_of("qwen3", "llama")
     with pytest.raises(C2CError, match="beam search swaps answers"):
         pair.generate(CHATS[0], fuse_response=True, num_beams=2, **OPTIONS)
+    with pytest.raises(C2CError, match="needs a cache that grows"):
+        pair.generate(CHATS[0], fuse_response=True, cache_implementation="static", **OPTIONS)
     with pytest.raises(C2CError, match=r"prefill with keep=True, or give fuse_response=False"):
         pair.generate(pair.prefill(CHATS[0]), fuse_response=True, **OPTIONS)
     with pytest.raises(C2CError, match="fuse_response"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cache2cache import C2CError
-from cache2cache.kv import KV, pad_left, prefill
+from cache2cache.kv import CACHE, KV, pad_left, prefill
 from cache2cache.rotary import Rotary
 from cache2cache.training.loop import response_loss
 from tiny import FAMILIES
@@ -37,7 +37,7 @@ def test_keys_without_rotary_do_not_know_their_position(family: str, settings: d
     layers = torch.arange(lm.num_layers)
     freed = []
     for shift in (0, 3, 50):
-        cache = KV.from_cache(lm.model(ids, position_ids=torch.arange(7)[None] + shift).past_key_values)
+        cache = KV.from_cache(lm.model(ids, position_ids=torch.arange(7)[None] + shift)[CACHE])
         keys = cache.keys[:, 0].transpose(1, 2)  # (L, N, H, D)
         free = rotary.turn(keys, layers, torch.arange(7) + shift, back=True)
         torch.testing.assert_close(rotary.turn(free, layers, torch.arange(7) + shift), keys, atol=1e-5, rtol=1e-5)
@@ -108,7 +108,7 @@ def test_a_shift_of_all_positions_turns_the_fused_keys_alone(variant: str) -> No
     changes = []
     for a, b in ((0, 0), (5, 5), (40, 3)):
         ours, others = (
-            KV.from_cache(lm.model(ids, position_ids=torch.arange(4)[None] + shift).past_key_values)
+            KV.from_cache(lm.model(ids, position_ids=torch.arange(4)[None] + shift)[CACHE])
             for lm, shift in ((mine, a), (theirs, b))
         )
         slots = torch.arange(4)
@@ -125,7 +125,7 @@ def test_a_shift_of_all_positions_turns_the_fused_keys_alone(variant: str) -> No
 def test_a_fuser_without_its_models_says_so() -> None:
     pair = pair_of("llama", "llama", key_space="unrotated", gating=False)
     fuser = pair.fusers[0]
-    kv = KV.from_cache(pair.receiver.model(torch.tensor([[7, 8]])).past_key_values)
+    kv = KV.from_cache(pair.receiver.model(torch.tensor([[7, 8]]))[CACHE])
     with pytest.raises(C2CError, match="`where` has 4 rows; unrotated keys need 6"):
         fuser(kv, kv, torch.zeros(4, 1, dtype=torch.long))
     fuser.rotary = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from .errors import C2CError
-from .kv import Prefilled, positions_of
+from .kv import CACHE, Prefilled, positions_of
 from .models.load import LM
 
 
@@ -42,35 +45,60 @@ class Score:
 
 
 def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
-    """Stock `model.generate` on top of a prefilled cache; every option of transformers passes through, but for
-    assisted decoding and a choice of cache, which are refused.
+    """Stock `model.generate` on top of a prefilled cache; every option of transformers passes through, but for those
+    of `_UNFIT`, which are refused.
+
+    `cache_implementation="static"` copies the prompt's cache into one of fixed length, for `max_new_tokens` more or
+    up to `max_cache_len` positions, which is what transformers compiles the decoding steps for.
 
     Returns:
         What `generate` returns: token ids (B, T + new), prompt included, or its output object.
     """
-    check_room(lm, prompt.input_ids.shape[1], kwargs.get("max_new_tokens") or 0)
-    kwargs.setdefault("pad_token_id", lm.pad_token_id)
-    settings = kwargs.get("generation_config") or lm.model.generation_config
-
-    def asked(name: str) -> Any:
-        return kwargs.get(name, getattr(settings, name, None))
-
-    for name, reason in _UNFIT.items():
-        if asked(name):
+    given, asked = kwargs.get("generation_config"), partial(_asked, lm, kwargs)
+    for name, (fits, reason) in _UNFIT.items():
+        if not fits(asked(name)):
             raise C2CError(f"{name} doesn't go with a prefilled cache: {reason}; leave it out")
+    tokens, new = prompt.input_ids.shape[1], asked("max_new_tokens")
+    check_room(lm, tokens, new or 0)
+    ours: dict[str, Any] = {"pad_token_id": lm.pad_token_id} if given is None or given.pad_token_id is None else {}
+    static_length = None
+    if asked("cache_implementation") == "static":
+        if new is None:
+            raise C2CError("a static cache has a fixed length: say how long the answer may get, max_new_tokens")
+        static_length = max(tokens + new - 1, asked("max_cache_len") or 0)  # the last token is never read
+        ours["cache_implementation"] = None  # or transformers would want to make one of its own
+        kwargs.pop("cache_implementation", None)
+    if given is None:
+        kwargs = {**ours, **kwargs}
+    else:  # transformers deprecates options beside it
+        kwargs["generation_config"] = given = copy.deepcopy(given)
+        given.update(**ours)
     copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
-    inputs = prompt.inputs(copies)
+    inputs = prompt.inputs(copies, static_length)
     # A prompt may bring a criterion of its own, see `response`.
     criteria = [*inputs.pop("stopping_criteria", []), *(kwargs.pop("stopping_criteria", None) or [])]
     return lm.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(criteria), **kwargs)  # type: ignore[operator]
 
 
-# Seen in transformers 5.23, where the first two would give a wrong answer without a word.
-_REREADS = "assisted decoding in transformers reads the whole prompt again on top of it"
-_UNFIT = {
-    "assistant_model": _REREADS,
-    "prompt_lookup_num_tokens": _REREADS,
-    "cache_implementation": "the cache is there already",
+def _asked(lm: LM, kwargs: Mapping[str, Any], name: str) -> Any:
+    """An option as `generate` looks it up: among the arguments, in the given settings, in the model's."""
+    if name in kwargs:
+        return kwargs[name]
+    every = (
+        getattr(settings, name, None) for settings in (kwargs.get("generation_config"), lm.model.generation_config)
+    )
+    return next((value for value in every if value is not None), None)
+
+
+# Seen in transformers 5.23 and 5.24, where all but the last would give a wrong answer without a word.
+_REREADS = "so told, transformers reads the whole prompt again on top of it"
+_UNFIT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "assistant_model": (operator.not_, _REREADS),
+    "assistant_early_exit": (operator.not_, _REREADS),
+    "prompt_lookup_num_tokens": (operator.not_, _REREADS),
+    "use_cache": (lambda value: value in (None, True), _REREADS),
+    # Gemma's settings ask for a hybrid cache, which transformers no longer heeds.
+    "cache_implementation": (lambda value: value in (None, "static", "hybrid"), "it is there already, or made static"),
 }
 
 
@@ -114,6 +142,11 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
     if len(prompt.input_ids) != 1:
         raise C2CError(
             f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
+        )
+    if _asked(lm, kwargs, "cache_implementation") == "static":
+        raise C2CError(
+            "stream runs the model in a thread of its own, and steps compiled for a static cache belong to the thread "
+            "that compiled them; use generate with a streamer"
         )
     tokens = _Tokens()
     criteria = StoppingCriteriaList([_Stop(tokens.stopped), *kwargs.pop("stopping_criteria", [])])
@@ -215,7 +248,7 @@ def _logits(lm: LM, prompt: Prefilled, ids: Tensor, owner: Tensor | None) -> Ten
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=kv.to_cache(),
         use_cache=True,
+        **{CACHE: kv.to_cache()},
     )
     return output.logits.float()

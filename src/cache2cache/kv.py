@@ -7,6 +7,7 @@ them: after the key norm and the rotary embedding. Rows are padded on the left.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -14,11 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import C2CError
 from .models.load import LM
+
+# The keyword by which models and `generate` take a cache, and the name under which they return it: transformers 5.24
+# renamed `past_key_values` to `cache` and warns at every use of the old name. `generate` calls this method with it.
+_KEYWORDS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _KEYWORDS else "past_key_values"
 
 # Layers that hold one key and one value per position, which is what can be fused position by position.
 _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
@@ -79,6 +85,21 @@ class KV:
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
             cache.layers.append(layer)
+        return cache
+
+    def to_static_cache(self, length: int) -> StaticCache:
+        """A `StaticCache` with room for `length` positions that begins with a copy of these.
+
+        Every decoding step then has the same shapes, which is what a compiled step wants. As in `to_cache` all layers
+        are plain ones, sliding layers too.
+        """
+        if length < self.length:
+            raise C2CError(f"a static cache of {length} positions can't hold {self.length}; give it more")
+        # Without layer types all layers are of full attention.
+        config = PretrainedConfig(num_hidden_layers=len(self.keys))  # type: ignore[call-arg]
+        cache = StaticCache(config, max_cache_len=length)
+        for index, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(keys, values, index)
         return cache
 
     @classmethod
@@ -297,8 +318,8 @@ def prefill(
             # Without padding the mask is left out: attention then takes its causal path.
             attention_mask=attention_mask[:, :end] if padded else None,
             position_ids=positions[:, begin:end],
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE: cache},
         )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
@@ -363,16 +384,19 @@ class Prefilled:
     kv: KV
     position_ids: Tensor | None = None
 
-    def inputs(self, copies: int = 1) -> dict[str, Any]:
+    def inputs(self, copies: int = 1, static_length: int | None = None) -> dict[str, Any]:
         """Keyword arguments for the model's `generate`, with a cache of their own each time.
 
-        `copies` of each prompt's cache: `generate` multiplies the ids for beams or several returned sequences by
-        itself, but not a cache that it is given.
+        Args:
+            copies: of each prompt's cache; `generate` multiplies the ids for beams or several returned sequences by
+                itself, but not a cache that it is given.
+            static_length: positions, prompt and answer, of a static cache; None: one that grows.
         """
         kv = self.kv
         if copies > 1:
             kv = kv.rows(torch.arange(kv.batch_size, device=kv.keys.device).repeat_interleave(copies))
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "past_key_values": kv.to_cache()}
+        cache = kv.to_cache() if static_length is None else kv.to_static_cache(static_length)
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, CACHE: cache}
         return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 

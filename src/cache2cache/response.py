@@ -51,7 +51,7 @@ from .alignment.tokens import span_map
 from .config import FuserConfig
 from .errors import C2CError
 from .fuser import C2CFuser
-from .kv import KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill
+from .kv import CACHE, KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill
 
 if TYPE_CHECKING:
     from .pair import C2C, FusedCache, Turn
@@ -111,12 +111,17 @@ class Answering(Prefilled):
         same = (fused.input_ids, fused.attention_mask, fused.kv, fused.position_ids)
         return cls(*same, pair=pair, turns=fused.turns, sharers=sharers)
 
-    def inputs(self, copies: int = 1) -> dict[str, Any]:
+    def inputs(self, copies: int = 1, static_length: int | None = None) -> dict[str, Any]:
         """As `Prefilled.inputs`, with a stopping criterion that stops nothing: it reads and fuses each new token."""
+        if static_length is not None:
+            raise C2CError(
+                "an answer whose tokens are fused needs a cache that grows; leave cache_implementation out, or give "
+                "fuse_response=False"
+            )
         inputs = super().inputs(copies)
         answer = _Answer(self, copies)
-        for index, layer in enumerate(inputs["past_key_values"].layers):
-            inputs["past_key_values"].layers[index] = _Layer(layer, answer, index)
+        for index, layer in enumerate(inputs[CACHE].layers):
+            inputs[CACHE].layers[index] = _Layer(layer, answer, index)
         return {**inputs, "stopping_criteria": StoppingCriteriaList([answer])}
 
 

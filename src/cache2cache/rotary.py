@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import C2CError
-from .kv import KV
+from .kv import CACHE, KV
 from .models.load import LM
 
 _PROBE = (0, 5, 37)  # positions at which one and the same token is read
@@ -109,5 +109,5 @@ def _probe(lm: LM) -> Tensor:
     cache = DynamicCache()
     ids = torch.full((len(_PROBE), 1), min(lm.vocab_size - 1, 100), device=lm.device)
     positions = torch.tensor(_PROBE, device=lm.device)[:, None]
-    lm.decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+    lm.decoder(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache})
     return KV.from_cache(cache).keys[:, :, :, 0].cpu()

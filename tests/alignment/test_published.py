@@ -16,7 +16,7 @@ from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.alignment import published
 from cache2cache.alignment.chat import render
 from cache2cache.alignment.published import Aligned, align, map_tokens
-from cache2cache.kv import prefill_prompts
+from cache2cache.kv import CACHE, prefill_prompts
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 KINDS = ("bytes", "words", "pieces")
@@ -205,7 +205,7 @@ def test_leaving_padding_out_changes_nothing(receiver: str, sharer: str) -> None
         mask = torch.tensor([[i is not None for i in row]])
         padding = torch.tensor([[0 if i is None else i for i in row]])
         out = lm.model(padding, attention_mask=mask.long(), position_ids=torch.arange(len(row))[None])
-        expected = torch.stack([layer.keys for layer in out.past_key_values.layers])[:, :, :, mask[0]]
+        expected = torch.stack([layer.keys for layer in out[CACHE].layers])[:, :, :, mask[0]]
         got = prefill_prompts(lm, [[*ids, 0]], [[*positions, 0]]).kv.keys  # type: ignore[misc]
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 

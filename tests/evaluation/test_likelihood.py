@@ -13,7 +13,7 @@ import torch
 from cache2cache import C2C, C2CError
 from cache2cache.evaluation import likelihood
 from cache2cache.evaluation.likelihood import Answer, evaluate, fuse_others, wilson, with_others_cache
-from cache2cache.kv import KV, pad_left, prefill, prefill_prompts
+from cache2cache.kv import CACHE, KV, pad_left, prefill, prefill_prompts
 from cache2cache.models import LM
 from cache2cache.pair import FusedCache, PromptIds
 from cache2cache.tasks import Question, load
@@ -148,7 +148,7 @@ def test_the_control_is_the_fuser_on_the_others_cache() -> None:
     for row, prompt in enumerate(prompts):
         other = prompts[(row + 1) % 3]
         theirs, mine = other.sharers[0], prompt.sharers[0]
-        layers = pair.sharers[0].model(torch.tensor([theirs])).past_key_values.layers
+        layers = pair.sharers[0].model(torch.tensor([theirs]))[CACHE].layers
         sharer = KV(torch.stack([x.keys for x in layers]), torch.stack([x.values for x in layers]))
         length = len(prompt.receiver) - 1
         blank = KV(torch.zeros(3, 1, 3, length, 8), torch.zeros(3, 1, 3, length, 8))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.config import ModelIdentity
 from cache2cache.fuser import checkpoint, make_fuser, published
+from cache2cache.kv import CACHE
 from cache2cache.pair import PromptIds
 from tiny import tiny_model
 
@@ -170,7 +171,7 @@ def loaded(family: str, seed: int = 0) -> Any:
 
 def clean(lm: Any) -> list[Tensor]:
     """Keys and values (2, H, T - 1, D) of every layer, by stock transformers."""
-    cache = lm.model(torch.tensor([IDS[:-1]]), use_cache=True).past_key_values
+    cache = lm.model(torch.tensor([IDS[:-1]]), use_cache=True)[CACHE]
     return [torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers]
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cache2cache import C2C, C2CError
-from cache2cache.kv import KV
+from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from cache2cache.training import loop
 from cache2cache.training.data import Example
@@ -341,8 +341,8 @@ def test_calibration_measures_what_is_fused(runs: Run) -> None:
     keys: list[torch.Tensor] = []
     for item in items:
         mine, other, index = item.prompt.receiver[:-1], item.prompt.sharers[0], item.prompt.maps[0][:-1]
-        cache = pair.receiver.model(torch.tensor([mine])).past_key_values.layers[2].keys
-        theirs = pair.sharers[0].model(torch.tensor([other])).past_key_values.layers[3].keys
+        cache = pair.receiver.model(torch.tensor([mine]))[CACHE].layers[2].keys
+        theirs = pair.sharers[0].model(torch.tensor([other]))[CACHE].layers[3].keys
         for t, s in enumerate(index):
             if s >= 0:
                 keys.append(torch.cat([cache[0, :, t].flatten(), theirs[0, :, s].flatten()]))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from cache2cache import C2CError
-from cache2cache.kv import KV, pad_left, prefill
+from cache2cache.kv import CACHE, KV, pad_left, prefill
 from cache2cache.models import LM
 from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
@@ -35,7 +35,7 @@ def sharer() -> LM:
 
 def truth(sharer: LM, ids: list[int]) -> KV:
     """A prompt's cache from stock transformers, (L, 1, H, T, D)."""
-    layers = sharer.model(torch.tensor([ids])).past_key_values.layers
+    layers = sharer.model(torch.tensor([ids]))[CACHE].layers
     return KV(torch.stack([layer.keys for layer in layers]), torch.stack([layer.values for layer in layers]))
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..fuser import C2CFuser, checkpoint
-from ..kv import KV, pad_left, positions_of, prefill, prefill_prompts
+from ..kv import CACHE, KV, pad_left, positions_of, prefill, prefill_prompts
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples
 from .store import Store
@@ -115,8 +115,8 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
         input_ids=ids,
         attention_mask=mask,
         position_ids=positions_of(mask)[:, -longest:],
-        past_key_values=fused.to_cache(),
         use_cache=True,
+        **{CACHE: fused.to_cache()},
     ).logits.float()
     nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none").view_as(target)
     real = target >= 0
