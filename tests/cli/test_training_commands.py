@@ -332,7 +332,7 @@ def test_bad_fusers(trained: Path, tmp_path: Path, refused: Refused, monkeypatch
     pickle.loads(evil).close()
     assert (tmp_path / "touched").exists()  # it does run when it is unpickled
     (folder / "config.json").write_text("{")
-    assert "is no fuser configuration" in refused(*command)
+    assert "is not valid JSON" in refused(*command)
     (folder / "config.json").unlink()
     assert "holds no fuser: config.json is missing" in refused(*command)
     assert "no fuser at" in refused("evaluate", "none", *command[2:])
