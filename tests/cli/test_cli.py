@@ -348,3 +348,19 @@ def test_a_served_sharer(
     assert re.search(r"^over the wire: 0\.\d\d MB in \d+\.\d\d s$", capsys.readouterr().out, re.M)
     assert c2c("ask", "What is it?", "--only", "sharer", "--sharer", address, *pair) == 1
     assert "which only reads prompts for a pair" in one_line(capsys.readouterr().err)
+
+
+def test_several_fusers_and_subfolders(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tiny_pair_folder.parent
+    more = ["--max-new-tokens", "3", "--only", "c2c", "--json"]
+    fusers = ["--fuser", str(root), "--subfolder", "fuser", "--subfolder", "fuser"]
+    assert c2c("ask", "What is it?", *fusers, *more) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [name[-5:] for name in result["sharers"]] == ["qwen3", "qwen3"]
+    (both,) = result["questions"][0]["answers"]
+    sharers = ["--sharer", str(root / "qwen3"), "--sharer", served(load_lm(root / "qwen3"))]
+    assert c2c("ask", "What is it?", *fusers, *sharers, *more) == 0
+    (mixed,) = json.loads(capsys.readouterr().out)["questions"][0]["answers"]
+    assert mixed["text"] == both["text"] and mixed["bytes_passed"] == both["bytes_passed"]
+    assert c2c("ask", "What is it?", "--fuser", str(tiny_pair_folder), *sharers, *more) == 1
+    assert "2 sharers for 1 fusers" in one_line(capsys.readouterr().err)

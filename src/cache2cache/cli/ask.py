@@ -36,9 +36,10 @@ def ask(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
     max_new_tokens: options.MaxNewTokens = 64,
-    fuser: options.Fuser = None,
+    fuser: options.Fusers = None,
+    subfolder: options.Subfolders = None,
     receiver: options.Receiver = None,
-    sharer: options.Sharer = None,
+    sharer: options.Sharers = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     system: options.System = None,
@@ -48,8 +49,8 @@ def ask(
     """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
     from cache2cache.config import is_address
 
-    # A sharer that is served elsewhere reads prompts and doesn't answer.
-    default = DEFAULT[:2] if is_address(sharer) else DEFAULT
+    # A sharer that is served elsewhere reads prompts and doesn't answer; of several the first one would.
+    default = DEFAULT[:2] if is_address(sharer[0] if sharer else None) else DEFAULT
     chosen = list(dict.fromkeys(only or default))
     if unknown := [method for method in chosen if method not in LABELS]:
         raise C2CError(f"unknown method {unknown[0]!r}; expected one of {', '.join(LABELS)}")
@@ -64,7 +65,7 @@ def ask(
     from cache2cache.cli import view
     from cache2cache.methods import METHODS, Ask
 
-    pair = options.load_pair(fuser, receiver, sharer, dtype, device)
+    pair = options.load_pair(fuser, subfolder, receiver, sharer, dtype, device)
     names = {"receiver": pair.receiver.name, "sharers": [lm.name for lm in pair.sharers]}
     show = view.silent if as_json else view.shower()
     if question is None and not as_json:

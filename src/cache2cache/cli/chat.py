@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
 def chat(
     max_new_tokens: options.MaxNewTokens = 512,
-    fuser: options.Fuser = None,
+    fuser: options.Fusers = None,
+    subfolder: options.Subfolders = None,
     receiver: options.Receiver = None,
-    sharer: options.Sharer = None,
+    sharer: options.Sharers = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     system: options.System = None,
@@ -27,7 +28,7 @@ def chat(
 
     Where stdin is no terminal, each of its lines is one user turn.
     """
-    pair = options.load_pair(fuser, receiver, sharer, dtype, device)
+    pair = options.load_pair(fuser, subfolder, receiver, sharer, dtype, device)
     typing = sys.stdin.isatty()
     if typing:
         import readline  # noqa: F401  (gives input() a history and an editable line)

@@ -12,6 +12,7 @@ from cache2cache.cli import options
 
 def evaluate(
     fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
+    subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="arc-easy, arc-challenge, openbookqa or a .jsonl; repeatable.")
     ] = None,
@@ -42,6 +43,7 @@ def evaluate(
     methods = method or list(METHODS)
     run(
         fuser,
+        subfolder=subfolder,
         tasks=task or ["arc-easy", "openbookqa"],
         split=split,
         data_dir=data_dir,

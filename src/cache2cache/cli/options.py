@@ -10,15 +10,29 @@ import typer
 if TYPE_CHECKING:
     from cache2cache.pair import C2C
 
-Fuser = Annotated[str | None, typer.Option(help="Fuser: a folder or a hub id.  [default: the one that comes along]")]
+Fusers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fuser",
+        help="Fuser: a folder or a hub id; once for each of several sharers.  [default: the one that comes along]",
+    ),
+]
+Subfolders = Annotated[
+    list[str] | None,
+    typer.Option("--subfolder", help="Where in the folder or repository the fuser is; once for each of several."),
+]
 Receiver = Annotated[
     str | None,
     typer.Option(
         help="Receiver: catalogue name, hub id, folder or GGUF file.  [default: the one the fuser was trained for]"
     ),
 ]
-Sharer = Annotated[
-    str | None, typer.Option(help="Sharer, likewise; or http://host:port, where `c2c sharer serve` runs.")
+Sharers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sharer",
+        help="Sharer, likewise; or http://host:port, where `c2c sharer serve` runs. Once for each of several.",
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="Number format of the weights.  [default: float32, on a GPU bfloat16]")]
 Device = Annotated[
@@ -37,7 +51,12 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in token
 
 
 def load_pair(
-    fuser: str | None, receiver: str | None, sharer: str | None, dtype: str | None, device: str | None
+    fusers: list[str] | None,
+    subfolders: list[str] | None,
+    receiver: str | None,
+    sharers: list[str] | None,
+    dtype: str | None,
+    device: str | None,
 ) -> C2C:
     """Load the pair, fetching what is missing, and read one word with it.
 
@@ -50,7 +69,12 @@ def load_pair(
     heap.keep()
     print("loading the models …", file=sys.stderr, flush=True)
     pair = C2C.from_pretrained(
-        fuser, receiver=receiver, sharers=None if sharer is None else [sharer], dtype=dtype, device=device
+        fusers or None,
+        subfolder=subfolders or None,
+        receiver=receiver,
+        sharers=sharers or None,
+        dtype=dtype,
+        device=device,
     )
     names = ", ".join(sharer.name for sharer in pair.sharers)
     print(f"receiver {pair.receiver.name}, sharer {names}", file=sys.stderr, flush=True)

@@ -42,13 +42,15 @@ def run(
     sharer: tuple[str | None, str],
     output: Path,
     skip: float | None = None,
+    subfolder: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
     check_names(prompt, methods, skip)
     questions = {task: load(task, split, data_dir)[:limit] for task in tasks}
     if empty := [task for task, rows in questions.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
-    config = checkpoint.read_config(checkpoint.resolve(fuser))[0]
+    folder = checkpoint.resolve(fuser, subfolder=subfolder)
+    config = checkpoint.read_config(folder)[0]
 
     def spec(given: tuple[str | None, str], trained_for: ModelIdentity | None) -> ModelSpec:
         source, dtype = given
@@ -57,12 +59,14 @@ def run(
         assert trained_for is not None  # a saved fuser names its models
         return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
 
-    pair = C2C.from_pretrained(fuser, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
+    pair = C2C.from_pretrained(
+        fuser, subfolder=subfolder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer)
+    )
     settings: dict[str, Any] = {
         "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
         "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
-        "fuser": fuser or checkpoint.DEFAULT,
-        "fuser_hash": fuser_hash(checkpoint.resolve(fuser)),
+        "fuser": "/".join([fuser or checkpoint.DEFAULT, *([subfolder] if subfolder else [])]),
+        "fuser_hash": fuser_hash(folder),
         "split": split,
         "prompt": prompt,
         "limit": limit,
