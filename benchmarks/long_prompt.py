@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from functools import partial
 
 import measure
 import torch
@@ -37,16 +38,19 @@ def main() -> None:
     torch.manual_seed(0)
     ids = torch.randint(lm.vocab_size, (1, options.tokens), device=lm.device)
     table = Table("tokens at once", "peak above the weights, GB", "of which cache", "time over the first row's")
+    sizes: list[int] = []
+
+    def read(chunk: int) -> None:
+        sizes.append(prefill(lm, ids, torch.ones_like(ids), chunk_tokens=chunk).nbytes)
+
     first = None
     for chunk in options.chunks:
-        began, cache = now(), []
-        rise = peak_rise(
-            lambda chunk=chunk: cache.append(prefill(lm, ids, torch.ones_like(ids), chunk_tokens=chunk).nbytes)
-        )
+        began = now()
+        rise = peak_rise(partial(read, chunk))
         seconds = now() - began
         first = first or seconds
         peak = "unknown here" if rise is None else f"{rise / 1e9:.2f}"
-        table.add_row(f"{chunk:,}", peak, f"{cache[0] / 1e9:.2f}", f"{seconds / first:.2f}")
+        table.add_row(f"{chunk:,}", peak, f"{sizes[-1] / 1e9:.2f}", f"{seconds / first:.2f}")
     console.print(table)
 
 
