@@ -19,10 +19,21 @@ from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from cache2cache.training import loop
 from cache2cache.training.data import Example
-from cache2cache.training.loop import Item, Prepared, Trainer, batches, optimizer_for, prepare, rate, response_loss
+from cache2cache.training.loop import (
+    Item,
+    Prepared,
+    Trainer,
+    batches,
+    optimizer_for,
+    parts_of,
+    prepare,
+    rate,
+    response_loss,
+)
 from cache2cache.training.store import Store
 from tiny import FAMILIES
 from training.runs import CHATS, config_of, items_of, lm_of, pair_of, recipe_of, write_models, write_recipe, write_rows
+from training.several import measure
 
 SHARER_OF = dict(zip(FAMILIES, [*FAMILIES[1:], FAMILIES[0]], strict=True))
 
@@ -449,3 +460,114 @@ def test_several_sharers_are_refused(tmp_path: Path) -> None:
     both = C2C(one.receiver, [one.sharers[0]] * 2, [one.fusers[0]] * 2)  # type: ignore[list-item]
     with pytest.raises(C2CError, match="one sharer at a time, 2 were given"):
         Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
+
+
+# ---- several processes, several parts -------------------------------------------------------------------------------
+
+
+def launch(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script or module in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, case: str) -> None:
+    assert (found - expected).norm() <= 1e-5 * expected.norm(), case
+
+
+def test_parts_of_a_batch() -> None:
+    """Every example once, in parts as equal as can be; neighbours stay together."""
+    prompt = items_of(pair_of())[0].prompt
+    for size in (1, 3, 8, 13):
+        batch = [Item(str(n), prompt, [1]) for n in range(size)]
+        for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2), (3, 4)):
+            parts = [parts_of(batch, accumulate, p, processes) for p in range(processes)]
+            flat = [item for own in parts for part in own for item in part]
+            assert sorted(i.id for i in flat) == sorted(i.id for i in batch)
+            lengths = {len(part) for own in parts for part in own}
+            assert 0 not in lengths and max(lengths) - min(lengths) <= 1
+            assert all([batch.index(i) for i in part] == list(range(batch.index(part[0]), batch.index(part[-1]) + 1))
+                       for own in parts for part in own)  # fmt: skip
+    assert parts_of(batch, 1) == [batch]
+
+
+@pytest.mark.parametrize("loss", ["token", "example", "sum"])
+def test_parts_give_the_gradient_of_the_batch(tmp_path: Path, loss: str) -> None:
+    """Responses of unequal lengths; the whole batch's gradient is autograd's of `response_loss`."""
+    write_rows(tmp_path / "rows.jsonl")
+    pair = pair_of(gate_noise="none", dropout=0.0)
+    data = prepare(pair, config_of(tmp_path))
+    batch = data.train[:8]
+    assert len({len(item.response) for item in batch}) > 2
+    pair.fusers.train()
+    expected, _ = response_loss(pair, batch, None, loss)
+    whole = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(pair.fusers.parameters()))])
+    for accumulate in (1, 2, 3, 8):
+        trainer = Trainer(pair, config_of(tmp_path, loss=loss, accumulate=accumulate, batch_size=8), None, data)
+        trainer.optimizer.zero_grad()
+        value = trainer.backward(batch)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        got = torch.cat([p.grad.flatten() for p in trainer.fuser.parameters() if p.grad is not None])
+        assert_near(got, whole, f"{accumulate} parts")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Gradients, losses step by step and on the hold-out; batches smaller than the number of parts. With noise: each
+    process draws its own, the first one what a lone process draws, and all have the same weights, again and again."""
+    write_rows(tmp_path / "rows.jsonl")
+    script = Path(__file__).with_name("several.py")
+    for name in ("two", "again"):
+        done = launch(script, tmp_path, name)
+        assert done.returncode == 0, done.stderr
+    first, second, again, other = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two-0", "two-1", "again-0", "again-1")
+    )
+    assert first["process"].tolist() == [0, 2] and second["process"].tolist() == [1, 2]
+    assert torch.equal(first["weights"], second["weights"])
+    for one, same in ((first, again), (second, other)):
+        assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(first["noise"], second["noise"])
+    alone = measure(tmp_path, "one")
+    for key in alone:
+        if "gradient" in key or "loss of" in key:
+            assert_near(first[key], alone[key], key)
+            assert torch.equal(first[key], second[key]), key
+        elif "losses" in key or "hold-out" in key:
+            torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
+    assert alone["token1 losses"].shape == (4,)
+
+
+def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> None:
+    """A kill leaves a checkpoint from which two processes, and only two, go on to the same weights."""
+    sources = {k: v for k, v in recipe_of(models).items() if k in ("receiver", "sharer")}
+    recipe = write_recipe(tmp_path, **sources)
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        "import os, signal, sys\n"
+        "from cache2cache.cli import main\n"
+        "from cache2cache.training.loop import Trainer\n"
+        "def step(self, batch, original=Trainer._train_step):\n"
+        "    if self.step == 7 and not self.is_main:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, batch)\n"
+        "Trainer._train_step = step\n"
+        "main()\n"
+    )
+    whole = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "whole")
+    assert whole.returncode == 0 and whole.stdout == f"{tmp_path / 'whole' / 'fuser'}\n", whole.stderr
+    expected = (tmp_path / "whole" / "fuser" / "fuser.safetensors").read_bytes()
+    assert [row["step"] for row in log_of(tmp_path / "whole")] == list(range(1, 13))
+    broken = launch(killer, "train", recipe, "--output", tmp_path / "cut")
+    assert broken.returncode != 0 and not (tmp_path / "cut" / "fuser").exists()
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 6
+    lone = train(recipe, tmp_path / "cut")
+    assert lone.returncode == 1 and "has 2 processes, 1 were started; start 2 again" in lone.stderr
+    again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "cut" / "fuser" / "fuser.safetensors").read_bytes() == expected
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+
+
+def test_more_parts_than_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 can't be computed in 5 parts"):
+        config_of(tmp_path, accumulate=5)

@@ -25,6 +25,7 @@ def train(
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
     import torch
+    from accelerate import PartialState
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -40,7 +41,9 @@ def train(
     config = read_recipe(recipe, settings or [])
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
-    console = Console(stderr=True)
+    # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
+    is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    console = Console(stderr=True, quiet=not is_main)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
     receiver, sharer = load_lm(config.receiver), load_lm(config.sharer, None, **as_small)
@@ -80,4 +83,5 @@ def train(
                 )
 
         folder = trainer.run(show)
-    print(folder)
+    if is_main:
+        print(folder)
