@@ -485,9 +485,10 @@ def test_parts_of_a_batch() -> None:
             flat = [item for own in parts for part in own for item in part]
             assert sorted(i.id for i in flat) == sorted(i.id for i in batch)
             lengths = {len(part) for own in parts for part in own}
-            assert 0 not in lengths and max(lengths) - min(lengths) <= 1
-            assert all([batch.index(i) for i in part] == list(range(batch.index(part[0]), batch.index(part[-1]) + 1))
-                       for own in parts for part in own)  # fmt: skip
+            assert max(lengths) - min(lengths) <= 1 and {len(own) for own in parts} == {accumulate}
+            for part in (part for own in parts for part in own):
+                numbers = [int(item.id) for item in part]
+                assert numbers == list(range(numbers[0], numbers[0] + len(part))) if part else size < 12
     assert parts_of(batch, 1) == [batch]
 
 

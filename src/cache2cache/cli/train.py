@@ -42,8 +42,8 @@ def train(
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
     # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
-    is_main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-    console = Console(stderr=True, quiet=not is_main)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(stderr=True, quiet=not processes.is_main_process)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
     receiver, sharer = load_lm(config.receiver), load_lm(config.sharer, None, **as_small)
@@ -83,5 +83,6 @@ def train(
                 )
 
         folder = trainer.run(show)
-    if is_main:
+    if processes.is_main_process:
         print(folder)
+    processes.destroy_process_group()

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast, gather_object
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -194,14 +194,13 @@ def batches(items: Sequence[Item], batch_size: int, seed: int, epoch: int) -> li
 
 
 def parts_of(batch: Sequence[Item], accumulate: int, process: int = 0, processes: int = 1) -> list[list[Item]]:
-    """The micro-batches that one process works through: its part of each round, neighbours in the batch's order.
+    """The `accumulate` micro-batches that one process works through, of neighbours in the batch's order.
 
-    A batch with fewer examples than parts leaves some of them out.
+    Some are empty where a batch has fewer examples than there are parts.
     """
     count = accumulate * processes
     bounds = [len(batch) * i // count for i in range(count + 1)]
-    mine = range(process, count, processes)
-    return [list(batch[bounds[i] : bounds[i + 1]]) for i in mine if bounds[i] < bounds[i + 1]]
+    return [list(batch[bounds[i] : bounds[i + 1]]) for i in range(process, count, processes)]
 
 
 def weight_of(items: Sequence[Item], per: str) -> int:
@@ -336,7 +335,8 @@ class Trainer:
                     raise KeyboardInterrupt
                 if done:
                     break
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.save_fuser()
 
     def _train_step(self, batch: list[Item]) -> dict[str, Any]:
@@ -366,15 +366,14 @@ class Trainer:
         """The loss of a batch, (), with its gradients put into the fuser: part by part, over all processes."""
         self.fuser.train()
         processes, whole = self.accelerator.num_processes, weight_of(batch, self.config.loss)
-        mine = parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
-        shares = [(part, weight_of(part, self.config.loss) / whole) for part in mine]
-        # Every process has to take part in summing the gradients, if with one that counts nothing.
-        shares = shares or [(batch[:1], 0.0)]
+        parts = parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
         loss = torch.zeros((), device=self.device)
-        for number, (part, share) in enumerate(shares, 1):
-            alone = number < len(shares)  # DDP sums gradients over the processes behind the last part
+        for number, part in enumerate(parts, 1):
+            share = weight_of(part, self.config.loss) / whole
+            alone = number < len(parts)  # DDP sums gradients over the processes behind the last part
             with self.accelerator.no_sync(self.objective) if alone else contextlib.nullcontext():
-                value = self.objective(part, self.config.loss)[0] * share
+                # A process without a part of its own takes part in the sum with one that counts nothing.
+                value = self.objective(part or batch[:1], self.config.loss)[0] * share
                 (value * processes).backward()  # DDP takes the mean of the processes' gradients
             loss += value.detach()
         return self._sum(loss)
@@ -445,7 +444,6 @@ class Trainer:
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
             if self.fuser.config.normalize:
                 calibrate(self.pair, self.data.train[: self.config.calibration_prompts], self.store)
-        broadcast(list(self.fuser.buffers()))
         self.objective = self.accelerator.prepare_model(self.accelerator.unwrap_model(self.objective))
         if self.config.trackers and not self.accelerator.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -530,7 +528,6 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         cpu=not torch.cuda.is_available(),
         log_with=list(config.trackers) or None,
         project_dir=config.output,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
