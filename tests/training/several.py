@@ -39,12 +39,13 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer.run(records.append)
         found[f"{case} losses"] = torch.tensor([row["loss"] for row in records])
         found[f"{case} hold-out"] = torch.tensor([row["holdout_loss"] for row in records if "holdout_loss" in row])
-    config = config_of(folder, output=folder / name / "noise", epochs=1, **changes)
-    pair = pair_of(dropout=0.1)
-    trainer = Trainer(pair, config, None, prepare(pair, config))
-    trainer.run()
-    found["noise"] = torch.rand(4)
-    found["weights"] = torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()])
+    for again in ("", " again"):
+        config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, **changes)
+        pair = pair_of(dropout=0.1)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        trainer.run()
+        found[f"noise{again}"] = torch.rand(4)
+        found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()])
     found["process"] = torch.tensor([trainer.accelerator.process_index, trainer.accelerator.num_processes])
     return found
 

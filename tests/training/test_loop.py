@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +187,9 @@ def test_batches() -> None:
 
 
 def test_rate() -> None:
-    """Up in a tenth of the steps, then straight down to zero."""
+    """Up in a tenth of the steps, then straight down to zero, or along half a cosine."""
+    assert [round(rate(step, 20, 0.1, "cosine"), 6) for step in (0, 1, 2, 11, 20)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert rate(5, 18, 0.0, "cosine") == pytest.approx((1 + math.cos(math.pi * 4 / 17)) / 2)
     assert [rate(step, 20, 0.1) for step in (0, 1, 2, 11, 20)] == [0.5, 1.0, 1.0, 0.5, 0.0]
     assert [rate(step, 10, 0.0) for step in (0, 1, 10)] == [1.0, 1.0, 0.0]
     assert [rate(step, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -462,6 +467,77 @@ def test_several_sharers_are_refused(tmp_path: Path) -> None:
         Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
 
 
+class Cut(Exception):
+    """Stands for a kill: nothing is saved behind it."""
+
+
+def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
+    """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
+    settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
+    whole = runs.trainer(output=tmp_path / "whole", **settings).run()
+    expected, log = load_file(whole / "fuser.safetensors"), log_of(tmp_path / "whole")
+    generator = random.Random(0)
+    for number in range(6):
+        output = tmp_path / f"cut{number}"
+        every, cuts = generator.randint(1, 5), sorted(generator.sample(range(1, 13), 3))
+        settings["save_every"] = every
+
+        def cut(record: dict[str, Any], cuts: list[int] = cuts) -> None:
+            if cuts and record["step"] == cuts[0]:
+                cuts.pop(0)
+                raise Cut
+
+        while not (output / "fuser").exists():
+            torch.manual_seed(number)
+            try:
+                runs.trainer(output=output, **settings).run(cut)
+            except Cut:
+                torch.rand(number)
+        assert same_weights(load_file(output / "fuser" / "fuser.safetensors"), expected), (every, number)
+        assert log_of(output) == log
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> list[float]:
+    """Let the hold-out have these losses, one evaluation after the other."""
+    left = list(losses)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.tensor([6 * left.pop(0), 0.0], dtype=torch.float64))
+    return left
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_patience(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
+    """Two evaluations no better than the third's end the run; an interruption between them doesn't make it longer."""
+    settings = {"evaluate_every": 1, "save_every": 1, "patience": 2, "keep": keep, "weights_on_disk": "float32"}
+    left = scripted(monkeypatch, [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.5])
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(record: dict[str, Any]) -> None:
+        weights[record["step"]] = {k: v.clone() for k, v in trainer.fuser.state_dict().items()}
+        if record["step"] == 5 and trainer is first:
+            left.insert(0, 1.0)  # the fifth step's evaluation will be done again
+            raise Cut
+
+    trainer = first = runs.trainer(**settings)
+    with pytest.raises(Cut):
+        trainer.run(note)
+    trainer = runs.trainer(**settings)
+    folder = trainer.run(note)
+    assert trainer.step == 6 and left == [0.5]
+    saved = json.loads((folder / "config.json").read_text())["training"]
+    kept = 4 if keep == "best" else 6
+    assert (saved["steps"], saved["best_step"], saved["holdout_loss"]) == (6, 4, {4: 1.0, 6: 1.5}[kept])
+    for name, tensor in load_file(folder / "fuser.safetensors").items():
+        assert torch.equal(tensor, weights[kept][name]), name
+    assert [row["best_step"] for row in log_of(tmp_path / "run")] == [1, 2, 2, 4, 4, 4]
+    assert runs.trainer(**settings).run() == folder and left == [0.5]  # and it stays ended
+
+
+def test_patience_needs_a_hold_out(tmp_path: Path) -> None:
+    for settings in ({"patience": 2}, {"keep": "best"}):
+        with pytest.raises(ValueError, match="look at the hold-out, which is empty"):
+            config_of(tmp_path, holdout=0, **settings)
+
+
 # ---- several processes, several parts -------------------------------------------------------------------------------
 
 
@@ -517,17 +593,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     process draws its own, the first one what a lone process draws, and all have the same weights, again and again."""
     write_rows(tmp_path / "rows.jsonl")
     script = Path(__file__).with_name("several.py")
-    for name in ("two", "again"):
-        done = launch(script, tmp_path, name)
-        assert done.returncode == 0, done.stderr
-    first, second, again, other = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two-0", "two-1", "again-0", "again-1")
-    )
+    done = launch(script, tmp_path, "two")
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"two-{n}.pt", weights_only=True) for n in (0, 1))
     assert first["process"].tolist() == [0, 2] and second["process"].tolist() == [1, 2]
     assert torch.equal(first["weights"], second["weights"])
-    for one, same in ((first, again), (second, other)):
-        assert all(torch.equal(one[key], same[key]) for key in one)
     assert not torch.equal(first["noise"], second["noise"])
+    for one in (first, second):
+        assert torch.equal(one["noise"], one["noise again"]) and torch.equal(one["weights"], one["weights again"])
     alone = measure(tmp_path, "one")
     for key in alone:
         if "gradient" in key or "loss of" in key:
@@ -536,10 +609,14 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         elif "losses" in key or "hold-out" in key:
             torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
     assert alone["token1 losses"].shape == (4,)
+    pair = pair_of(dropout=0.1)
+    config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1)
+    with pytest.raises(C2CError, match="has 2 processes, 1 were started; start 2 again"):
+        Trainer(pair, config, None, prepare(pair, config)).run()
 
 
 def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> None:
-    """A kill leaves a checkpoint from which two processes, and only two, go on to the same weights."""
+    """A kill of one leaves a checkpoint from which both go on to the same weights, bit for bit."""
     sources = {k: v for k, v in recipe_of(models).items() if k in ("receiver", "sharer")}
     recipe = write_recipe(tmp_path, **sources)
     killer = tmp_path / "killer.py"
@@ -561,8 +638,6 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     broken = launch(killer, "train", recipe, "--output", tmp_path / "cut")
     assert broken.returncode != 0 and not (tmp_path / "cut" / "fuser").exists()
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 6
-    lone = train(recipe, tmp_path / "cut")
-    assert lone.returncode == 1 and "has 2 processes, 1 were started; start 2 again" in lone.stderr
     again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "cut" / "fuser" / "fuser.safetensors").read_bytes() == expected

@@ -439,6 +439,8 @@ class Trainer:
             known = start_run(self.config)
         if known:
             self._resume()
+            if self.is_main:
+                self._cut_log()
         if self.step == 0:
             # The first process draws as a run of one process does, the others something else.
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
@@ -490,8 +492,6 @@ class Trainer:
         _set_rng(state["rng"][self.accelerator.process_index], self.device)
         self.step, self.seconds, self.last_evaluation = state["step"], state["seconds"], state["evaluation"]
         self.best = None if state["best"] is None else Best(**state["best"])
-        if self.is_main:
-            self._cut_log()
 
     def _cut_log(self) -> None:
         """Drop the lines of steps that were done after the checkpoint and will be done again."""
