@@ -146,8 +146,8 @@ class TrainConfig(BaseModel):
     accumulate: int = Field(1, gt=0, description="parts that a process's share of a batch is computed in, one by one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="of the computation and of models whose dtype is auto; the fuser's weights are float32. auto: "
-        "bfloat16 on a GPU, float32 on a CPU",
+        description="what the fuser computes in, its weights being float32, and the dtype of models that name none. "
+        "auto: bfloat16 on a GPU, float32 on a CPU",
     )
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")

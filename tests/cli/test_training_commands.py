@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cache2cache.cli import main
+from cache2cache.errors import C2CError
 from cache2cache.evaluation.likelihood import read_answers
 from cache2cache.kv import KV
 from cache2cache.pair import C2C
@@ -74,6 +77,31 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 # ---- from rows to a table -------------------------------------------------------------------------------------------
+
+
+def test_dry_run_of_training(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(tmp_path)
+    assert c2c("train", recipe, "--live", "--dry-run") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["parameters", "memory", "steps", "time", "disk"]
+    assert re.search(r"memory +\d.* a process: receiver \d.*, sharer \d.*, activations [1-9][\d.]* [kM]B", printed[1])
+    assert printed[2].split()[1] == "12," and "0:00:" in printed[3]
+    assert files(tmp_path) == before
+
+
+def test_precision_is_that_of_models_which_name_none(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(self: Trainer, *arguments: Any) -> None:
+        pair = self.pair
+        seen.append((pair.receiver.dtype, pair.sharers[0].dtype, pair.fusers[0].dtype))
+        raise C2CError("seen")
+
+    monkeypatch.setattr(Trainer, "run", look)
+    for settings in ([], ["precision=bfloat16"], ["precision=bfloat16", "receiver.dtype=float32"]):
+        assert c2c("train", recipe, "--live", *(word for setting in settings for word in ("--set", setting))) == 1
+    half, full = torch.bfloat16, torch.float32
+    assert seen == [(full, full, full), (half, half, full), (full, half, full)]
 
 
 def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,6 +133,26 @@ def test_gradients_agree_with_finite_differences(receiver: str, monkeypatch: pyt
         assert (above - below) / 8e-3 == pytest.approx(size, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])
+def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tmp_path: Path, frozen: torch.dtype) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    settings = {"gate_noise": "none", "dropout": 0.0, "normalize": True}
+    gradients, losses = [], []
+    for precision, dtype in (("auto", torch.float32), ("bfloat16", frozen)):
+        config = config_of(tmp_path, precision=precision, output=tmp_path / precision, epochs=1)
+        pair = pair_of(dtype=dtype, **settings)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        losses.append(trainer.backward(trainer.data.train[:4]).item())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.fuser.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.fuser.parameters()]))
+        trainer.run()
+        assert all(p.dtype == torch.float32 for p in trainer.fuser.parameters())
+        moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
+        assert moments and all(x.dtype == torch.float32 for x in moments)
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 # ---- the store ------------------------------------------------------------------------------------------------------
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from cache2cache.training.plan import Plan
 
 
 def train(
@@ -17,6 +21,9 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take: memory, steps, time, disk; write nothing.")
     ] = False,
 ) -> None:
     """Train a fuser, or fit one that has a closed form (ridge). Run it again after an interruption: training goes on
@@ -30,10 +37,12 @@ def train(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cache2cache import heap
+    from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
     from cache2cache.training.fit import Fitted, fit
     from cache2cache.training.loop import Trainer, prepare
+    from cache2cache.training.plan import plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.store import Store
 
@@ -46,7 +55,9 @@ def train(
     console = Console(stderr=True, quiet=not processes.is_main_process)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
-    receiver, sharer = load_lm(config.receiver), load_lm(config.sharer, None, **as_small)
+    as_set = {} if config.precision == "auto" else {"dtype": config.precision}
+    receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
+    sharer = load_lm(config.sharer, None, **(as_small or (as_set if config.sharer.dtype == "auto" else {})))
     torch.manual_seed(config.seed)  # the fuser's first weights
     pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
@@ -57,6 +68,8 @@ def train(
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if isinstance(pair.fusers[0], Fitted):
+        if dry_run:
+            raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
         console.print(about)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
@@ -66,6 +79,12 @@ def train(
         print(folder)
         return
     trainer = Trainer(pair, config, store, data)
+    if dry_run:
+        found = plan(trainer)
+        if processes.is_main_process:
+            print_plan(found)
+        processes.destroy_process_group()
+        return
     console.print(f"{about}, {trainer.steps} steps")
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=trainer.steps)
@@ -86,3 +105,23 @@ def train(
     if processes.is_main_process:
         print(folder)
     processes.destroy_process_group()
+
+
+def print_plan(found: Plan) -> None:
+    """What a run will take, in lines."""
+
+    def size(count: int) -> str:
+        unit = next((u for u in ("GB", "MB") if count >= {"GB": 1e9, "MB": 1e6}[u]), "kB")
+        return f"{count / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3}[unit]:.1f} {unit}"
+
+    print(f"parameters  {found.parameters:,} are trained")
+    print(
+        f"memory      {size(found.memory)} a process: receiver {size(found.receiver)}, sharer {size(found.sharer)}, "
+        f"fuser with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} (measured)"
+    )
+    print(f"steps       {found.steps}, about {found.seconds_per_step:.2f} s each")
+    print(f"time        about {timedelta(seconds=round(found.seconds))} with evaluations")
+    print(
+        f"disk        {size(found.checkpoint + found.weights)}: checkpoint {size(found.checkpoint)} (twice that for a "
+        f"moment), fuser {size(found.weights)}; {size(found.free)} are free"
+    )

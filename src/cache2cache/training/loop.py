@@ -86,7 +86,9 @@ def response_ids(tokenizer: Any, example: Example) -> list[int]:
     return ids
 
 
-def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: str = "token") -> tuple[Tensor, Tensor]:
+def response_loss(
+    pair: C2C, items: Sequence[Item], store: Store | None, per: str = "token", half: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood of the responses on the fused cache, and which examples' tokens were all greedy.
 
     The prompts are prefilled without gradients, the sharer's from the store if there is one; then the receiver reads
@@ -97,6 +99,7 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
         items: the batch.
         store: sharer prefills; None computes them.
         per: how tokens are averaged, see `TrainConfig.loss`.
+        half: the fuser multiplies in bfloat16 (autocast); its weights and their gradients keep their type.
 
     Returns:
         The loss (), and (B,) bool.
@@ -108,7 +111,8 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
     lengths = sharer_lengths(prompts, 0)
     known = sharer_prefill(pair, prompts, store)
     where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, lengths)
-    fused = fuser(clean.kv, known, where.to(receiver.device))
+    with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
+        fused = fuser(clean.kv, known, where.to(receiver.device))
 
     longest = max(len(item.response) for item in items)
     target = torch.full((len(items), longest), -100)
@@ -236,8 +240,7 @@ class Objective(nn.Module):
     """`response_loss` as a module whose parameters are the fuser's, which is what DDP wraps.
 
     Args:
-        pair, store: as for `response_loss`.
-        half: compute in bfloat16 where that is safe (autocast); the fuser's weights and their gradients stay float32.
+        pair, store, half: as for `response_loss`.
     """
 
     def __init__(self, pair: C2C, store: Store | None, half: bool) -> None:
@@ -246,8 +249,7 @@ class Objective(nn.Module):
         self.pair, self.store, self.in_half = pair, store, half
 
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.pair.receiver.device.type, torch.bfloat16, enabled=self.in_half):
-            loss, greedy = response_loss(self.pair, items, self.store, per)
+        loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half)
         if torch.is_grad_enabled() and not loss.requires_grad:  # no position was fused: the gradient is zero
             loss = loss + 0.0 * sum(p.sum() for p in self.fuser.parameters())
         return loss, greedy
