@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from cache2cache.cli import main
+from cache2cache.cli.train import status
 from cache2cache.errors import C2CError
 from cache2cache.evaluation.likelihood import read_answers
 from cache2cache.kv import KV
@@ -77,6 +79,20 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 # ---- from rows to a table -------------------------------------------------------------------------------------------
+
+
+def test_status() -> None:
+    """Tokens a second and the time left from the last steps, the first of them being where their clock starts."""
+    recent = [
+        {"step": 10 + n, "loss": 2.0 + n, "gates_open": 5, "tokens": 100 * (n + 1), "seconds": 60.0 + 2 * n}
+        for n in range(3)
+    ]
+    console = Console(width=100)
+    for count, expected in ((1, ["10 of 40", "2.000", "5"]), (3, ["12 of 40", "3.000", "5", "125", "0:00:56"])):
+        with console.capture() as printed:
+            console.print(status(recent[:count], 40))
+        row = printed.get().splitlines()[3]
+        assert [cell.strip() for cell in row.strip("│").split("│") if cell.strip()] == expected
 
 
 def test_dry_run_of_training(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

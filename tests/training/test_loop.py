@@ -11,8 +11,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate.tracking
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -556,6 +558,50 @@ def test_patience_needs_a_hold_out(tmp_path: Path) -> None:
     for settings in ({"patience": 2}, {"keep": "best"}):
         with pytest.raises(ValueError, match="look at the hold-out, which is empty"):
             config_of(tmp_path, holdout=0, **settings)
+
+
+# ---- who watches ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_log(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that goes on: it takes back what was written behind the checkpoint."""
+    written: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, global_step: int) -> None:
+            written.append((name, value, global_step))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            written.append("closed")
+
+    with monkeypatch.context() as without, pytest.raises(C2CError, match=r"pip install 'cache2cache\[tensorboard\]'"):
+        without.setattr(loop.importlib.util, "find_spec", lambda name: None)
+        runs.trainer(trackers=["tensorboard"])
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(
+        accelerate.tracking, "get_available_trackers", lambda: [accelerate.utils.LoggerType.TENSORBOARD]
+    )
+
+    def cut(record: dict[str, Any]) -> None:
+        if record["step"] == 8:
+            raise Cut
+
+    with pytest.raises(Cut):
+        runs.trainer(trackers=["tensorboard"]).run(cut)
+    assert written[0] == (str(tmp_path / "run" / "tensorboard"), 1)
+    written.clear()
+    runs.trainer(trackers=["tensorboard"]).run()
+    assert written[0] == (str(tmp_path / "run" / "tensorboard"), 7) and written[-1] == "closed"
+    for row in log_of(tmp_path / "run")[6:]:
+        for name in ("loss", "rate", "holdout_loss"):
+            assert name not in row or (name, row[name], row["step"]) in written
+    runs.trainer().run()  # who watches doesn't make another run
 
 
 # ---- several processes, several parts -------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from cache2cache.training.plan import Plan
 
 
@@ -34,6 +38,7 @@ def train(
     import torch
     from accelerate import PartialState
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cache2cache import heap
@@ -86,15 +91,12 @@ def train(
         processes.destroy_process_group()
         return
     console.print(f"{about}, {trainer.steps} steps")
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=trainer.steps)
+    recent: deque[dict[str, Any]] = deque(maxlen=20)
+    with Live(console=console, refresh_per_second=4) as live_table:
 
         def show(record: dict[str, Any]) -> None:
-            bar.update(
-                task,
-                completed=record["step"],
-                description=f"loss {record['loss']:.3f}, {record['gates_open']} gates open",
-            )
+            recent.append(record)
+            live_table.update(status(recent, trainer.steps))
             if "holdout_loss" in record:
                 console.print(
                     f"step {record['step']}: hold-out loss {record['holdout_loss']:.4f}, exact "
@@ -102,9 +104,31 @@ def train(
                 )
 
         folder = trainer.run(show)
+    if trainer.out_of_patience:
+        console.print(f"stopped: no better hold-out loss since step {trainer.best_step}")
     if processes.is_main_process:
         print(folder)
     processes.destroy_process_group()
+
+
+def status(recent: Sequence[Mapping[str, Any]], steps: int) -> Table:
+    """The state of a run after the last of some steps in a row, as one row of a table."""
+    from rich.table import Table
+
+    first, last = recent[0], recent[-1]
+    done, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
+    tokens = sum(record["tokens"] for record in recent) - first["tokens"]
+    known = done > 0 and seconds > 0
+    cells = {
+        "step": f"{last['step']} of {steps}",
+        "loss": f"{sum(record['loss'] for record in recent) / len(recent):.3f}",
+        "gates open": str(last["gates_open"]),
+        "tokens/s": f"{tokens / seconds:,.0f}" if known else "",
+        "left": str(timedelta(seconds=round((steps - last["step"]) * seconds / done))) if known else "",
+    }
+    table = Table(*cells)
+    table.add_row(*cells.values())
+    return table
 
 
 def print_plan(found: Plan) -> None:

@@ -392,7 +392,12 @@ class Trainer:
             self.best = Best(self.last_evaluation, self.step, state if self.config.keep == "best" else None)
         else:
             self.best.since += 1
-        return {**self.last_evaluation, "best_step": self.best.step}
+        return {**self.last_evaluation, "best_step": self.best_step}
+
+    @property
+    def best_step(self) -> int | None:
+        """After which step the loss on the hold-out was lowest."""
+        return None if self.best is None else self.best.step
 
     @property
     def out_of_patience(self) -> bool:
@@ -506,9 +511,9 @@ class Trainer:
 
     def save_fuser(self) -> Path:
         """Write the fuser, as it is now or (`keep: best`) as it was at its best, with what it was trained on."""
-        measured = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
+        measured: dict[str, Any] = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
         if self.best is not None:
-            measured["best_step"] = self.best.step
+            measured["best_step"] = self.best_step
             if self.best.fuser is not None:
                 self.fuser.load_state_dict(self.best.fuser)
                 measured |= self.best.evaluation
