@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cache2cache.config import FuserConfig, ModelIdentity
+from cache2cache.fuser import make_fuser
 from cache2cache.training.loop import Trainer, prepare
 from cache2cache.training.plan import Plan, plan
 from training.runs import config_of, pair_of, write_rows
@@ -58,3 +61,34 @@ def test_nothing_changes(tmp_path: Path) -> None:
     assert all(p.grad is None for p in trainer.fuser.parameters())
     assert trainer.step == 0 and not trainer.optimizer.state
     assert 0 < found.seconds_per_step < found.seconds < 60
+
+
+# Layers, KV heads, head size and billions of parameters, as their model cards say.
+MODELS = {
+    "Qwen3-0.6B": (28, 8, 128, 0.6),
+    "Qwen2.5-0.5B": (24, 2, 64, 0.49),
+    "Qwen3-1.7B": (28, 8, 128, 1.7),
+    "Qwen3-4B": (36, 8, 128, 4.0),
+    "Qwen3-8B": (36, 8, 128, 8.2),
+    "Qwen3-32B": (64, 8, 128, 32.8),
+}
+
+
+def test_memory_in_the_docs() -> None:
+    """docs/training.md's table is what its formula gives."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    row = r"^\| (\S+) ← (\S+) \| `(\S+)` \| (\d+) M \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$"
+    rows = re.findall(row, page, re.M)
+    assert len(rows) == 6
+    for receiver, sharer, variant, *numbers in rows:
+        pair = [
+            ModelIdentity(name=name, num_layers=layers, num_kv_heads=heads, head_dim=dim)
+            for name in (receiver, sharer)
+            for layers, heads, dim, _ in [MODELS[name]]
+        ]
+        with torch.device("meta"):
+            fuser = make_fuser(FuserConfig(variant=variant, receiver=pair[0], sharer=pair[1]))
+        millions = sum(p.numel() for p in fuser.parameters()) / 1e6
+        models, training = 2 * (MODELS[receiver][3] + MODELS[sharer][3]), 16 * millions / 1000
+        expected = [f"{millions:.0f}", f"{models:.1f}", f"{training:.1f}", f"{models + training:.1f}"]
+        assert numbers == expected, (receiver, sharer, variant)

@@ -104,6 +104,8 @@ def train(
                 )
 
         folder = trainer.run(show)
+    if not console.is_terminal:
+        console.print()  # rich ends a live table's last line only on a terminal
     if trainer.out_of_patience:
         console.print(f"stopped: no better hold-out loss since step {trainer.best_step}")
     if processes.is_main_process:
