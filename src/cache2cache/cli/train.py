@@ -73,6 +73,8 @@ def train(
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if isinstance(pair.fusers[0], Fitted):
+        if processes.num_processes > 1:
+            raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
         if dry_run:
             raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
         console.print(about)

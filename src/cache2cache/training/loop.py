@@ -329,7 +329,7 @@ class Trainer:
                 record |= {"seconds": round(self.seconds, 2)}
                 self._log(record)
                 on_step(record)
-                stop = bool(self._sum(torch.tensor(float(interrupted.seen), device=self.device)))  # of any process
+                stop = bool(self._sum(torch.tensor(float(interrupted.seen))))  # of any process
                 done = self.step == self.steps or self.out_of_patience
                 if self.step % self.config.save_every == 0 or done or stop:
                     self.save_checkpoint()
@@ -385,7 +385,7 @@ class Trainer:
         holdout, count = self.data.holdout, self.accelerator.num_processes
         objective = self.accelerator.unwrap_model(self.objective)
         sums = evaluate(objective, holdout[self.accelerator.process_index :: count], self.config.batch_size)
-        loss, exact = (self._sum(sums.to(self.device)) / len(holdout)).tolist()
+        loss, exact = (self._sum(sums) / len(holdout)).tolist()
         self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
         if self.best is None or loss < self.best.evaluation["holdout_loss"]:
             state = {name: tensor.detach().cpu().clone() for name, tensor in self.fuser.state_dict().items()}
@@ -415,8 +415,9 @@ class Trainer:
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over the processes."""
-        total: Tensor = self.accelerator.reduce(tensor, reduction="sum")
-        return total
+        if self.accelerator.num_processes > 1:
+            tensor = self.accelerator.reduce(tensor.to(self.device), reduction="sum")
+        return tensor
 
     # ---- several processes --------------------------------------------------------------------------------------
 
