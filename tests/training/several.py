@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 tests/training/several.py FOLDER
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ CASES = [(loss, accumulate) for loss in ("token", "example", "sum") for accumula
 SMALL = 1, 3  # an epoch's last batch can have fewer examples than there are parts
 
 
+class Cut(Exception):
+    """Stands for a kill: nothing is saved behind it."""
+
+
+def cut(record: dict[str, Any]) -> None:
+    if record["step"] == 3:
+        raise Cut
+
+
 def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
-    """Gradients of three batches and the losses of a run without noise; of one with noise, what is drawn from it."""
+    """Gradients of three batches and the losses of a run without noise; of runs with noise, the weights and
+    what is drawn next."""
     found: dict[str, Any] = {}
     for loss, accumulate in CASES:
         case = f"{loss}{accumulate}"
@@ -39,10 +50,14 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer.run(records.append)
         found[f"{case} losses"] = torch.tensor([row["loss"] for row in records])
         found[f"{case} hold-out"] = torch.tensor([row["holdout_loss"] for row in records if "holdout_loss" in row])
-    for again in ("", " again"):
-        config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, **changes)
+    for again in ("", " again", " cut"):
+        config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, save_every=2, **changes)
         pair = pair_of(dropout=0.1)
-        trainer = Trainer(pair, config, None, prepare(pair, config))
+        data = prepare(pair, config)
+        if again == " cut":
+            with suppress(Cut):
+                Trainer(pair_of(dropout=0.1), config, None, data).run(cut)
+        trainer = Trainer(pair, config, None, data)
         trainer.run()
         found[f"noise{again}"] = torch.rand(4)
         found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()])

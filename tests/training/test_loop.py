@@ -38,7 +38,7 @@ from cache2cache.training.loop import (
 from cache2cache.training.store import Store
 from tiny import FAMILIES
 from training.runs import CHATS, config_of, items_of, lm_of, pair_of, recipe_of, write_models, write_recipe, write_rows
-from training.several import measure
+from training.several import Cut, measure
 
 SHARER_OF = dict(zip(FAMILIES, [*FAMILIES[1:], FAMILIES[0]], strict=True))
 
@@ -489,10 +489,6 @@ def test_several_sharers_are_refused(tmp_path: Path) -> None:
         Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
 
 
-class Cut(Exception):
-    """Stands for a kill: nothing is saved behind it."""
-
-
 def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
     """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
     settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
@@ -656,7 +652,7 @@ def test_parts_give_the_gradient_of_the_batch(tmp_path: Path, loss: str) -> None
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Gradients, losses step by step and on the hold-out; batches smaller than the number of parts. With noise: each
-    process draws its own, the first one what a lone process draws, and all have the same weights, again and again."""
+    process draws its own, and all have the same weights, the same every time and after an interruption."""
     write_rows(tmp_path / "rows.jsonl")
     script = Path(__file__).with_name("several.py")
     done = launch(script, tmp_path, "two")
@@ -666,7 +662,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     assert torch.equal(first["weights"], second["weights"])
     assert not torch.equal(first["noise"], second["noise"])
     for one in (first, second):
-        assert torch.equal(one["noise"], one["noise again"]) and torch.equal(one["weights"], one["weights again"])
+        for again in ("again", "cut"):
+            assert torch.equal(one["noise"], one[f"noise {again}"]), again
+            assert torch.equal(one["weights"], one[f"weights {again}"]), again
     alone = measure(tmp_path, "one")
     for key in alone:
         if "gradient" in key or "loss of" in key:
@@ -676,13 +674,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
     assert alone["token1 losses"].shape == (4,)
     pair = pair_of(dropout=0.1)
-    config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1)
+    config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1, save_every=2)
     with pytest.raises(C2CError, match="has 2 processes, 1 were started; start 2 again"):
         Trainer(pair, config, None, prepare(pair, config)).run()
 
 
 def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> None:
-    """A kill of one leaves a checkpoint from which both go on to the same weights, bit for bit."""
+    """A kill of one ends both and leaves a checkpoint from which both go on; only the first one prints."""
     sources = {k: v for k, v in recipe_of(models).items() if k in ("receiver", "sharer")}
     recipe = write_recipe(tmp_path, **sources)
     killer = tmp_path / "killer.py"
@@ -697,17 +695,12 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
         "Trainer._train_step = step\n"
         "main()\n"
     )
-    whole = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "whole")
-    assert whole.returncode == 0 and whole.stdout == f"{tmp_path / 'whole' / 'fuser'}\n", whole.stderr
-    expected = (tmp_path / "whole" / "fuser" / "fuser.safetensors").read_bytes()
-    assert [row["step"] for row in log_of(tmp_path / "whole")] == list(range(1, 13))
     broken = launch(killer, "train", recipe, "--output", tmp_path / "cut")
     assert broken.returncode != 0 and not (tmp_path / "cut" / "fuser").exists()
     assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 6
     again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
-    assert again.returncode == 0, again.stderr
-    assert (tmp_path / "cut" / "fuser" / "fuser.safetensors").read_bytes() == expected
-    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
+    assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
 
 
 def test_more_parts_than_examples(tmp_path: Path) -> None:
