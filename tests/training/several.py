@@ -40,6 +40,7 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         pair = pair_of(gate_noise="none", dropout=0.0, normalize=True)
         trainer = Trainer(pair, config, None, prepare(pair, config))
         trainer._start()
+        found["first drawn"] = torch.rand(4)
         batch = batches(trainer.data.train, 8, 0, 0)[0]
         for size in (*SMALL, 8):
             trainer.optimizer.zero_grad()

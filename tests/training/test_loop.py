@@ -660,12 +660,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"two-{n}.pt", weights_only=True) for n in (0, 1))
     assert first["process"].tolist() == [0, 2] and second["process"].tolist() == [1, 2]
     assert torch.equal(first["weights"], second["weights"])
-    assert not torch.equal(first["noise"], second["noise"])
+    assert not torch.equal(first["first drawn"], second["first drawn"])
     for one in (first, second):
         for again in ("again", "cut"):
             assert torch.equal(one["noise"], one[f"noise {again}"]), again
             assert torch.equal(one["weights"], one[f"weights {again}"]), again
     alone = measure(tmp_path, "one")
+    assert torch.equal(alone["first drawn"], first["first drawn"])
     for key in alone:
         if "gradient" in key or "loss of" in key:
             assert_near(first[key], alone[key], key)
