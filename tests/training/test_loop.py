@@ -344,8 +344,23 @@ def test_old_turns_go_first(tmp_path: Path) -> None:
         assert tokenizer.decode(item.prompt.receiver).count("user") == len(turns) // 2 + 1
     data, item = prepared(max_tokens=least - 1, min_response_tokens=10, truncate="oldest")
     assert item is None and data.too_long == 1
-    # A response shorter than the least needs no more room than it has.
-    assert len(prepared(max_tokens=least, min_response_tokens=40, truncate="oldest")[0].train) == 4
+    # A response shorter than the least needs no more room than it has: three letters and the end.
+    (short, *_) = [i for i in data.train if i.id.endswith(":1")]
+    assert len(short.response) == 4
+    assert prepared(max_tokens=short.length, min_response_tokens=10)[0].too_long == 1
+
+
+def test_a_prompt_too_long_for_the_sharer_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": "The capital of France is Paris." * n, "completion": "yes"} for n in (1, 1, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = pair_of("llama", "qwen3")  # words receive, bytes share
+    long = prepare(pair, config_of(tmp_path, holdout=0)).train
+    receiver, sharer = (
+        max(len(x) for x in xs) for xs in ([i.prompt.receiver for i in long], [i.prompt.sharers[0] for i in long])
+    )
+    assert receiver + 4 < sharer
+    assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer)).too_long == 0
+    assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer - 1)).too_long == 1
 
 
 def test_rows_that_a_template_refuses(tmp_path: Path) -> None:
