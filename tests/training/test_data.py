@@ -319,6 +319,9 @@ def test_the_split_is_decided_by_ids_alone() -> None:
     assert {e.id for e in more if e.id.startswith("x")} <= {e.id for e in held} and 5 < len(more) == 20
     assert {e.id for e in split(rows, 7)[1]} < {e.id for e in held}
     assert split(rows, 0) == (rows, [])
+    # Nor does it matter where the file is.
+    moved = split([example(f"/elsewhere/and/{e.id}") for e in rows], 20)[1]
+    assert [e.id.removeprefix("/elsewhere/and/") for e in moved] == [e.id for e in held]
     # Not the first rows of a file, nor the last.
     assert 40 < sum(int(e.id.rpartition(":")[2]) for e in held) / 20 < 160
 

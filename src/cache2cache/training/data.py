@@ -11,7 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 from ..config import DataSource, TrainConfig
@@ -112,15 +112,15 @@ def shortened(messages: Messages) -> Iterator[Messages]:
 def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[Example]]:
     """Examples to train on and the hold-out: whole rows, those with the smallest hashes, until it has `holdout`.
 
-    A row's hash is that of its id alone, so the split is the same for all models, seeds and orders, and a row that is
-    trained on stays so when rows are added.
+    A row's hash is that of its id alone, without the folders of a file, so the split of the same rows is the same for all models,
+    seeds, orders and places, and a row that is trained on stays so when rows are added.
     """
     sizes: dict[str, int] = {}
     for example in found:
         sizes[example.row] = sizes.get(example.row, 0) + 1
     kept: set[str] = set()
     held = 0
-    for row in sorted(sizes, key=lambda row: hashlib.sha256(row.encode()).digest()):
+    for row in sorted(sizes, key=lambda row: (hashlib.sha256(PurePath(row).name.encode()).digest(), row)):
         if held >= holdout:
             break
         kept.add(row)
