@@ -112,8 +112,8 @@ def shortened(messages: Messages) -> Iterator[Messages]:
 def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[Example]]:
     """Examples to train on and the hold-out: whole rows, those with the smallest hashes, until it has `holdout`.
 
-    A row's hash is that of its id alone, without the folders of a file, so the split of the same rows is the same for all models,
-    seeds, orders and places, and a row that is trained on stays so when rows are added.
+    A row's hash is that of its id alone, without the folders of a file. So the split of the same rows is the same for
+    all models, seeds, orders and places, and a row that is trained on stays so when rows are added.
     """
     sizes: dict[str, int] = {}
     for example in found:
