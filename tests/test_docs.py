@@ -198,7 +198,7 @@ def test_commands_and_snippets(
                 run_line(line, f"{page.relative_to(ROOT)}, line {number}", capsys)
         elif block.language == "json":  # rows of one's own to train on
             for line in block.text.splitlines():
-                messages, response = read_chat(json.loads(line), place)
+                messages, response = read_chat(json.loads(line), place)[-1]
                 assert messages[-1]["role"] == "user" and messages[-1]["content"] and response
         else:
             assert block.language == "text" and not re.search(r"^\W*(c2c|make|pip|python)\b", block.text, re.M), (

@@ -110,13 +110,20 @@ class FuserConfig(BaseModel):
 class DataSource(BaseModel):
     """One source of training examples: a question set (`task`) or instruction data (`rows` on the hub or `jsonl`)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     task: str | None = Field(None, description="a question set of cache2cache.tasks, such as arc-easy")
     rows: str | None = Field(None, description="instruction data, owner/name[/config]")
-    jsonl: Path | None = Field(None, description="instruction data, a local file")
+    jsonl: Path | None = Field(None, description="instruction data, a local file, .jsonl or .jsonl.gz")
     split: str = "train"
     limit: int | None = Field(None, gt=0, description="that many rows, drawn with the run's seed")
+    weight: float | None = Field(
+        None, gt=0, description="share of the training examples among the weights; rows repeat or are drawn"
+    )
+    supervise: Literal["last", "all"] = Field(
+        "last", description="which assistant turns of a chat are learned; all: each is an example of its own"
+    )
+    on_bad_rows: Literal["error", "skip"] = Field("error", description="skip: leave them out, with a warning")
     max_prompt_chars: int | None = Field(None, gt=0, description="leave out rows with longer prompts")
     max_response_chars: int | None = Field(None, gt=0, description="cut responses there, at a word")
 
@@ -124,7 +131,14 @@ class DataSource(BaseModel):
     def _one(self) -> DataSource:
         if sum(x is not None for x in (self.task, self.rows, self.jsonl)) != 1:
             raise ValueError("give exactly one of task, rows and jsonl")
+        if self.rows and not (2 <= len(parts := self.rows.split("/")) <= 3 and all(parts)):
+            raise ValueError("rows is owner/name or owner/name/config")
         return self
+
+    @property
+    def name(self) -> str:
+        """What the ids of its examples start with."""
+        return str(self.task or self.rows or self.jsonl)
 
 
 class TrainConfig(BaseModel):
@@ -160,9 +174,17 @@ class TrainConfig(BaseModel):
         description="token: mean over all response tokens; example: mean over the means of the responses; sum: mean "
         "over the sums of the responses",
     )
-    max_tokens: int = Field(2048, gt=1, description="examples with longer prompts are left out, longer responses cut")
+    max_tokens: int = Field(2048, gt=1, description="of prompt and response; longer responses are cut")
+    min_response_tokens: int = Field(
+        1, gt=0, description="an example whose prompt leaves less room for its response is left out"
+    )
+    truncate: Literal["none", "oldest"] = Field(
+        "none", description="oldest: first drop the oldest turns of a chat that is too long, but for the system message"
+    )
     calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")
-    holdout: int = Field(64, ge=0, description="examples kept out of training to watch the loss on")
+    holdout: int = Field(
+        64, ge=0, description="examples kept out of training to watch the loss on, by their ids' hashes"
+    )
     evaluate_every: int = Field(50, gt=0)
     patience: int | None = Field(
         None, gt=0, description="stop after that many evaluations in a row without a lower loss on the hold-out"
@@ -177,6 +199,10 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:
+        if len({source.weight is None for source in self.data}) > 1:
+            raise ValueError("give a weight to every source of data or to none")
+        if self.min_response_tokens >= self.max_tokens:
+            raise ValueError("min_response_tokens leaves no room for a prompt; it must be below max_tokens")
         if self.fuser.token_map != "span":
             raise ValueError(
                 f"training is on the token map span, not yet on {self.fuser.token_map}; leave token_map out"

@@ -220,7 +220,7 @@ def test_bad_recipes(recipe: Path, tmp_path: Path, refused: Refused) -> None:
         assert "no recipe at none.yaml" in refused(command, "none.yaml")
         assert "unknown key epoch; did you mean epochs?" in refused(command, recipe, "--set", "epoch=2")
         assert "epochs: " in refused(command, recipe, "--set", "epochs=many")
-        for content, words in (("", "no rows are left"), ("{half", "cannot be read as JSON lines"), ("[]", "is list")):
+        for content, words in (("", "no rows are left"), ("{half", "cannot be read as JSON"), ("[]", "is list")):
             (tmp_path / "bad.jsonl").write_text(content)
             assert words in refused(command, recipe, *more, "--set", f"data=[{{jsonl: {tmp_path / 'bad.jsonl'}}}]")
         assert "none.jsonl cannot be read" in refused(command, recipe, *more, "--set", "data=[{jsonl: none.jsonl}]")

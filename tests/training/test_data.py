@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cache2cache.fuser import checkpoint
 from cache2cache.tasks import Question, load
 from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 from cache2cache.training import data
-from cache2cache.training.data import HELD_OUT, Example, examples, question_example, read_chat
+from cache2cache.training.data import HELD_OUT, Example, examples, mix, question_example, read_chat, shortened, split
 from cache2cache.training.recipe import read_recipe
 from training.runs import config_of, write_rows
 
@@ -27,6 +28,19 @@ TASKS = ("arc-easy", "arc-challenge", "openbookqa")
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict[str, str]:
+    return {"role": "system", "content": text}
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
@@ -63,11 +77,58 @@ def user(text: str) -> dict[str, str]:
                 "A2",
             ),
         ),
+        (  # OpenHermes as it comes: fields that say nothing, and the system message beside the turns
+            {
+                "custom_instruction": None,
+                "id": None,
+                "system_prompt": "S",
+                "conversations": [{"from": "human", "value": "Q", "weight": 0}, {"from": "gpt", "value": "A"}],
+            },
+            ([system("S"), user("Q")], "A"),
+        ),
+        (
+            {"system_prompt": "other", "conversations": [system("S"), user("Q"), assistant("A")]},
+            ([system("S"), user("Q")], "A"),
+        ),
+        ({"system_prompt": " ", "messages": [user("Q"), assistant("A")]}, ([user("Q")], "A")),
+        ({"system": "S", "instruction": "Q", "input": "", "output": "A"}, ([system("S"), user("Q")], "A")),
+        (
+            {"prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
+            ([system("S"), user("Q")], "A"),
+        ),
+        ({"prompt": [user("Q")], "completion": "A"}, ([user("Q")], "A")),
+        ({"prompt": "Q", "completion": [assistant("A")]}, ([user("Q")], "A")),
+        ({"messages": [assistant("Hello."), user("Q"), assistant("A")]}, ([assistant("Hello."), user("Q")], "A")),
     ],
 )
 def test_layouts(row: dict[str, Any], expected: tuple[list[dict[str, str]], str]) -> None:
-    messages, response = read_chat(row, "row")
+    messages, response = read_chat(row, "row")[-1]
     assert (list(messages), response) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "responses"),
+    [
+        ({"messages": [user("1"), assistant("a"), user("2"), assistant("b")]}, ["a", "b"]),
+        ({"messages": [system("S"), user("1"), assistant("a"), assistant("b")]}, ["a", "b"]),
+        # Nothing stands before a greeting that could be fused; an empty turn has nothing to learn.
+        ({"messages": [assistant("Hello."), user("1"), assistant(" "), user("2"), assistant("b")]}, ["b"]),
+        # A prompt's own turns are prompt.
+        (
+            {
+                "system": "S",
+                "prompt": [user("1"), assistant("a"), user("2")],
+                "completion": [assistant("b"), user("3"), assistant("c")],
+            },
+            ["b", "c"],
+        ),
+    ],
+)
+def test_every_response_of_a_row(row: dict[str, Any], responses: list[str]) -> None:
+    found = read_chat(row, "row")
+    assert [response for _, response in found] == responses
+    for (messages, response), (longer, _) in pairwise(found):
+        assert (*messages, assistant(response)) == longer[: len(messages) + 1]
 
 
 @pytest.mark.parametrize(
@@ -76,12 +137,18 @@ def test_layouts(row: dict[str, Any], expected: tuple[list[dict[str, str]], str]
         ({"question": "Q", "answer": "A"}, "file, row 7 has fields question, answer; expected messages, conversations"),
         ({"instruction": "Q", "response": "  "}, "file, row 7 has fields instruction, response; expected"),
         ({"instruction": 5, "response": "A"}, "expected messages"),
-        ({"messages": [user("Q")]}, "file, row 7 has no assistant turn behind a user turn"),
-        ({"messages": [{"role": "assistant", "content": "A"}]}, "no assistant turn behind"),
-        ({"messages": [user("Q"), {"role": "assistant", "content": " "}]}, "no assistant turn behind"),
+        ({"messages": [user("Q")]}, "file, row 7 has no assistant turn with text behind a user turn"),
+        ({"messages": [{"role": "assistant", "content": "A"}]}, "no assistant turn with text behind"),
+        ({"messages": [user("Q"), {"role": "assistant", "content": " "}]}, "no assistant turn with text behind"),
         ({"messages": [user("Q"), {"role": "tool", "content": "A"}]}, "a turn with fields role, content has no known"),
         ({"messages": [{"role": "user", "content": ["parts"]}]}, "a turn with fields role, content has no known role"),
-        ({"messages": "Q"}, "row 7: a turn is str; expected an object"),
+        ({"messages": "Q"}, "row 7: its turns are str; expected a list"),
+        ({"messages": {"role": "user"}}, "row 7: its turns are dict; expected a list"),
+        ({"messages": ["Q"]}, "row 7: a turn is str; expected an object"),
+        ({"messages": [system("S"), assistant("A")]}, "no assistant turn with text behind a user turn"),
+        ({"messages": [user("Q"), assistant("A"), user("Q"), assistant(" ")]}, "no assistant turn with text behind"),
+        ({"prompt": [user("Q")]}, "its turns are NoneType"),
+        ({"prompt": [user("Q"), assistant("A")], "completion": [user("Q")]}, "no assistant turn with text behind"),
         ([1, 2], "file, row 7 is list; expected an object"),
     ],
 )
@@ -93,8 +160,9 @@ def test_rows_that_are_none(row: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"prompt": "Q", "completion": "A"}\n{half\n', "rows.jsonl cannot be read as JSON lines"),
-        (b"\xff\xfe\xfd\n", "rows.jsonl cannot be read as JSON lines"),
+        (b'{"prompt": "Q", "completion": "A"}\n{half\n', "rows.jsonl, row 1 cannot be read as JSON"),
+        (b"\xff\xfe\xfd\n", "rows.jsonl, row 0 cannot be read as JSON"),
+        (b"[" * 200_000 + b"\n", "rows.jsonl, row 0 cannot be read as JSON"),
         (b'{"prompt": "Q", "completion": "A"}\n\n{"prompt": "Q"}\n', "rows.jsonl, row 1 has fields prompt;"),
         (b'"text"\n', "rows.jsonl, row 0 is str"),
         (b"", "no rows are left of .*rows.jsonl"),
@@ -105,6 +173,36 @@ def test_files_that_are_none(tmp_path: Path, content: bytes, words: str) -> None
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(C2CError, match=words):
         examples(config_of(tmp_path))
+
+
+def test_gzipped_rows_and_damaged_ones(tmp_path: Path) -> None:
+    plain = write_rows(tmp_path / "rows.jsonl", 5)
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+
+    def texts(path: Path) -> list[tuple[Any, ...]]:
+        return sorted((str(e.messages), e.response) for e in examples(config_of(tmp_path, data=[{"jsonl": str(path)}])))
+
+    assert texts(packed) == texts(plain)
+    whole = packed.read_bytes()
+    for damaged in (whole[:-9], b"no gzip at all", whole[:20] + b"\xff" * 20 + whole[40:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(C2CError, match=r"rows.jsonl.gz cannot be read"):
+            # Skipping is for rows; a file that ends too early is never taken for a shorter one.
+            examples(config_of(tmp_path, data=[{"jsonl": str(packed), "on_bad_rows": "skip"}]))
+
+
+def test_bad_rows_are_skipped_where_asked_and_never_silently(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "Q", "completion": "A"})
+    path.write_bytes(f'{good}\n{{half\n{good}\n{{"prompt": "Q"}}\n\n7\n{good}\n'.encode() + b"\xff\n")
+    config = config_of(tmp_path, data=[{"jsonl": str(path), "on_bad_rows": "skip"}])
+    with pytest.warns(UserWarning, match=r"4 of 7 rows of .*rows.jsonl are left out; the first: .*, row 1 cannot"):
+        made = examples(config)
+    assert sorted(e.id for e in made) == [f"{path}:{n}" for n in (0, 2, 5)]  # ids count every row, good or bad
+    path.write_text('{"prompt": "Q"}\n')
+    with pytest.warns(UserWarning, match="1 of 1 rows"), pytest.raises(C2CError, match="no rows are left"):
+        examples(config)
 
 
 def test_no_file(tmp_path: Path) -> None:
@@ -200,6 +298,106 @@ def test_held_out_rows_are_dropped_and_move_nothing(tmp_path: Path, monkeypatch:
     every = examples(config)
     twin_ids = {f"openbookqa:{row}" for row in twins}
     assert kept == [e for e in every if e.id not in twin_ids] and 0 < len(every) - len(kept) <= 4
+
+
+# ---- split and mixture ----------------------------------------------------------------------------------------------
+
+
+def example(row: str, turn: int = 0) -> Example:
+    return Example(f"{row}#{turn}" if turn else row, (user("Q"),), "", "A", turn=turn)
+
+
+def test_the_split_is_decided_by_ids_alone() -> None:
+    rows = [example(f"x#1:{n}") for n in range(200)]
+    train, held = split(rows, 20)
+    assert len(held) == 20 and sorted(e.id for e in train + held) == sorted(e.id for e in rows)
+    again = split(rows[::-1], 20)
+    assert ({e.id for e in again[0]}, {e.id for e in again[1]}) == ({e.id for e in train}, {e.id for e in held})
+    assert [e for e in rows if e in train] == train  # in the order that was given
+    # What is trained on is never held out because there are more rows, or fewer to hold out.
+    more = split([*rows, *(example(f"y:{n}") for n in range(100))], 20)[1]
+    assert {e.id for e in more if e.id.startswith("x")} <= {e.id for e in held} and 5 < len(more) == 20
+    assert {e.id for e in split(rows, 7)[1]} < {e.id for e in held}
+    assert split(rows, 0) == (rows, [])
+    # Nor does it matter where the file is.
+    moved = split([example(f"/elsewhere/and/{e.id}") for e in rows], 20)[1]
+    assert [e.id.removeprefix("/elsewhere/and/") for e in moved] == [e.id for e in held]
+    # Not the first rows of a file, nor the last.
+    assert 40 < sum(int(e.id.rpartition(":")[2]) for e in held) / 20 < 160
+
+
+def test_a_chat_is_never_on_both_sides() -> None:
+    rows = [example(f"x:{n}", turn) for n in range(40) for turn in (1, 2, 3)]
+    train, held = split(rows, 10)
+    assert len(held) == 12 and not {e.row for e in train} & {e.row for e in held}
+    assert {e.row for e in rows} == {f"x:{n}" for n in range(40)}
+
+
+def test_mix() -> None:
+    sources = [[f"a{n}" for n in range(30)], [f"b{n}" for n in range(9)], [f"c{n}" for n in range(3)]]
+    mixed = mix(sources, [1, 2, 3], seed=5)
+    assert mixed == mix(sources, [1, 2, 3], seed=5) != mix(sources, [1, 2, 3], seed=6)
+    counts = {name: [mixed.count(f"{name}{n}") for n in range(size)] for name, size in (("a", 30), ("b", 9), ("c", 3))}
+    assert {name: sum(c) for name, c in counts.items()} == {"a": 7, "b": 14, "c": 21}  # 42 in all, one, two, three 6ths
+    assert set(counts["a"]) == {0, 1} and set(counts["b"]) == {1, 2} and set(counts["c"]) == {7}
+    assert mixed != sorted(mixed)
+    # Whatever the weights, the counts add up to what there is and are within one of the share.
+    weights = [0.21, 0.33, 1e-3]
+    for w in (weights, weights[::-1], [1e-9, 1, 1]):
+        parts = [sum(x.startswith(name) for x in mix(sources, w, 0)) for name in "abc"]
+        assert sum(parts) == 42 and all(abs(p - 42 * x / sum(w)) < 1 for p, x in zip(parts, w, strict=True))
+    with pytest.raises(C2CError, match="source 2 has a weight of 2, but no examples"):
+        mix([[1], []], [1, 2], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data": [{"task": "arc-easy", "weight": 1}, {"task": "openbookqa"}]}, "a weight to every source"),
+        ({"data": [{"task": "arc-easy", "weight": 0}]}, "greater than 0"),
+        ({"data": [{"task": "arc-easy", "weight": float("inf")}]}, "finite"),
+        ({"data": [{"rows": "no-owner"}]}, "owner/name"),
+        ({"min_response_tokens": 64, "max_tokens": 64}, "leaves no room"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        config_of(tmp_path, **changes)
+
+
+# ---- chats ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_turn_is_learned_where_asked(tmp_path: Path) -> None:
+    chat = [system("S"), user("1"), assistant(" a "), user("2"), assistant("b" * 9), user("3"), assistant("c")]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"messages": chat}, {"prompt": "Q", "completion": "A", "ends": False}])
+    source = {"jsonl": str(path), "supervise": "all", "max_response_chars": 5}
+    made = {e.id.rpartition(":")[2]: e for e in examples(config_of(tmp_path, data=[source]))}
+    assert {name: list(e.messages) for name, e in made.items()} == {
+        "0#1": chat[:2],
+        "0#2": chat[:4],
+        "0#3": chat[:6],
+        "1": [user("Q")],
+    }
+    assert {n: (e.response, e.ends, e.row) for n, e in made.items()} == {
+        "0#1": ("a", True, f"{path}:0"),
+        "0#2": ("bbbbb", False, f"{path}:0"),
+        "0#3": ("c", True, f"{path}:0"),
+        "1": ("A", False, f"{path}:1"),
+    }
+    # A limit counts rows, a longest prompt the prompts.
+    few = examples(config_of(tmp_path, data=[{**source, "max_prompt_chars": 6}]))
+    assert sorted(e.id.rpartition(":")[2] for e in few) == ["0#1", "0#2", "1"]  # "0#2" has 1 + 1 + 3 + 1 characters
+    for seed in range(4):
+        assert len({e.row for e in examples(config_of(tmp_path, data=[{**source, "limit": 1}], seed=seed))}) == 1
+    (last, _) = sorted(examples(config_of(tmp_path, data=[{**source, "supervise": "last"}])), key=lambda e: e.id)
+    assert (last.id, list(last.messages), last.response) == (f"{path}:0", chat[:6], "c")
+
+
+def test_shortened() -> None:
+    chat = (system("S"), assistant("hi"), user("1"), assistant("a"), user("2"), user("3"), assistant("b"), user("4"))
+    assert list(shortened(chat)) == [chat, *((chat[0], *chat[i:]) for i in (2, 4, 5, 7))]
+    assert list(shortened(chat[2:4])) == [chat[2:4]] and list(shortened(chat[:1])) == [chat[:1]]
 
 
 # ---- nothing that is measured on is trained on ----------------------------------------------------------------------

@@ -250,7 +250,8 @@ def test_prepare_cuts_leaves_out_and_sets_aside(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pair = pair_of("qwen3", "llama")  # one token a byte
     data = prepare(pair, config_of(tmp_path, max_tokens=60, holdout=3))
-    assert (len(data.train), len(data.holdout), data.too_long) == (6, 3, 1)
+    assert len(data.train) + len(data.holdout) == 9 and len(data.holdout) in (2, 3)  # one was too long for its side
+    assert (data.too_long, data.shortened, data.cut) == (1, 0, 1) and data.truncation == "1 too long, 1 cut"
     assert not {i.id for i in data.train} & {i.id for i in data.holdout}
     by_id = {i.id.rpartition(":")[2]: i for i in data.train + data.holdout}
     assert by_id["0"].length == 60 and "1" not in by_id
@@ -259,7 +260,161 @@ def test_prepare_cuts_leaves_out_and_sets_aside(tmp_path: Path) -> None:
     again = prepare(pair, config_of(tmp_path, max_tokens=60, holdout=3))
     assert again == data
     with pytest.raises(C2CError, match="9 examples are left \\(1 longer than max_tokens 60\\), 9 of them"):
-        prepare(pair, config_of(tmp_path, max_tokens=60, holdout=9))
+        prepare(pair, config_of(tmp_path, max_tokens=60, holdout=10))
+    with pytest.raises(C2CError, match="0 examples are left \\(10 longer than max_tokens 10\\)"):
+        prepare(pair, config_of(tmp_path, max_tokens=10, holdout=3))
+
+
+def test_the_split_is_the_same_for_all_models_and_seeds(tmp_path: Path) -> None:
+    """Though the models' tokenizers find different prompts too long."""
+    rows = [{"prompt": f"{n}: " + "The answer. " * (n % 7), "completion": "yes"} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = [
+        prepare(pair, config_of(tmp_path, max_tokens=90, holdout=12, seed=seed))
+        for seed, pair in enumerate([pair_of("qwen3", "llama"), pair_of("llama", "gemma3"), pair_of("gemma3", "llama")])
+    ]
+    assert len({data.too_long for data in made}) > 1
+    held, trained = set(), set()
+    for data in made:
+        held |= {item.id for item in data.holdout}
+        trained |= {item.id for item in data.train}
+    assert not held & trained and len(held) <= 12 < len(trained)
+
+
+def test_weights_are_kept_whatever_is_left_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 30)
+    other = [{"prompt": f"other {n}" + "!" * 90 * (n % 3 == 0), "completion": "yes"} for n in range(18)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    sources = [
+        {"jsonl": str(tmp_path / "rows.jsonl"), "weight": 1},
+        {"jsonl": str(tmp_path / "other.jsonl"), "weight": 3},
+    ]
+    config = config_of(tmp_path, data=sources, max_tokens=110, holdout=8)
+    data = prepare(pair_of("qwen3", "qwen2"), config)
+    assert data.too_long == 6
+    shares = [sum(str(tmp_path / name) in item.id for item in data.train) for name in ("rows.jsonl", "other.jsonl")]
+    assert sum(shares) == 42 - len(data.holdout) and shares[0] == round(sum(shares) / 4)
+    assert not {i.id for i in data.train} & {i.id for i in data.holdout}
+    assert len({i.id for i in data.holdout}) == len(data.holdout)  # only what is learned repeats
+
+
+# ---- chats of several turns -----------------------------------------------------------------------------------------
+
+
+def chats() -> list[list[dict[str, str]]]:
+    """Chats of one to five assistant turns, some with a system message, in several scripts."""
+    made = []
+    for n in range(12):
+        chat = [{"role": "system", "content": "You are helpful."}] * (n % 2)
+        for turn in range(1 + n % 5):
+            chat += [
+                {"role": "user", "content": f"What is {n} plus {turn}? " + "水 " * turn},
+                {"role": "assistant", "content": f" The answer is {n + turn}, 北京 " + "and so on" * (turn % 3)},
+            ]
+        made.append(chat)
+    return made
+
+
+@pytest.mark.parametrize("receiver", FAMILIES)
+def test_every_token_of_every_turn_is_learned_once(receiver: str, tmp_path: Path) -> None:
+    """The examples' tokens together are those of all assistant turns, whatever the template and the alignment: none
+    is lost to a cut, none stands in two responses, and each is read behind all that came before it."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats()))
+    source = {"jsonl": str(tmp_path / "rows.jsonl"), "supervise": "all"}
+    pair = pair_of(receiver, SHARER_OF[receiver])
+    data = prepare(pair, config_of(tmp_path, data=[source], holdout=5))
+    tokenizer = pair.receiver.need_tokenizer()
+    expected = []
+    for number, chat in enumerate(chats()):
+        turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        for turn, i in enumerate(turns, 1):
+            name = f"{tmp_path / 'rows.jsonl'}:{number}" + (f"#{turn}" if len(turns) > 1 else "")
+            response = Example(name, (), "", chat[i]["content"].strip())
+            expected.append((name, pair.encode(chat[:i]), loop.response_ids(tokenizer, response)))
+    items = data.train + data.holdout
+    assert sorted((i.id, i.response) for i in items) == sorted((name, ids) for name, _, ids in expected)
+    assert {i.id: i.prompt for i in items} == {name: prompt for name, prompt, _ in expected}
+    total = sum(len(ids) for _, _, ids in expected)
+    assert sum(len(i.response) for i in items) == total and data.cut == data.too_long == 0
+
+    # What the loss counts is just as many: a mean over tokens times their number is the sum over all turns.
+    pair.fusers.eval()
+    per_token = sum(
+        response_loss(pair, items[n : n + 4], None)[0].item() * sum(len(i.response) for i in items[n : n + 4])
+        for n in range(0, len(items), 4)
+    )
+    alone = sum(response_loss(pair, [item], None, per="sum")[0].item() for item in items)
+    assert per_token == pytest.approx(alone, rel=1e-4)
+
+
+def test_old_turns_go_first(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "S" * 5}]
+    for n in range(4):
+        chat += [{"role": "user", "content": f"{n}" * 20}, {"role": "assistant", "content": "abcdefghij" * (n + 1)}]
+    rows = [{"messages": chat}, *({"prompt": f"row {n}", "completion": "yes"} for n in range(4))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = pair_of("qwen3", "qwen2")  # one token a byte
+    tokenizer = pair.receiver.need_tokenizer()
+
+    def prepared(**changes: Any) -> tuple[Prepared, Item | None]:
+        data = prepare(pair, config_of(tmp_path, holdout=0, **changes))
+        return data, next((i for i in data.train if i.id.endswith(":0")), None)
+
+    whole = prepared()[1]
+    assert whole is not None
+    prompt, response = len(whole.prompt.receiver), whole.response
+    data, item = prepared(max_tokens=prompt)
+    assert item is None and (data.too_long, data.shortened) == (1, 0)  # the default: left out
+    data, item = prepared(max_tokens=prompt + 1)
+    assert item is not None and item.response == response[:1] and data.cut == 1
+    data, item = prepared(max_tokens=prompt + 1, min_response_tokens=2)
+    assert item is None and data.too_long == 1
+    data, item = prepared(max_tokens=prompt + 1, min_response_tokens=2, truncate="oldest")
+    assert item is not None and (data.too_long, data.shortened, data.cut) == (0, 1, 0)
+    assert (
+        list(item.prompt.receiver) == list(pair.encode([chat[0], *chat[3:-1]]).receiver) and item.response == response
+    )
+    # No more goes than has to, until the system message and the last question are left.
+    for kept, turns in ((5, chat[5:-1]), (7, chat[7:-1])):
+        least = len(pair.encode([chat[0], *turns]).receiver) + 10
+        data, item = prepared(max_tokens=least, min_response_tokens=10, truncate="oldest")
+        assert item is not None and item.length == least and item.response == response[:10], kept
+        assert tokenizer.decode(item.prompt.receiver).count("user") == len(turns) // 2 + 1
+    data, item = prepared(max_tokens=least - 1, min_response_tokens=10, truncate="oldest")
+    assert item is None and data.too_long == 1
+    # A response shorter than the least needs no more room than it has: three letters and the end.
+    (short, *_) = [i for i in data.train if i.id.endswith(":1")]
+    assert len(short.response) == 4
+    assert prepared(max_tokens=short.length, min_response_tokens=10)[0].too_long == 1
+
+
+def test_a_prompt_too_long_for_the_sharer_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": "The capital of France is Paris." * n, "completion": "yes"} for n in (1, 1, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = pair_of("llama", "qwen3")  # words receive, bytes share
+    long = prepare(pair, config_of(tmp_path, holdout=0)).train
+    receiver, sharer = (
+        max(len(x) for x in xs) for xs in ([i.prompt.receiver for i in long], [i.prompt.sharers[0] for i in long])
+    )
+    assert receiver + 4 < sharer
+    assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer)).too_long == 0
+    assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer - 1)).too_long == 1
+
+
+def test_rows_that_a_template_refuses(tmp_path: Path) -> None:
+    rows = [{"prompt": f"row {n}", "completion": "yes"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pair = pair_of()
+    tokenizer = pair.receiver.need_tokenizer()
+    tokenizer.chat_template = (
+        "{% if 'row 2' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
+    )
+    with pytest.raises(C2CError, match=r"rows.jsonl:2: "):
+        prepare(pair, config_of(tmp_path, holdout=1))
+    source = {"jsonl": str(tmp_path / "rows.jsonl"), "on_bad_rows": "skip"}
+    with pytest.warns(UserWarning, match=r"1 examples cannot be encoded and are left out; the first: .*rows.jsonl:2"):
+        data = prepare(pair, config_of(tmp_path, holdout=1, data=[source]))
+    assert len(data.train) + len(data.holdout) == 3
 
 
 def test_a_response_that_does_not_end_has_no_end_token() -> None:

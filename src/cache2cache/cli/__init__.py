@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cache2cache import __version__
-from cache2cache.cli import ask, calibrate, chat, evaluate, fuser, models, precompute, sharer, train
+from cache2cache.cli import ask, calibrate, chat, evaluate, fuser, models, precompute, rewrite, sharer, train
 from cache2cache.errors import C2CError
 
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.command()(ask.ask)
 app.command()(chat.chat)
 app.command()(precompute.precompute)
+app.command()(rewrite.rewrite)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(calibrate.calibrate)

@@ -68,9 +68,7 @@ def train(
     store = Store(config.store, pair.sharers[0]) if config.store else None
     data = prepare(pair, config)
     parameters = sum(p.numel() for p in pair.fusers.parameters())
-    about = (
-        f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.too_long} too long"
-    )
+    about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if isinstance(pair.fusers[0], Fitted):
         if processes.num_processes > 1:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 from ..config import DataSource, TrainConfig
 from ..errors import C2CError
 from ..tasks import Question, load
 from ..tasks.base import read_rows
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
+
+Messages = tuple[Mapping[str, str], ...]
+T = TypeVar("T")
 
 # Rows of train splits that ask, word for word, what a row of a validation split of these sets or of MMLU-Redux asks.
 # They are never trained on. tests/training/test_data.py finds this list again from the data.
@@ -31,21 +38,30 @@ HELD_OUT = {
 
 @dataclass(frozen=True)
 class Example:
-    """What is learned from one row.
+    """What is learned from one row, or from one assistant turn of it.
 
     Attributes:
-        id: source and row, the same in every run.
+        id: source and row, the same in every run; with "#2" for the second of several assistant turns.
         messages: the chat up to the response.
         prefix: the start of the answer that counts as prompt ("" mostly).
         response: the text whose tokens carry the loss.
         ends: whether the response is followed by the end of the turn.
+        turn: which assistant turn of the row it is, from 1; 0 if it is the row's only example.
+        source: the recipe's source, counted from 0.
     """
 
     id: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: Messages
     prefix: str
     response: str
     ends: bool = True
+    turn: int = 0
+    source: int = 0
+
+    @property
+    def row(self) -> str:
+        """The id without the turn: what the examples of one chat share."""
+        return self.id.removesuffix(f"#{self.turn}") if self.turn else self.id
 
 
 def examples(config: TrainConfig) -> list[Example]:
@@ -54,25 +70,85 @@ def examples(config: TrainConfig) -> list[Example]:
     Rows of `HELD_OUT` are dropped at the end, so a `limit` can give a few rows less.
 
     Raises:
-        C2CError: a source that is empty, unreadable or holds rows without a response.
+        C2CError: a source that is empty, unreadable or holds rows without a response (`DataSource.on_bad_rows`).
     """
-    found: list[Example] = []
-    for source in config.data:
-        rows = _task(source, config) if source.task else _instructions(source, config)
-        if source.max_prompt_chars:
-            rows = [e for e in rows if sum(len(m["content"]) for m in e.messages) <= source.max_prompt_chars]
-        if not rows:
-            raise C2CError(f"no rows are left of {source.task or source.rows or source.jsonl}; check split and limits")
-        if source.limit and source.limit < len(rows):
-            rows = random.Random(f"{config.seed}:{source.task or source.rows or source.jsonl}").sample(
-                rows, source.limit
-            )
-        found += rows
+    found = [e for index, source in enumerate(config.data) for e in draw(source, config.seed, config.data_dir, index)]
     if len({e.id for e in found}) != len(found):
         raise C2CError("two sources of the recipe give the same rows; name each source once")
     random.Random(config.seed).shuffle(found)
     dropped = {f"{task}:{row}" for task, rows in HELD_OUT.items() for row in rows}
     return [e for e in found if e.id not in dropped]
+
+
+def draw(source: DataSource, seed: int, data_dir: Path | None, index: int = 0) -> list[Example]:
+    """The examples of one source, those of a chat together, `limit` rows of it at most."""
+    rows = _questions(source, data_dir, index) if source.task else _instructions(source, data_dir, index)
+    if source.max_prompt_chars:
+        rows = [[e for e in row if _chars(e.messages) <= source.max_prompt_chars] for row in rows]
+        rows = [row for row in rows if row]
+    if not rows:
+        raise C2CError(f"no rows are left of {source.name}; check split and limits")
+    if source.limit and source.limit < len(rows):
+        rows = random.Random(f"{seed}:{source.name}").sample(rows, source.limit)
+    return [example for row in rows for example in row]
+
+
+def _chars(messages: Messages) -> int:
+    return sum(len(m["content"]) for m in messages)
+
+
+def shortened(messages: Messages) -> Iterator[Messages]:
+    """The chat, then what is left of it without its oldest turns, from a later user turn on each time.
+
+    System messages at its start stay, and so does everything from the last user turn on.
+    """
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    yield messages
+    for i, message in enumerate(messages):
+        if i > first and message["role"] == "user":
+            yield messages[:first] + messages[i:]
+
+
+def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[Example]]:
+    """Examples to train on and the hold-out: whole rows, those with the smallest hashes, until it has `holdout`.
+
+    A row's hash is that of its id alone, without the folders of a file. So the split of the same rows is the same for
+    all models, seeds, orders and places, and a row that is trained on stays so when rows are added.
+    """
+    sizes: dict[str, int] = {}
+    for example in found:
+        sizes[example.row] = sizes.get(example.row, 0) + 1
+    kept: set[str] = set()
+    held = 0
+    for row in sorted(sizes, key=lambda row: (hashlib.sha256(PurePath(row).name.encode()).digest(), row)):
+        if held >= holdout:
+            break
+        kept.add(row)
+        held += sizes[row]
+    return [e for e in found if e.row not in kept], [e for e in found if e.row in kept]
+
+
+def mix(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> list[T]:
+    """As many of all sources together as they have, a share of it from each that is as its weight.
+
+    A source that has more is drawn from, one that has less is repeated: each of its elements is taken equally often,
+    but for one time more for some that are drawn. The same in every run with this seed.
+    """
+    total = sum(map(len, sources))
+    exact = [total * weight / sum(weights) for weight in weights]
+    counts = [math.floor(share) for share in exact]
+    # The largest remainders are rounded up, so that the counts add up.
+    order = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
+    mixed: list[T] = []
+    for i, (items, count) in enumerate(zip(sources, counts, strict=True)):
+        if count and not items:
+            raise C2CError(f"source {i + 1} has a weight of {weights[i]:g}, but no examples to train on; leave it out")
+        times, more = divmod(count, len(items)) if items else (0, 0)
+        mixed += [*list(items) * times, *random.Random(f"{seed}:{i}").sample(list(items), more)]
+    random.Random(seed).shuffle(mixed)
+    return mixed
 
 
 def question_example(task: str, question: Question) -> Example:
@@ -86,76 +162,144 @@ def question_example(task: str, question: Question) -> Example:
     return Example(f"{task}:{question.id}", messages, "", f"{ANSWER_PREFIX} {question.letter}")
 
 
-def _task(source: DataSource, config: TrainConfig) -> list[Example]:
+def _questions(source: DataSource, data_dir: Path | None, index: int) -> list[list[Example]]:
     assert source.task is not None
-    return [question_example(source.task, q) for q in load(source.task, source.split, config.data_dir)]
+    made = (question_example(source.task, q) for q in load(source.task, source.split, data_dir))
+    return [[replace(example, source=index)] for example in made]
 
 
-def _instructions(source: DataSource, config: TrainConfig) -> list[Example]:
-    name = str(source.rows or source.jsonl)
-    if source.rows:
-        owner, repo, *rest = source.rows.split("/")
-        rows = read_rows(f"{owner}/{repo}", rest[0] if rest else "default", source.split, config.data_dir)
-    else:
-        assert source.jsonl is not None
-        rows = _read_jsonl(source.jsonl)
-    made = []
-    for index, row in enumerate(rows):
-        messages, response = read_chat(row, f"{name}, row {index}")
-        if source.max_response_chars and len(response) > source.max_response_chars:
-            response, ends = response[: source.max_response_chars].rsplit(maxsplit=1)[0], False
-        else:
-            ends = True
-        made.append(Example(f"{name}:{index}", messages, "", response, ends))
+def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list[list[Example]]:
+    """The examples of each row: one, or with `supervise: all` one per assistant turn."""
+    made, bad = [], []
+    for number, read in enumerate(_rows(source, data_dir)):
+        try:
+            if isinstance(read, C2CError):
+                raise read
+            made.append(_examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}"))
+        except C2CError as error:
+            if source.on_bad_rows == "error":
+                raise
+            bad.append(str(error))
+    if bad:
+        warnings.warn(
+            f"{len(bad)} of {len(made) + len(bad)} rows of {source.name} are left out; the first: {bad[0]}",
+            stacklevel=2,
+        )
     return made
 
 
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int, where: str) -> list[Example]:
+    responses = read_chat(row, where)
+    # A row may say that its response was cut short, as c2c rewrite does.
+    whole = [*[True] * (len(responses) - 1), row.get("ends") is not False]
+    made = []
+    for turn, ((messages, response), ends) in enumerate(zip(responses, whole, strict=True), 1):
+        if source.max_response_chars and len(response) > source.max_response_chars:
+            response, ends = response[: source.max_response_chars].rsplit(maxsplit=1)[0], False
+        made.append(Example(f"{name}#{turn}", messages, "", response, ends, turn, index))
+    if source.supervise == "last" or len(made) == 1:
+        return [replace(made[-1], id=name, turn=0)]
+    return made
+
+
+def _rows(source: DataSource, data_dir: Path | None) -> Iterable[Any]:
+    """The rows of a source; in place of one that is no JSON, the error."""
+    if source.jsonl:
+        return _read_jsonl(source.jsonl)
+    assert source.rows is not None
+    owner, repo, *rest = source.rows.split("/")
+    return read_rows(f"{owner}/{repo}", rest[0] if rest else "default", source.split, data_dir)
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    number = 0
     try:
-        with path.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise C2CError(f"{path} cannot be read as JSON lines ({error}); give one JSON object per line") from error
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for line in lines:
+                if not line.strip():
+                    continue
+                try:
+                    yield json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
+                    yield C2CError(
+                        f"{path}, row {number} cannot be read as JSON ({error}); give one JSON object per line"
+                    )
+                number += 1
+    except (OSError, EOFError, zlib.error) as error:
+        raise C2CError(f"{path} cannot be read ({error}); give a file of JSON lines, .jsonl or .jsonl.gz") from error
 
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def read_chat(row: Mapping[str, Any], where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
-    """Chat and response of a row in one of the usual layouts.
+def read_chat(row: Any, where: str) -> list[tuple[Messages, str]]:
+    """The responses of a row in one of the usual layouts, each with the chat before it.
 
     `messages` (role, content), `conversations` (from, value), instruction with context or input and response or
-    output, prompt with completion or response. The last assistant turn is the response.
+    output, prompt with completion or response; prompt and completion may be lists of messages (role, content).
+    `system_prompt` or `system` is a system message where the chat has none. Responses are the assistant turns with
+    text behind a user turn, of a completion only its own; the last turn must be one, but for turns of others behind.
     """
     if not isinstance(row, Mapping):
         raise C2CError(f"{where} is {type(row).__name__}; expected an object with fields")
+    start = 0  # assistant turns before it are prompt
     if turns := row.get("messages") or row.get("conversations"):
-        chat = []
-        for turn in turns:
-            if not isinstance(turn, Mapping):
-                raise C2CError(f"{where}: a turn is {type(turn).__name__}; expected an object with role and content")
-            role = _ROLES.get(str(turn.get("role", turn.get("from"))))
-            content = turn.get("content", turn.get("value"))
-            if role is None or not isinstance(content, str):
-                raise C2CError(
-                    f"{where}: a turn with fields {', '.join(turn)} has no known role and text; expected role and "
-                    "content, or from and value"
-                )
-            chat.append({"role": role, "content": content})
-        while chat and chat[-1]["role"] != "assistant":
-            chat.pop()
-        if len(chat) < 2 or not chat[-1]["content"].strip():
-            raise C2CError(f"{where} has no assistant turn behind a user turn; leave the row out")
-        return tuple(chat[:-1]), chat[-1]["content"].strip()
-    prompt = _first(row, ("instruction", "prompt"))
-    response = _first(row, ("response", "output", "completion"))
-    if not prompt or not response:
-        raise C2CError(
-            f"{where} has fields {', '.join(row)}; expected messages, conversations, instruction and response, or "
-            "prompt and completion, all filled"
-        )
-    context = _first(row, ("context", "input"))
-    return ({"role": "user", "content": f"{prompt}\n\n{context}" if context else prompt},), response
+        chat = _turns(turns, where)
+    elif isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+        chat = _turns(_as_turns(row.get("prompt"), "user"), where)
+        start = len(chat)
+        chat += _turns(_as_turns(row.get("completion"), "assistant"), where)
+    else:
+        prompt = _first(row, ("instruction", "prompt"))
+        response = _first(row, ("response", "output", "completion"))
+        if not prompt or not response:
+            raise C2CError(
+                f"{where} has fields {', '.join(row)}; expected messages, conversations, instruction and response, or "
+                "prompt and completion, all filled"
+            )
+        context = _first(row, ("context", "input"))
+        chat = [_message("user", f"{prompt}\n\n{context}" if context else prompt), _message("assistant", response)]
+    system = _first(row, ("system_prompt", "system"))
+    if system and not any(turn["role"] == "system" for turn in chat):
+        chat.insert(0, _message("system", system))
+        start += 1
+    while chat and chat[-1]["role"] != "assistant":
+        chat.pop()
+    asked = next((i for i, turn in enumerate(chat) if turn["role"] == "user"), len(chat))
+    responses = [
+        (tuple(chat[:i]), turn["content"].strip())
+        for i, turn in enumerate(chat)
+        if i >= start and i > asked and turn["role"] == "assistant" and turn["content"].strip()
+    ]
+    if not responses or len(responses[-1][0]) != len(chat) - 1:
+        raise C2CError(f"{where} has no assistant turn with text behind a user turn; leave the row out")
+    return responses
+
+
+def _message(role: str, content: str) -> Mapping[str, str]:
+    return {"role": role, "content": content}
+
+
+def _as_turns(value: Any, role: str) -> Any:
+    return [_message(role, value)] if isinstance(value, str) else value
+
+
+def _turns(turns: Any, where: str) -> list[Mapping[str, str]]:
+    if not isinstance(turns, list):
+        raise C2CError(f"{where}: its turns are {type(turns).__name__}; expected a list of objects")
+    chat = []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise C2CError(f"{where}: a turn is {type(turn).__name__}; expected an object with role and content")
+        role = _ROLES.get(str(turn.get("role", turn.get("from"))))
+        content = turn.get("content", turn.get("value"))
+        if role is None or not isinstance(content, str):
+            raise C2CError(
+                f"{where}: a turn with fields {', '.join(turn)} has no known role and text; expected role and "
+                "content, or from and value"
+            )
+        chat.append(_message(role, content))
+    return chat
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> str:

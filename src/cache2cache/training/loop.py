@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..errors import C2CError
 from ..fuser import C2CFuser, checkpoint
 from ..kv import CACHE, KV, pad_left, positions_of, prefill, prefill_prompts
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
-from .data import Example, examples
+from .data import Example, examples, mix, shortened, split
 from .store import Store
 
 
@@ -49,31 +50,89 @@ class Item:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The items of a recipe: to train on, to watch, and how many were left out as too long."""
+    """The items of a recipe: to train on, to watch, and what `max_tokens` did.
+
+    Attributes:
+        train, holdout: the items; with weights those of `train` may repeat.
+        too_long: how many examples were left out, their prompts leaving no room for the response.
+        shortened: how many of the others lost old turns.
+        cut: how many of the others lost the end of their response.
+    """
 
     train: list[Item]
     holdout: list[Item]
     too_long: int
+    shortened: int = 0
+    cut: int = 0
+
+    @property
+    def truncation(self) -> str:
+        """What to say of it."""
+        more = [f"{n} {what}" for n, what in ((self.shortened, "without old turns"), (self.cut, "cut")) if n]
+        return ", ".join([f"{self.too_long} too long", *more])
 
 
 def prepare(pair: C2C, config: TrainConfig) -> Prepared:
-    """Encode a recipe's examples and set the hold-out aside, the same ones in every run."""
-    items, too_long = [], 0
-    tokenizer = pair.receiver.need_tokenizer()
-    for example in examples(config):
-        prompt = pair.encode(list(example.messages), prefix=example.prefix)
-        if len(prompt.receiver) >= config.max_tokens or any(len(s) > config.max_tokens for s in prompt.sharers):
-            too_long += 1
-            continue
-        items.append(
-            Item(example.id, prompt, response_ids(tokenizer, example)[: config.max_tokens - len(prompt.receiver)])
-        )
-    if len(items) <= config.holdout:
+    """Encode a recipe's examples and set the hold-out aside, the same ones in every run and for all models.
+
+    What is too long is left out behind that split, so the hold-out may be smaller than asked for.
+    """
+    counts = {"too_long": 0, "shortened": 0, "cut": 0}
+
+    bad: list[str] = []
+
+    def fitted(example: Example) -> Item | None:
+        try:
+            item, changes = fit_tokens(pair, example, config)
+        except C2CError as error:  # such as a template that refuses the order of the turns
+            if config.data[example.source].on_bad_rows == "error":
+                raise
+            bad.append(str(error))
+            return None
+        for change in changes:
+            counts[change] += 1
+        return item
+
+    learned, watched = split(examples(config), config.holdout)
+    holdout = [item for example in watched if (item := fitted(example))]
+    sources: list[list[Item]] = [[] for _ in config.data]
+    train = []
+    for example in learned:
+        if item := fitted(example):
+            train.append(item)
+            sources[example.source].append(item)
+    if bad:
+        warnings.warn(f"{len(bad)} examples cannot be encoded and are left out; the first: {bad[0]}", stacklevel=2)
+    if not train or (config.holdout and not holdout):
         raise C2CError(
-            f"{len(items)} examples are left ({too_long} longer than max_tokens {config.max_tokens}), "
-            f"{config.holdout} of them for the hold-out; give more data or raise max_tokens"
+            f"{len(train) + len(holdout)} examples are left ({counts['too_long']} longer than max_tokens "
+            f"{config.max_tokens}), {len(holdout)} of them for the hold-out of {config.holdout}; give more data or "
+            "raise max_tokens"
         )
-    return Prepared(items[config.holdout :], items[: config.holdout], too_long)
+    weights = [source.weight for source in config.data if source.weight is not None]
+    return Prepared(mix(sources, weights, config.seed) if weights else train, holdout, **counts)
+
+
+def fit_tokens(pair: C2C, example: Example, config: TrainConfig) -> tuple[Item | None, list[str]]:
+    """An example as token ids within `max_tokens`, and the counters of `Prepared` that what was done to it falls under.
+
+    A response keeps its first `min_response_tokens` tokens, or all that it has; where the prompt leaves less room, the
+    oldest turns go if `truncate` says so, else the example.
+    """
+    response = response_ids(pair.receiver.need_tokenizer(), example)
+    needed = min(config.min_response_tokens, len(response))
+    changes: list[str] = []
+    for messages in shortened(example.messages) if config.truncate == "oldest" else [example.messages]:
+        try:
+            prompt = pair.encode(list(messages), prefix=example.prefix)
+        except C2CError as error:
+            raise C2CError(f"{example.id}: {error}") from error
+        room = config.max_tokens - len(prompt.receiver)
+        if room >= needed and all(len(s) <= config.max_tokens for s in prompt.sharers):
+            cut = ["cut"] if room < len(response) else []
+            return Item(example.id, prompt, response[:room]), changes + cut
+        changes = ["shortened"]
+    return None, ["too_long"]
 
 
 def response_ids(tokenizer: Any, example: Example) -> list[int]:

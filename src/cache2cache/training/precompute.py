@@ -28,12 +28,13 @@ def precompute(
     sharer = load_lm(config.sharer, None, **({} if dtype == "auto" else {"dtype": dtype}))
     pair = C2C.from_models(load_lm(config.receiver), sharer, config.fuser)
     data = prepare(pair, config)
-    prompts = [list(item.prompt.sharers[0]) for item in data.train + data.holdout]
+    # An example that weights repeat counts once.
+    prompts = [list(prompt) for prompt in {i.id: i.prompt.sharers[0] for i in data.train + data.holdout}.values()]
     width = 2 * sharer.num_layers * sharer.num_kv_heads * sharer.head_dim * (2 if precision == "bfloat16" else 1)
     tokens = sum(map(len, prompts))
     console.print(
         f"{len(prompts)} prompts, {tokens:,} sharer tokens, about {tokens * width / 1e9:.2f} GB as {precision}; "
-        f"{data.too_long} too long"
+        f"{data.truncation}"
     )
     speed, error = _probe(sharer, prompts, batch_tokens)
     console.print(

@@ -1,0 +1,78 @@
+"""c2c rewrite RECIPE OUT.jsonl --teacher MODEL: a teacher's answers to a recipe's prompts, as rows to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def rewrite(
+    recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML), or rows (.jsonl, .jsonl.gz).")],
+    output: Annotated[Path, typer.Argument(help="File of JSON lines; rows that it has are not asked for again.")],
+    teacher: Annotated[
+        str, typer.Option(help="A model as for --receiver of c2c ask, or an OpenAI-compatible http://host/v1.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Of a served teacher: which model, where it has several.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; a longer one is cut.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts, or requests to a server, at a time.")] = 8,
+    temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="What a model here computes in.")] = "auto",
+) -> None:
+    """Let a teacher answer a recipe's instruction rows. Run it again after an interruption: it goes on where it was."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cache2cache.config import DataSource, is_address
+    from cache2cache.errors import C2CError
+    from cache2cache.models.load import load_lm
+    from cache2cache.training import rewrite as run
+    from cache2cache.training.data import draw
+    from cache2cache.training.recipe import read_recipe
+
+    console = Console(stderr=True)
+    seed = 0
+    if recipe.name.endswith((".jsonl", ".jsonl.gz")):
+        if settings:
+            raise C2CError("--set goes over a recipe, and rows were given; write a recipe that names them as jsonl")
+        sources = [DataSource(jsonl=recipe)]
+    else:
+        config = read_recipe(recipe, settings or [])
+        seed, data_dir = config.seed, data_dir or config.data_dir
+        sources = [source for source in config.data if not source.task]
+        if tasks := [source.name for source in config.data if source.task]:
+            console.print(f"{', '.join(tasks)} stay as they are: questions have their answers")
+    if not sources:
+        raise C2CError(f"{recipe} has no instruction rows (rows or jsonl) to rewrite")
+    if any(source.jsonl and source.jsonl.resolve() == output.resolve() for source in sources):
+        raise C2CError(f"{output} is what would be rewritten; choose another file")
+    found = [example for source in sources for example in draw(source, seed, data_dir)]
+    if is_address(teacher):
+        server = run.Server(teacher)
+        name = model or server.model()
+        answers = run.served(server, name, max_new_tokens=max_new_tokens, parallel=batch_size, temperature=temperature)
+    else:
+        if model:
+            raise C2CError("--model is for a served teacher; name the model here with --teacher")
+        lm = load_lm(teacher, None, **({} if dtype == "auto" else {"dtype": dtype}))
+        name = lm.name
+        answers = run.local(lm, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("rewriting", total=len(found))
+        done = run.rewrite(
+            found,
+            output,
+            name,
+            answers,
+            lambda there, failed: bar.update(task, completed=there, description=f"rewriting, {failed} failed"),
+        )
+    console.print(f"{done.written} rows written, {done.there} were there, {len(done.failed)} failed")
+    if done.failed:
+        if not done.written + done.there:
+            raise C2CError(f"no row could be rewritten; the first: {done.failed[0]}")
+        console.print(f"the first that failed: {done.failed[0]}; run it again to try them once more", markup=False)
+    print(output)
