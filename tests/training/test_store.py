@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import namedtuple
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,7 @@ from cache2cache.models import LM
 from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
 from cache2cache.training.store import PROMPTS_PER_SHARD, Store, key_of
+from tiny import tiny_tokenizer
 from training.runs import lm_of
 
 PROMPTS = [[1 + (7 * n + 3 * i) % 250 for i in range(3 + n * 5 % 17)] for n in range(10)]
@@ -216,16 +221,222 @@ def test_a_killed_fill_goes_on_where_it_was(sharer: LM, tmp_path: Path, monkeypa
     assert not stale.exists()
 
 
-def test_a_failed_write_leaves_nothing_half_done(sharer: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(tensors: Any, path: Path, metadata: Any) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("broken", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_disk_that_gets_full_leaves_whole_shards(
+    sharer: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, number: int
+) -> None:
+    """In the third shard, wherever it is noticed: two are kept, nothing else, and the rest can be filled in."""
+    monkeypatch.setattr(module, "PROMPTS_PER_SHARD", 3)
     store = Store(tmp_path, sharer, "bfloat16")
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    store.fill(sharer, PROMPTS[:0])  # store.json is there
+    owner = module if broken == "save_file" else os
+    works, calls = getattr(owner, broken), []
+
+    def fails(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            return works(*arguments, **named)
+        if broken == "save_file":
+            arguments[1].write_bytes(b"half")
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, broken, fails)
+        if number == errno.EIO:  # another trouble is told as it is
+            with pytest.raises(OSError, match="Input/output error"):
+                store.fill(sharer, PROMPTS)
+        else:
+            with pytest.raises(C2CError, match=r"no room is left .*; its 6 prompts are kept: make room and run c2c"):
+                store.fill(sharer, PROMPTS)
+    before = contents(tmp_path)
+    assert sorted(name.split("-")[0] for name in before) == ["shard", "shard", "store.json"]
+    store.fill(sharer, PROMPTS)  # the same object goes on, as does a new one
+    assert not store.missing(PROMPTS) and not Store(tmp_path, sharer).missing(PROMPTS)
+    assert {name: contents(tmp_path)[name] for name in before} == before
+
+
+def test_a_file_that_cannot_grow(sharer: LM, tmp_path: Path) -> None:
+    """A limit of the system that safetensors itself runs into, as into a full disk."""
+    resource = pytest.importorskip("resource")
+    store = Store(tmp_path, sharer, "bfloat16")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(C2CError, match="no room is left to write the store"):
+            store.fill(sharer, PROMPTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(contents(tmp_path)) == ["store.json"]
+    store.fill(sharer, PROMPTS)
+    assert not Store(tmp_path, sharer).missing(PROMPTS)
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+# Runs `sys.argv[3]` processes on one store, which are killed after as many seconds as drawn and started again, until
+# every process has ended by itself. Prints the keys of all prompts that were computed and the number of kills.
+MANY = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+from cache2cache.training import store as module
+from training.runs import lm_of
+from training.test_store import CROWD
+
+torch.set_num_threads(1)
+folder, count, kills, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+module.PROMPTS_PER_SHARD = 4
+sharer = lm_of("qwen3")
+log = os.open(folder.parent / "computed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+compute = module.prefill
+
+def prefill(lm, ids, mask):
+    time.sleep(0.01)
+    for row, real in zip(ids, mask):
+        os.write(log, (module.key_of(row[real.bool()].tolist()) + "\\n").encode())
+    return compute(lm, ids, mask)
+
+module.prefill = prefill
+
+def start():
+    if pid := os.fork():
+        return pid
+    try:
+        module.Store(folder, sharer, "bfloat16").fill(sharer, CROWD, batch_tokens=30)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+draw = random.Random(seed)
+running = [start() for _ in range(count)]
+for _ in range(kills):
+    time.sleep(draw.uniform(0, 0.12))
+    pid = running.pop(draw.randrange(count))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    running.append(start())
+codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+print(json.dumps({"codes": codes, "computed": (folder.parent / "computed").read_text().split()}))
+"""
+CROWD = [[1 + (11 * n + 3 * i) % 250 for i in range(3 + n * 5 % 13)] for n in range(90)]
+
+
+def many(folder: Path, count: int, kills: int = 0, seed: int = 0) -> list[str]:
+    folder.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", MANY, str(Path(__file__).parents[1]), str(folder)]
+    done = subprocess.run(
+        [*command, *map(str, (count, kills, seed))], capture_output=True, text=True, timeout=120, check=True
+    )
+    result = json.loads(done.stdout)
+    assert result["codes"] == [0] * count, done.stderr
+    computed: list[str] = result["computed"]
+    return computed
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process writes that nothing stops."""
+    folder = tmp_path_factory.mktemp("alone") / "store"
+    assert len(many(folder, 1)) == len(CROWD)
+    return contents(folder)
+
+
+def test_processes_share_the_work(alone: dict[str, bytes], tmp_path: Path) -> None:
+    """Nobody computes what another one has or is computing, and together they write what one would."""
+    computed = many(tmp_path / "store", 3)
+    assert sorted(computed) == sorted(map(key_of, CROWD))  # each once
+    assert contents(tmp_path / "store") == alone
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_kills_at_any_moment(alone: dict[str, bytes], sharer: LM, tmp_path: Path, seed: int) -> None:
+    folder = tmp_path / "store"
+    computed = many(folder, 3, kills=15, seed=seed)
+    assert set(computed) == set(map(key_of, CROWD))
+    assert len(computed) <= len(CROWD) + 15 * 4  # a kill costs its shard at most
+    after = contents(folder)
+    assert {name: data for name, data in after.items() if not name.startswith(".")} == alone
+    opened = Store(folder, sharer)
+    assert not opened.missing(CROWD) and len(opened.index) == len(CROWD)
+
+
+def test_the_last_one_waits_for_what_another_still_computes(sharer: LM, tmp_path: Path) -> None:
+    """Both fills end with all prompts there; the waiting one tells what the other has computed."""
+    ready, go = os.pipe(), os.pipe()
+    script = KILLED.partition("written = 0")[0] + WAITS
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path), str(ready[1]), str(go[0])]
+    other = subprocess.Popen(command, pass_fds=(ready[1], go[0]))
+    try:
+        assert os.read(ready[0], 1) == b"x"  # it holds its shard
+        store, told = Store(tmp_path, sharer, "bfloat16"), []
+        threading.Timer(0.3, lambda: os.write(go[1], b"x")).start()
+        store.fill(sharer, PROMPTS, progress=told.append)
+        assert told == [sum(map(len, PROMPTS))] and not store.missing(PROMPTS)
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
+        for end in (*ready, *go):
+            os.close(end)
+
+
+WAITS = """
+def prefill(*arguments, original=module.prefill, seen=[]):
+    if not seen:
+        os.write(int(sys.argv[3]), b"x")
+        os.read(int(sys.argv[4]), 1)
+    seen.append(1)
+    return original(*arguments)
+
+module.prefill = prefill
+sharer = lm_of("qwen3")
+module.Store(sys.argv[2], sharer, "bfloat16").fill(sharer, PROMPTS)
+"""
+
+
+def test_a_new_store_belongs_to_who_was_first(sharer: LM, tmp_path: Path) -> None:
+    """Two that both found no store: the second one's settings are held against the first one's."""
+    late, same = Store(tmp_path / "store", sharer, "int8"), Store(tmp_path / "store", sharer, "bfloat16")
+    stranger = lm_of("qwen3", seed=1)
+    third = Store(tmp_path / "store", stranger, "bfloat16")
+    Store(tmp_path / "store", sharer, "bfloat16").fill(sharer, PROMPTS[:5])
+    before = contents(tmp_path / "store")
+    with pytest.raises(C2CError, match="holds bfloat16, int8 was asked for"):
+        late.fill(sharer, PROMPTS)
+    with pytest.raises(C2CError, match="make a store for this sharer, in a folder of its own"):
+        third.fill(stranger, PROMPTS)
+    assert contents(tmp_path / "store") == before
+    same.fill(sharer, PROMPTS)
+    assert len(same.index) == 10 and len(list((tmp_path / "store").glob("shard-*"))) == 2
+
+
+@pytest.mark.parametrize("trouble", ["no locks", "no links", "no fcntl"])
+def test_a_poor_file_system(sharer: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if trouble == "no fcntl":
+        monkeypatch.setattr(module, "fcntl", None)
+    else:
+        monkeypatch.setattr(*((module.fcntl, "lockf") if trouble == "no locks" else (os, "link")), refused)
+    store = Store(tmp_path, sharer, "bfloat16")
+    with pytest.warns(UserWarning, match="can't be locked") if trouble == "no locks" else nullcontext():
         store.fill(sharer, PROMPTS)
-    assert [path.name for path in tmp_path.iterdir()] == ["store.json"]
+    assert not Store(tmp_path, sharer).missing(PROMPTS)
+    assert [name for name in contents(tmp_path) if name.startswith(".")] == []
+
+
+def test_shards_do_not_depend_on_the_order(sharer: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they grow beyond what a shard may hold."""
+    monkeypatch.setattr(module, "TOKENS_PER_SHARD", 30)
+    for name, prompts in (("a", CROWD), ("b", CROWD[::-1] + CROWD[:9])):
+        Store(tmp_path / name, sharer, "bfloat16").fill(sharer, prompts)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    lengths = [load_file(path)["kv"].shape[0] for path in (tmp_path / "a").glob("shard-*")]
+    assert max(lengths) <= 30 and sum(lengths) == sum(map(len, CROWD))
 
 
 def test_many_prompts_make_several_shards(sharer: LM, tmp_path: Path) -> None:
@@ -255,6 +466,32 @@ def test_another_sharer_is_refused(sharer: LM, tmp_path: Path) -> None:
             assert f"{lm.name} (weights {lm.fingerprint[:12]})" in str(error.value)
     with pytest.raises(C2CError, match="holds bfloat16, int8 was asked for; use another folder"):
         Store(tmp_path, sharer, "int8")
+    assert contents(tmp_path) == before
+
+
+def test_another_tokenizer_is_refused(sharer: LM, tmp_path: Path) -> None:
+    Store(tmp_path, sharer, "bfloat16").fill(sharer, PROMPTS[:2])
+    assert json.loads((tmp_path / "store.json").read_text())["tokenizer"] == sharer.tokenizer_fingerprint is not None
+    other = replace(sharer, tokenizer=tiny_tokenizer("words"))
+    assert other.fingerprint == sharer.fingerprint
+    for precision in (None, "bfloat16"):
+        with pytest.raises(C2CError, match=r"another tokenizer of .*; load the sharer with that one, or use another"):
+            Store(tmp_path, other, precision)  # type: ignore[arg-type]
+    Store(tmp_path, replace(sharer, tokenizer=None)).read(PROMPTS[:2])  # ids only: none to be wrong
+    settings = json.loads((tmp_path / "store.json").read_text())
+    del settings["tokenizer"]  # as in stores of earlier versions
+    (tmp_path / "store.json").write_text(json.dumps(settings))
+    Store(tmp_path, other).read(PROMPTS[:2])
+
+
+def test_a_sharer_that_computes_in_another_type(sharer: LM, tmp_path: Path) -> None:
+    Store(tmp_path, sharer, "bfloat16").fill(sharer, PROMPTS[:2])
+    before = contents(tmp_path)
+    half = lm_of("qwen3", dtype=torch.bfloat16)
+    store = Store(tmp_path, half)  # which reads, and has nothing to add
+    store.fill(half, PROMPTS[:2])
+    with pytest.raises(C2CError, match=r"computed in float32, .* now computes in bfloat16; go on with --dtype float32"):
+        store.fill(half, PROMPTS)
     assert contents(tmp_path) == before
 
 
