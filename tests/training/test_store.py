@@ -60,9 +60,8 @@ def test_bfloat16_is_exact_to_rounding(sharer: LM, tmp_path: Path) -> None:
             kv = opened.read([ids])
             exact = prefill(sharer, *pad_left([ids], 0, "cpu"))
             for got, expected in ((kv.keys, exact.keys), (kv.values, exact.values)):
-                assert got.dtype == torch.float32
-                assert torch.equal(got, expected.to(torch.bfloat16).float())
-            torch.testing.assert_close(kv.keys, truth(sharer, ids).keys, atol=1e-2, rtol=1e-2)
+                assert torch.equal(got, expected.to(torch.bfloat16))
+            torch.testing.assert_close(kv.keys.float(), truth(sharer, ids).keys, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
@@ -79,7 +78,7 @@ def test_a_batch_is_padded_on_the_left_and_cut_on_the_right(sharer: LM, tmp_path
         for got, expected in ((kv.keys, whole.keys), (kv.values, whole.values)):
             assert not got[:, row, :, : longest - length].any()
             torch.testing.assert_close(
-                got[:, row, :, longest - length :], expected[:, 0, :, :length], atol=2e-2, rtol=1e-2
+                got[:, row, :, longest - length :].float(), expected[:, 0, :, :length], atol=2e-2, rtol=1e-2
             )
 
 
@@ -274,8 +273,9 @@ def test_a_file_that_cannot_grow(sharer: LM, tmp_path: Path) -> None:
 
 # ---- several processes ----------------------------------------------------------------------------------------------
 
-# Runs `sys.argv[3]` processes on one store, which are killed after as many seconds as drawn and started again, until
-# every process has ended by itself. Prints the keys of all prompts that were computed and the number of kills.
+# Per run: that many processes on one store, killed after as many seconds as drawn and started again, until all have
+# ended by themselves. All runs in one process that forks, so that torch is imported once. Prints, per run, the exit
+# codes and the keys of all prompts that were computed.
 MANY = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -283,24 +283,21 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from cache2cache.training import store as module
 from training.runs import lm_of
-from training.test_store import CROWD
+from training.test_store import CROWD, RUNS
 
 torch.set_num_threads(1)
-folder, count, kills, seed = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 module.PROMPTS_PER_SHARD = 4
 sharer = lm_of("qwen3")
-log = os.open(folder.parent / "computed", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 compute = module.prefill
 
-def prefill(lm, ids, mask):
-    time.sleep(0.01)
-    for row, real in zip(ids, mask):
-        os.write(log, (module.key_of(row[real.bool()].tolist()) + "\\n").encode())
-    return compute(lm, ids, mask)
+def start(folder, log):
+    def prefill(lm, ids, mask):
+        time.sleep(0.01)
+        for row, real in zip(ids, mask):
+            os.write(log, (module.key_of(row[real.bool()].tolist()) + "\\n").encode())
+        return compute(lm, ids, mask)
 
-module.prefill = prefill
-
-def start():
+    module.prefill = prefill
     if pid := os.fork():
         return pid
     try:
@@ -310,56 +307,58 @@ def start():
         print(repr(error), file=sys.stderr, flush=True)
         os._exit(1)
 
-draw = random.Random(seed)
-running = [start() for _ in range(count)]
-for _ in range(kills):
-    time.sleep(draw.uniform(0, 0.12))
-    pid = running.pop(draw.randrange(count))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    running.append(start())
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
-print(json.dumps({"codes": codes, "computed": (folder.parent / "computed").read_text().split()}))
+results = {}
+for name, (count, kills) in RUNS.items():
+    file = Path(sys.argv[2]) / (name + ".log")
+    arguments = Path(sys.argv[2]) / name, os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    draw = random.Random(name)
+    running = [start(*arguments) for _ in range(count)]
+    for _ in range(kills):
+        time.sleep(draw.uniform(0, 0.1))
+        pid = running.pop(draw.randrange(count))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        running.append(start(*arguments))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in running]
+    results[name] = {"codes": codes, "computed": file.read_text().split()}
+print(json.dumps(results))
 """
+RUNS = {"alone": (1, 0), "three": (3, 0), "killed": (3, 15), "killed again": (2, 15)}  # processes, kills
 CROWD = [[1 + (11 * n + 3 * i) % 250 for i in range(3 + n * 5 % 13)] for n in range(90)]
 
 
-def many(folder: Path, count: int, kills: int = 0, seed: int = 0) -> list[str]:
-    folder.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-c", MANY, str(Path(__file__).parents[1]), str(folder)]
-    done = subprocess.run(
-        [*command, *map(str, (count, kills, seed))], capture_output=True, text=True, timeout=120, check=True
-    )
-    result = json.loads(done.stdout)
-    assert result["codes"] == [0] * count, done.stderr
-    computed: list[str] = result["computed"]
-    return computed
+Runs = tuple[Path, dict[str, list[str]]]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one process writes that nothing stops."""
-    folder = tmp_path_factory.mktemp("alone") / "store"
-    assert len(many(folder, 1)) == len(CROWD)
-    return contents(folder)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder of the stores that the runs left, and what each of them computed."""
+    folder = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-c", MANY, str(Path(__file__).parents[1]), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    for result in results.values():
+        assert set(result["codes"]) == {0}, done.stderr
+    return folder, {name: result["computed"] for name, result in results.items()}
 
 
-def test_processes_share_the_work(alone: dict[str, bytes], tmp_path: Path) -> None:
+def test_processes_share_the_work(runs: Runs) -> None:
     """Nobody computes what another one has or is computing, and together they write what one would."""
-    computed = many(tmp_path / "store", 3)
-    assert sorted(computed) == sorted(map(key_of, CROWD))  # each once
-    assert contents(tmp_path / "store") == alone
+    folder, computed = runs
+    for name in ("alone", "three"):
+        assert sorted(computed[name]) == sorted(map(key_of, CROWD))  # each once
+    assert contents(folder / "three") == contents(folder / "alone")
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_kills_at_any_moment(alone: dict[str, bytes], sharer: LM, tmp_path: Path, seed: int) -> None:
-    folder = tmp_path / "store"
-    computed = many(folder, 3, kills=15, seed=seed)
-    assert set(computed) == set(map(key_of, CROWD))
-    assert len(computed) <= len(CROWD) + 15 * 4  # a kill costs its shard at most
-    after = contents(folder)
-    assert {name: data for name, data in after.items() if not name.startswith(".")} == alone
-    opened = Store(folder, sharer)
+@pytest.mark.parametrize("name", ["killed", "killed again"])
+def test_kills_at_any_moment(runs: Runs, sharer: LM, name: str) -> None:
+    folder, computed = runs
+    assert set(computed[name]) == set(map(key_of, CROWD))
+    assert len(computed[name]) <= len(CROWD) + 15 * 4  # a kill costs its shard at most
+    after = contents(folder / name)
+    assert {name: data for name, data in after.items() if not name.startswith(".")} == contents(folder / "alone")
+    opened = Store(folder / name, sharer)
     assert not opened.missing(CROWD) and len(opened.index) == len(CROWD)
 
 
@@ -373,7 +372,7 @@ def test_the_last_one_waits_for_what_another_still_computes(sharer: LM, tmp_path
         assert os.read(ready[0], 1) == b"x"  # it holds its shard
         store, told = Store(tmp_path, sharer, "bfloat16"), []
         threading.Timer(0.3, lambda: os.write(go[1], b"x")).start()
-        store.fill(sharer, PROMPTS, progress=told.append)
+        store.fill(sharer, PROMPTS, batch_tokens=1, progress=told.append)
         assert told == [sum(map(len, PROMPTS))] and not store.missing(PROMPTS)
         assert other.wait(60) == 0
     finally:
@@ -444,7 +443,8 @@ def test_many_prompts_make_several_shards(sharer: LM, tmp_path: Path) -> None:
     store = Store(tmp_path, sharer, "bfloat16")
     store.fill(sharer, prompts + prompts[:3] + [[]])  # each once; an empty one has nothing to keep
     assert len(list(tmp_path.glob("shard-*"))) == 2 and len(store.index) == len(prompts)
-    torch.testing.assert_close(store.read([prompts[66]]).keys, truth(sharer, prompts[66]).keys, atol=1e-2, rtol=1e-2)
+    kv = store.read([prompts[66]], dtype=torch.float32)
+    torch.testing.assert_close(kv.keys, truth(sharer, prompts[66]).keys, atol=1e-2, rtol=1e-2)
 
 
 def test_keys_tell_prompts_apart() -> None:

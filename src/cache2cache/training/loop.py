@@ -24,7 +24,7 @@ from ..fuser import C2CFuser, checkpoint
 from ..kv import CACHE, KV, pad_left, positions_of, prefill, prefill_prompts
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples
-from .store import Store
+from .store import Asked, Store
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,18 @@ def sharer_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None)
     """The sharer's caches of prompts up to their last mapped token, from a store or computed."""
     sharer = pair.sharers[0]
     if store is not None:
-        return store.read([p.sharers[0] for p in prompts], lengths=sharer_lengths(prompts, 0)).to(sharer.device)
+        return store.read(*from_store(pair, prompts)).to(sharer.device)
     rows = [p.sharers[0][:n] for p, n in zip(prompts, sharer_lengths(prompts, 0), strict=True)]
     ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
     return prefill(sharer, ids, mask)
+
+
+def from_store(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
+    """What training reads from the store: the layers that the fuser reads, up to the last mapped token."""
+    layers = pair.fusers[0].sharer_layers
+    assert isinstance(layers, Tensor)
+    reads = int(layers.min()), int(layers.max()) + 1
+    return Asked([p.sharers[0] for p in prompts], sharer_lengths(prompts, 0), layers=reads)
 
 
 @torch.no_grad()

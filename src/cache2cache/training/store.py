@@ -23,10 +23,12 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,7 +50,18 @@ FORMAT_VERSION = 1
 PROMPTS_PER_SHARD = 64  # at most,
 TOKENS_PER_SHARD = 16384  # or fewer long ones: a shard is in memory while it is made
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AHEAD = 2
 Precision = Literal["bfloat16", "int8"]
+T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """The arguments of `Store.read`."""
+
+    rows: Sequence[Sequence[int]]
+    lengths: Sequence[int] | None = None
+    dtype: torch.dtype | None = None
+    layers: tuple[int, int] | None = None
 
 
 def key_of(ids: Sequence[int]) -> str:
@@ -71,6 +84,7 @@ class Store:
         self.index: dict[str, tuple[Path, int, int, int]] = {}
         self._seen: set[Path] = set()
         self._open: dict[Path, Any] = {}
+        self._coming: tuple[Asked, Future[KV]] | None = None
         self._look()
 
     def _settings(self, sharer: LM, precision: Precision | None) -> dict[str, Any]:
@@ -135,25 +149,41 @@ class Store:
         return key_of(ids) in self.index
 
     def read(
-        self, rows: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> KV:
         """The caches of prompts, padded on the left: (L, B, H, T, D).
 
         Args:
             rows: token ids of each prompt.
             lengths: read only that many tokens of each, from its start; None: all.
-            dtype: of the result.
+            dtype: of the result; None: bfloat16 as it is kept, float32 from int8.
+            layers: read only those from the first to before the second, the others are zero; None: all.
 
         Raises:
             C2CError: a prompt that is not in the store.
         """
+        asked = Asked(rows, lengths, dtype, layers)
+        if self._coming and self._coming[0] == asked:
+            return self._coming[1].result()
+        return self._read(asked)
+
+    def _read(self, asked: Asked) -> KV:
+        rows, lengths, dtype, layers = asked
         shape = self.config["sharer"]
+        int8 = self.config["precision"] == "int8"
         lengths = [len(row) for row in rows] if lengths is None else lengths
         longest = max(lengths, default=0)
-        both = torch.zeros(
-            2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"], dtype=dtype
-        )
+        size = (2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"])
+        both = torch.empty(size, dtype=dtype or (torch.float32 if int8 else torch.bfloat16))
+        low_layer, end_layer = layers or (0, shape["num_layers"])
+        both[:, :low_layer] = both[:, end_layer:] = 0
         for row, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
+            wanted = both[:, low_layer:end_layer, row]  # (2, L', H, T, D)
+            wanted[..., : longest - length, :] = 0
             if not length:
                 continue
             try:
@@ -164,13 +194,42 @@ class Store:
                     "same recipe"
                 ) from None
             shard = self._shard(path)
-            # (tokens, 2, L, H, D) to (2, L, H, tokens, D)
-            piece = shard.get_slice("kv")[start : start + length]
-            if self.config["precision"] == "int8":
-                low, scale = (shard.get_slice(n)[number : number + 1][0] for n in ("low", "scale"))
+            piece = shard.get_slice("kv")[start : start + length][:, :, low_layer:end_layer]  # (tokens, 2, L', H, D)
+            if int8:
+                low, scale = (
+                    shard.get_slice(n)[number : number + 1][0, :, low_layer:end_layer] for n in ("low", "scale")
+                )
                 piece = dequantize(piece, low, scale)
-            both[:, :, row, :, longest - length :] = piece.permute(1, 2, 3, 0, 4)
+            wanted[..., longest - length :, :] = piece.permute(1, 2, 3, 0, 4)
         return KV(both[0], both[1])
+
+    def ahead(self, items: Iterable[T], ask: Callable[[T], Asked]) -> Iterator[T]:
+        """The items, while a thread already reads what the next ones will ask for.
+
+        `read`, called with what `ask` gives for the item at hand, then returns what was read, or raises what reading
+        raised. At most AHEAD items are read before their turn, so memory is that many caches and the one at hand.
+        """
+        waiting: deque[tuple[T, Asked, Future[KV]]] = deque()
+        pool = ThreadPoolExecutor(1, "read-ahead")
+
+        def turns() -> Iterator[T]:
+            item, asked, future = waiting.popleft()
+            self._coming = asked, future
+            del future  # so that the cache is gone when the next item is at hand
+            yield item
+            self._coming = None
+
+        try:
+            for item in items:
+                asked = ask(item)
+                waiting.append((item, asked, pool.submit(self._read, asked)))
+                if len(waiting) > AHEAD:
+                    yield from turns()
+            while waiting:
+                yield from turns()
+        finally:
+            self._coming = None
+            pool.shutdown(cancel_futures=True)
 
     def _shard(self, path: Path) -> Any:
         if path not in self._open:
