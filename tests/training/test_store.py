@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import namedtuple
 from contextlib import nullcontext
 from dataclasses import replace
@@ -26,7 +27,7 @@ from cache2cache.kv import CACHE, KV, pad_left, prefill
 from cache2cache.models import LM
 from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
-from cache2cache.training.store import PROMPTS_PER_SHARD, Store, key_of
+from cache2cache.training.store import PROMPTS_PER_SHARD, Asked, Store, key_of
 from tiny import tiny_tokenizer
 from training.runs import lm_of
 
@@ -94,6 +95,86 @@ def test_int8_is_off_by_half_a_step_of_each_channel(sharer: LM, tmp_path: Path) 
             assert (error <= step / 2 * 1.001 + 1e-5).all()
             worst = max(worst, (error / step.clamp(min=1e-6)).max().item())
     assert worst > 0.4  # and the bound is tight
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_only_some_layers(sharer: LM, tmp_path: Path, precision: Any) -> None:
+    store = Store(tmp_path, sharer, precision)
+    store.fill(sharer, PROMPTS)
+    rows, lengths = PROMPTS[:4], [3, 0, 9, 18]
+    for dtype in (None, torch.float32, torch.bfloat16):
+        whole, part = store.read(rows, lengths, dtype), store.read(rows, lengths, dtype, layers=(1, 3))
+        assert whole.keys.dtype == (dtype or (torch.bfloat16 if precision == "bfloat16" else torch.float32))
+        for got, expected in ((part.keys, whole.keys), (part.values, whole.values)):
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+            assert torch.equal(got[1:3], expected[1:3]) and not got[0].any() and not got[3].any()
+        assert whole.keys.abs().sum((1, 2, 3, 4)).all()
+
+
+# ---- reading ahead --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(sharer: LM, tmp_path: Path) -> Store:
+    store = Store(tmp_path, sharer, "bfloat16")
+    store.fill(sharer, PROMPTS)
+    return store
+
+
+ASKED = [Asked(PROMPTS[n : n + 2], [3, n % 3], layers=(0, 3)) for n in range(8)]
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("read-ahead")]
+
+
+def test_reading_ahead_reads_the_same(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = [filled.read(*asked) for asked in ASKED]
+    started: list[Asked] = []
+    read = filled._read
+    monkeypatch.setattr(filled, "_read", lambda asked: started.append(asked) or read(asked))
+    last: list[Any] = []
+    for n, asked in enumerate(filled.ahead(iter(ASKED), lambda asked: asked)):
+        assert asked is ASKED[n]
+        assert all(before() is None for before in last), "a cache is kept beyond its turn"
+        kv = filled.read(*asked)
+        assert torch.equal(kv.keys, expected[n].keys) and torch.equal(kv.values, expected[n].values)
+        assert len(started) <= n + 3  # this one and two more
+        other = filled.read(PROMPTS[:1])  # as the hold-out, in between
+        started.remove(Asked(PROMPTS[:1]))
+        assert other.length == len(PROMPTS[0])
+        last.append(weakref.ref(kv))
+        del kv
+    assert started == ASKED and n == 7  # each once
+    assert readers() == []
+
+
+def test_what_reading_ahead_raises_is_raised_in_its_turn(filled: Store) -> None:
+    asked = [*ASKED[:3], Asked([[1, 2]]), *ASKED[3:]]
+    done = 0
+    with pytest.raises(C2CError, match="a prompt of 2 tokens is not in the store"):
+        for one in filled.ahead(asked, lambda one: one):
+            filled.read(*one)
+            done += 1
+    assert done == 3
+
+
+def test_a_stop_ends_reading_ahead(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, started = filled._read, []
+
+    def slow(asked: Asked) -> KV:
+        started.append(asked)
+        time.sleep(0.05)
+        return read(asked)
+
+    monkeypatch.setattr(filled, "_read", slow)
+    turns = filled.ahead(ASKED, lambda asked: asked)
+    next(turns)
+    assert readers()
+    turns.close()
+    assert readers() == [] and len(started) < 3  # what had not begun never does
+    assert len(list(filled.ahead([], lambda asked: asked))) == 0
+    assert filled.read(*ASKED[0]).length == 3
 
 
 def test_quantize_keeps_ends_and_constants() -> None:

@@ -146,6 +146,13 @@ def from_store(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
     return Asked([p.sharers[0] for p in prompts], sharer_lengths(prompts, 0), layers=reads)
 
 
+def read_ahead(pair: C2C, store: Store | None, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+    """The batches, with the next ones' caches being read from the store meanwhile."""
+    if store is None:
+        return batches
+    return store.ahead(batches, lambda items: from_store(pair, [item.prompt for item in items]))
+
+
 @torch.no_grad()
 def fused_inputs(
     pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int
@@ -264,7 +271,7 @@ class Trainer:
         interrupted = _Interruptions()
         began = time.perf_counter() - self.seconds
         with interrupted, (self.output / "log.jsonl").open("a") as log:
-            for batch in self._remaining():
+            for batch in read_ahead(self.pair, self.store, self._remaining()):
                 record = self._train_step(batch)
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
@@ -306,8 +313,9 @@ class Trainer:
 
     def _remaining(self) -> Iterator[list[Item]]:
         per_epoch = self.steps // self.config.epochs
-        for epoch in range(self.step // per_epoch, self.config.epochs):
-            done = self.step - epoch * per_epoch
+        begin = self.step  # which goes on while batches are taken ahead of their turn
+        for epoch in range(begin // per_epoch, self.config.epochs):
+            done = max(0, begin - epoch * per_epoch)
             yield from batches(self.data.train, self.config.batch_size, self.config.seed, epoch)[done:]
 
     # ---- what stays on disk -------------------------------------------------------------------------------------
