@@ -1,9 +1,9 @@
 """Sharer prefills on disk: the dearest part of training, done once.
 
 A folder with `store.json` (which sharer, which precision) and shards `shard-*.safetensors`. A shard holds the caches of
-some prompts behind one another as `kv` (tokens, 2, L, H, D), keys and values, and in its metadata the index: per
-prompt the hash of its token ids, first token and length. With int8 there are also `low` and `scale` (prompts, 2, L, H,
-D), float32, for every channel of every prompt: number = low + scale * (code + 128).
+some prompts behind one another as `kv` (tokens, 2, L, H, D), keys and values, and in its metadata the sharer and the
+index: per prompt the hash of its token ids, first token and length. With int8 there are also `low` and `scale`
+(prompts, 2, L, H, D), float32, for every channel of every prompt: number = low + scale * (code + 128).
 
 A shard appears whole or not at all, so a fill that was stopped in any way goes on where it was. Several processes may
 fill one store: which prompts share a shard depends on the prompts alone, and whoever computes a shard holds a lock of
@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -136,11 +137,25 @@ class Store:
     def _read_index(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
-                entries = json.loads(shard.metadata()["index"])
+                kv, about = shard.get_slice("kv"), json.loads(shard.metadata()["index"])
+                if isinstance(about, list):  # of earlier versions
+                    about = {"prompts": about}
+                entries = about["prompts"]
+                written = (
+                    about.get("sharer", self.config["sharer"]["fingerprint"]),
+                    kv.get_shape()[1:],
+                    kv.get_dtype(),
+                )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise C2CError(
                 f"{path} is damaged ({type(error).__name__}); remove it and run c2c precompute again"
             ) from error
+        precise = {"bfloat16": "BF16", "int8": "I8"}[self.config["precision"]]
+        if written != (self.config["sharer"]["fingerprint"], list(self._width), precise):
+            raise C2CError(
+                f"{path} holds caches of another sharer or precision than {self.folder}; every sharer has a store of "
+                "its own: move the file back into its own folder"
+            )
         for number, (key, start, length) in enumerate(entries):
             self.index[key] = (path, number, start, length)
         self._seen.add(path)
@@ -161,7 +176,7 @@ class Store:
             rows: token ids of each prompt.
             lengths: read only that many tokens of each, from its start; None: all.
             dtype: of the result; None: bfloat16 as it is kept, float32 from int8.
-            layers: read only those from the first to before the second, the others are zero; None: all.
+            layers: read only those from the first to before the second, the others hold anything; None: all.
 
         Raises:
             C2CError: a prompt that is not in the store.
@@ -169,18 +184,22 @@ class Store:
         asked = Asked(rows, lengths, dtype, layers)
         if self._coming and self._coming[0] == asked:
             return self._coming[1].result()
-        return self._read(asked)
+        return self._read(asked, self._empty(asked))
 
-    def _read(self, asked: Asked) -> KV:
-        rows, lengths, dtype, layers = asked
-        shape = self.config["sharer"]
+    def _empty(self, asked: Asked) -> Tensor:
+        """(2, L, B, H, T, D), where a read goes."""
+        lengths = map(len, asked.rows) if asked.lengths is None else asked.lengths
+        _, num_layers, heads, dim = self._width
+        dtype = torch.float32 if self.config["precision"] == "int8" else torch.bfloat16
+        size = (2, num_layers, len(asked.rows), heads, max(lengths, default=0), dim)
+        return torch.empty(size, dtype=asked.dtype or dtype)
+
+    def _read(self, asked: Asked, both: Tensor) -> KV:
+        rows, lengths, _, layers = asked
         int8 = self.config["precision"] == "int8"
         lengths = [len(row) for row in rows] if lengths is None else lengths
-        longest = max(lengths, default=0)
-        size = (2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"])
-        both = torch.empty(size, dtype=dtype or (torch.float32 if int8 else torch.bfloat16))
-        low_layer, end_layer = layers or (0, shape["num_layers"])
-        both[:, :low_layer] = both[:, end_layer:] = 0
+        longest = both.shape[4]
+        low_layer, end_layer = layers or (0, both.shape[1])
         for row, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
             wanted = both[:, low_layer:end_layer, row]  # (2, L', H, T, D)
             wanted[..., : longest - length, :] = 0
@@ -222,7 +241,8 @@ class Store:
         try:
             for item in items:
                 asked = ask(item)
-                waiting.append((item, asked, pool.submit(self._read, asked)))
+                # Allocated here: memory that another thread allocates is not kept for the next read (see heap.py).
+                waiting.append((item, asked, pool.submit(self._read, asked, self._empty(asked))))
                 if len(waiting) > AHEAD:
                     yield from turns()
             while waiting:
@@ -239,15 +259,14 @@ class Store:
     # ---- filling ------------------------------------------------------------------------------------------------
 
     @property
-    def bytes_per_token(self) -> int:
+    def _width(self) -> tuple[int, int, int, int]:
+        """(2, L, H, D) of a token."""
         shape = self.config["sharer"]
-        return (
-            2
-            * shape["num_layers"]
-            * shape["num_kv_heads"]
-            * shape["head_dim"]
-            * (2 if self.config["precision"] == "bfloat16" else 1)
-        )
+        return 2, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return math.prod(self._width) * (2 if self.config["precision"] == "bfloat16" else 1)
 
     def missing(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The prompts that have still to be computed, each once, longest first."""
@@ -390,9 +409,7 @@ class Store:
     def _write_shard(
         self, sharer: LM, prompts: list[list[int]], batch_tokens: int, progress: Callable[[int], None]
     ) -> None:
-        shape = self.config["sharer"]
-        width = (2, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"])
-        int8 = self.config["precision"] == "int8"
+        width, int8 = self._width, self.config["precision"] == "int8"
         tensors = {"kv": torch.empty(sum(map(len, prompts)), *width, dtype=torch.int8 if int8 else torch.bfloat16)}
         if int8:
             tensors |= {name: torch.empty(len(prompts), *width) for name in ("low", "scale")}
@@ -418,7 +435,9 @@ class Store:
         path = self.folder / f"shard-{key_of([t for p in prompts for t in p])}.safetensors"
         partial = self.folder / f".{path.name}.{secrets.token_hex(4)}"
         try:
-            _save(tensors, partial, {"index": json.dumps(entries)})
+            # One value: safetensors writes several in any order, and equal shards are to be equal files.
+            about = {"sharer": self.config["sharer"]["fingerprint"], "prompts": entries}
+            _save(tensors, partial, {"index": json.dumps(about)})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
