@@ -367,8 +367,9 @@ class Store:
                 partial.unlink(missing_ok=True)
         self.config = self._settings(sharer, self.config["precision"])  # another process may have been first
         for stale in self.folder.glob(".s*"):  # left by a process that was killed
-            if time.time() - stale.stat().st_mtime > 3600:
-                stale.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another process's, done with by now
+                if time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
 
     def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
         """The prompts that share a shard, longest first; the same in every process and after every stop."""
