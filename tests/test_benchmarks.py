@@ -178,3 +178,10 @@ def test_remote(tiny_pair_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     for numbers in ("float32", "bfloat16", "int8"):
         assert numbers in done.stdout
+
+
+def test_long_prompt(tiny_pair_folder: Path) -> None:
+    model = tiny_pair_folder.parent / "qwen3"
+    done = script("long_prompt.py", "--model", model, "--tokens", 64, "--chunks", 16, 64)
+    assert done.returncode == 0, done.stderr
+    assert "tokens at once" in done.stdout

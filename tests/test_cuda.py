@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from cache2cache.decode import generate
 from cache2cache.fuser import C2CFuser
 from cache2cache.kv import KV, prefill_prompts
 from cache2cache.models import LM
-from cache2cache.training.loop import Item, response_loss
+from cache2cache.training.loop import Item, Objective, Trainer, prepare, response_loss
 from cache2cache.transfer import from_bytes, to_bytes
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
+from training.runs import config_of, write_rows
 
 GPU = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -122,3 +124,29 @@ def test_a_training_step(dtype: torch.dtype) -> None:
         assert parameter.grad is not None and expected.grad is not None
         error = (parameter.grad.cpu() - expected.grad).norm()
         assert error <= 5 * tolerance * expected.grad.norm()  # False for what is no number
+
+
+def test_training_computes_in_bfloat16_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Noise and dropout are drawn on the GPU: a run that goes on draws what it would have drawn."""
+    write_rows(tmp_path / "rows.jsonl")
+    weights = []
+    for name, cuts in (("whole", []), ("cut", [5])):
+        while True:
+            config = config_of(tmp_path, output=tmp_path / name)
+            pair = pair_of("llama", "qwen3", (GPU, GPU), torch.bfloat16, dropout=0.1, normalize=True)
+            trainer = Trainer(pair, config, None, prepare(pair, config))
+            assert isinstance(trainer.objective, Objective) and trainer.objective.in_half
+
+            def cut(record: dict[str, Any], cuts: list[int] = cuts) -> None:
+                if cuts and record["step"] == cuts[0]:
+                    cuts.pop()
+                    raise KeyboardInterrupt
+
+            try:
+                trainer.run(cut)
+                break
+            except KeyboardInterrupt:
+                torch.rand(3, device=GPU)
+        assert all(p.dtype == torch.float32 for p in trainer.fuser.parameters())
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()]).cpu())
+    assert (weights[0] - weights[1]).norm() <= 1e-3 * weights[0].norm()

@@ -221,6 +221,8 @@ def run_line(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "warning:" not in printed.err, f"{place}: {line}\n{printed.err}"
         if "--json" in arguments:
             json.loads(printed.out)
+    elif command in ("torchrun", "accelerate"):  # tests/training/test_loop.py runs several processes
+        run_line(shlex.join(["c2c", *check_launch(command, arguments, place)]), place, capsys)
     elif command == "make":  # sets up an environment and fetches gigabytes; the tests run inside `make test`
         check_make(arguments, place)
     elif command == "pip":  # needs the index; tests/test_quality.py builds the wheel
@@ -242,6 +244,19 @@ def serve_in_background(arguments: list[str], place: str) -> None:
             return
         time.sleep(0.1)
     pytest.fail(f"{place} doesn't listen on its default port")
+
+
+def check_launch(command: str, arguments: list[str], place: str) -> list[str]:
+    """The launcher understands its options and starts `python -m cache2cache`; returns what comes behind that."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+
+    if command == "accelerate":
+        assert arguments.pop(0) == "launch", place
+    parsed = (launch_command_parser() if command == "accelerate" else get_args_parser()).parse_args(arguments)
+    assert parsed.module and parsed.training_script == "cache2cache", f"{place}: {arguments}"
+    behind: list[str] = parsed.training_script_args
+    return behind
 
 
 def check_make(arguments: list[str], place: str) -> None:
@@ -318,6 +333,9 @@ def options_of(command: Any, path: str = "c2c") -> Iterator[tuple[str, set[str]]
         yield from options_of(sub, f"{path} {name}")
 
 
+LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision"}
+
+
 @every_page
 def test_named_options_and_commands_exist(page: Path) -> None:
     commands = dict(options_of(typer.main.get_command(app)))
@@ -337,8 +355,8 @@ def test_named_options_and_commands_exist(page: Path) -> None:
                 assert name != "c2c" or not rest or rest[0].startswith(("-", "…")), f"{page.name}: {span}"
                 known_here = commands[name]
             else:
-                known_here = known
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span):
+                known_here = known | LAUNCHER_OPTIONS
+            for option in re.findall(r"(?<![\w-])--[a-z][a-z_-]*", span):
                 assert option in known_here, f"{page.name}: {option} in `{span}` is no option"
 
 

@@ -142,9 +142,16 @@ class TrainConfig(BaseModel):
     )
     output: Path = Path("runs/fuser")
     epochs: int = Field(1, gt=0)
-    batch_size: int = Field(16, gt=0)
+    batch_size: int = Field(16, gt=0, description="examples a step, over all processes")
+    accumulate: int = Field(1, gt=0, description="parts that a process's share of a batch is computed in, one by one")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="what the fuser computes in, its weights being float32, and the dtype of models that name none. "
+        "auto: bfloat16 on a GPU, float32 on a CPU",
+    )
     learning_rate: float = Field(1e-4, gt=0)
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to zero after that")
     weight_decay: float = Field(0.01, ge=0, description="on matrices only")
     gate_learning_rate: float | None = Field(None, gt=0, description="of the gate logits, where it should differ")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
@@ -157,7 +164,14 @@ class TrainConfig(BaseModel):
     calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")
     holdout: int = Field(64, ge=0, description="examples kept out of training to watch the loss on")
     evaluate_every: int = Field(50, gt=0)
+    patience: int | None = Field(
+        None, gt=0, description="stop after that many evaluations in a row without a lower loss on the hold-out"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="which fuser the run leaves: the last one, or that of the lowest loss on the hold-out"
+    )
     save_every: int = Field(50, gt=0)
+    trackers: list[Literal["tensorboard"]] = Field([], description="who else gets the log, under output")
     seed: int = 42
     weights_on_disk: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -169,4 +183,8 @@ class TrainConfig(BaseModel):
             )
         if self.fuser.fuse_response:
             raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
+        if self.holdout == 0 and (self.patience is not None or self.keep == "best"):
+            raise ValueError("patience and keep: best look at the hold-out, which is empty; set holdout")
         return self

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from cache2cache.cli import main
+from cache2cache.cli.train import status
+from cache2cache.errors import C2CError
 from cache2cache.evaluation.likelihood import read_answers
 from cache2cache.kv import KV
 from cache2cache.pair import C2C
@@ -74,6 +79,45 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
 
 
 # ---- from rows to a table -------------------------------------------------------------------------------------------
+
+
+def test_status() -> None:
+    """Tokens a second and the time left from the last steps, the first of them being where their clock starts."""
+    recent = [
+        {"step": 10 + n, "loss": 2.0 + n, "gates_open": 5, "tokens": 100 * (n + 1), "seconds": 60.0 + 2 * n}
+        for n in range(3)
+    ]
+    console = Console(width=100)
+    for count, expected in ((1, ["10 of 40", "2.000", "5"]), (3, ["12 of 40", "3.000", "5", "125", "0:00:56"])):
+        with console.capture() as printed:
+            console.print(status(recent[:count], 40))
+        row = printed.get().splitlines()[3]
+        assert [cell.strip() for cell in row.strip("│").split("│") if cell.strip()] == expected
+
+
+def test_dry_run_of_training(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(tmp_path)
+    assert c2c("train", recipe, "--live", "--dry-run") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["parameters", "memory", "steps", "time", "disk"]
+    assert re.search(r"memory +\d.* a process: receiver \d.*, sharer \d.*, activations [1-9][\d.]* [kM]B", printed[1])
+    assert printed[2].split()[1] == "12," and "0:00:" in printed[3]
+    assert files(tmp_path) == before
+
+
+def test_precision_is_that_of_models_which_name_none(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def look(self: Trainer, *arguments: Any) -> None:
+        pair = self.pair
+        seen.append((pair.receiver.dtype, pair.sharers[0].dtype, pair.fusers[0].dtype))
+        raise C2CError("seen")
+
+    monkeypatch.setattr(Trainer, "run", look)
+    for settings in ([], ["precision=bfloat16"], ["precision=bfloat16", "receiver.dtype=float32"]):
+        assert c2c("train", recipe, "--live", *(word for setting in settings for word in ("--set", setting))) == 1
+    half, full = torch.bfloat16, torch.float32
+    assert seen == [(full, full, full), (half, half, full), (full, half, full)]
 
 
 def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,15 @@ import json
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate.tracking
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,10 +24,21 @@ from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from cache2cache.training import loop
 from cache2cache.training.data import Example
-from cache2cache.training.loop import Item, Prepared, Trainer, batches, optimizer_for, prepare, rate, response_loss
+from cache2cache.training.loop import (
+    Item,
+    Prepared,
+    Trainer,
+    batches,
+    optimizer_for,
+    parts_of,
+    prepare,
+    rate,
+    response_loss,
+)
 from cache2cache.training.store import Asked, Store
 from tiny import FAMILIES
 from training.runs import CHATS, config_of, items_of, lm_of, pair_of, recipe_of, write_models, write_recipe, write_rows
+from training.several import Cut, measure
 
 SHARER_OF = dict(zip(FAMILIES, [*FAMILIES[1:], FAMILIES[0]], strict=True))
 
@@ -120,6 +135,26 @@ def test_gradients_agree_with_finite_differences(receiver: str, monkeypatch: pyt
         assert (above - below) / 8e-3 == pytest.approx(size, rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])
+def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tmp_path: Path, frozen: torch.dtype) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    settings = {"gate_noise": "none", "dropout": 0.0, "normalize": True}
+    gradients, losses = [], []
+    for precision, dtype in (("auto", torch.float32), ("bfloat16", frozen)):
+        config = config_of(tmp_path, precision=precision, output=tmp_path / precision, epochs=1)
+        pair = pair_of(dtype=dtype, **settings)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        losses.append(trainer.backward(trainer.data.train[:4]).item())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.fuser.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.fuser.parameters()]))
+        trainer.run()
+        assert all(p.dtype == torch.float32 for p in trainer.fuser.parameters())
+        moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
+        assert moments and all(x.dtype == torch.float32 for x in moments)
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.98
+
+
 # ---- the store ------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +231,9 @@ def test_batches() -> None:
 
 
 def test_rate() -> None:
-    """Up in a tenth of the steps, then straight down to zero."""
+    """Up in a tenth of the steps, then straight down to zero, or along half a cosine."""
+    assert [round(rate(step, 20, 0.1, "cosine"), 6) for step in (0, 1, 2, 11, 20)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert rate(5, 18, 0.0, "cosine") == pytest.approx((1 + math.cos(math.pi * 4 / 17)) / 2)
     assert [rate(step, 20, 0.1) for step in (0, 1, 2, 11, 20)] == [0.5, 1.0, 1.0, 0.5, 0.0]
     assert [rate(step, 10, 0.0) for step in (0, 1, 10)] == [1.0, 1.0, 0.0]
     assert [rate(step, 4, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
@@ -472,3 +509,223 @@ def test_several_sharers_are_refused(tmp_path: Path) -> None:
     both = C2C(one.receiver, [one.sharers[0]] * 2, [one.fusers[0]] * 2)  # type: ignore[list-item]
     with pytest.raises(C2CError, match="one sharer at a time, 2 were given"):
         Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
+
+
+def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
+    """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
+    settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
+    whole = runs.trainer(output=tmp_path / "whole", **settings).run()
+    expected, log = load_file(whole / "fuser.safetensors"), log_of(tmp_path / "whole")
+    generator = random.Random(0)
+    for number in range(6):
+        output = tmp_path / f"cut{number}"
+        every, cuts = generator.randint(1, 5), sorted(generator.sample(range(1, 13), 3))
+        settings["save_every"] = every
+
+        def cut(record: dict[str, Any], cuts: list[int] = cuts) -> None:
+            if cuts and record["step"] == cuts[0]:
+                cuts.pop(0)
+                raise Cut
+
+        while not (output / "fuser").exists():
+            torch.manual_seed(number)
+            try:
+                runs.trainer(output=output, **settings).run(cut)
+            except Cut:
+                torch.rand(number)
+        assert same_weights(load_file(output / "fuser" / "fuser.safetensors"), expected), (every, number)
+        assert log_of(output) == log
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> list[float]:
+    """Let the hold-out have these losses, one evaluation after the other."""
+    left = list(losses)
+    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.tensor([6 * left.pop(0), 0.0], dtype=torch.float64))
+    return left
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_patience(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str) -> None:
+    """Two evaluations no better than the third's end the run; an interruption between them doesn't make it longer."""
+    settings = {"evaluate_every": 1, "save_every": 1, "patience": 2, "keep": keep, "weights_on_disk": "float32"}
+    left = scripted(monkeypatch, [3.0, 2.0, 2.5, 1.0, 1.0, 1.5, 0.5])
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+
+    def note(record: dict[str, Any]) -> None:
+        weights[record["step"]] = {k: v.clone() for k, v in trainer.fuser.state_dict().items()}
+        if record["step"] == 5 and trainer is first:
+            left.insert(0, 1.0)  # the fifth step's evaluation will be done again
+            raise Cut
+
+    trainer = first = runs.trainer(**settings)
+    with pytest.raises(Cut):
+        trainer.run(note)
+    trainer = runs.trainer(**settings)
+    folder = trainer.run(note)
+    assert trainer.step == 6 and left == [0.5]
+    saved = json.loads((folder / "config.json").read_text())["training"]
+    kept = 4 if keep == "best" else 6
+    assert (saved["steps"], saved["best_step"], saved["holdout_loss"]) == (6, 4, {4: 1.0, 6: 1.5}[kept])
+    for name, tensor in load_file(folder / "fuser.safetensors").items():
+        assert torch.equal(tensor, weights[kept][name]), name
+    assert [row["best_step"] for row in log_of(tmp_path / "run")] == [1, 2, 2, 4, 4, 4]
+    assert runs.trainer(**settings).run() == folder and left == [0.5]  # and it stays ended
+
+
+def test_patience_needs_a_hold_out(tmp_path: Path) -> None:
+    for settings in ({"patience": 2}, {"keep": "best"}):
+        with pytest.raises(ValueError, match="look at the hold-out, which is empty"):
+            config_of(tmp_path, holdout=0, **settings)
+
+
+# ---- who watches ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_the_log(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run that goes on: it takes back what was written behind the checkpoint."""
+    written: list[Any] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            written.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, global_step: int) -> None:
+            written.append((name, value, global_step))
+
+        def flush(self) -> None: ...
+
+        def close(self) -> None:
+            written.append("closed")
+
+    with monkeypatch.context() as without, pytest.raises(C2CError, match=r"pip install 'cache2cache\[tensorboard\]'"):
+        without.setattr(loop.importlib.util, "find_spec", lambda name: None)
+        runs.trainer(trackers=["tensorboard"])
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(
+        accelerate.tracking, "get_available_trackers", lambda: [accelerate.utils.LoggerType.TENSORBOARD]
+    )
+
+    def cut(record: dict[str, Any]) -> None:
+        if record["step"] == 8:
+            raise Cut
+
+    with pytest.raises(Cut):
+        runs.trainer(trackers=["tensorboard"]).run(cut)
+    assert written[0] == (str(tmp_path / "run" / "tensorboard"), 1)
+    written.clear()
+    runs.trainer(trackers=["tensorboard"]).run()
+    assert written[0] == (str(tmp_path / "run" / "tensorboard"), 7) and written[-1] == "closed"
+    for row in log_of(tmp_path / "run")[6:]:
+        for name in ("loss", "rate", "holdout_loss"):
+            assert name not in row or (name, row[name], row["step"]) in written
+    runs.trainer().run()  # who watches doesn't make another run
+
+
+# ---- several processes, several parts -------------------------------------------------------------------------------
+
+
+def launch(*arguments: str | Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """Run a script or module in several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, case: str) -> None:
+    assert (found - expected).norm() <= 1e-5 * expected.norm(), case
+
+
+def test_parts_of_a_batch() -> None:
+    """Every example once, in parts as equal as can be; neighbours stay together."""
+    prompt = items_of(pair_of())[0].prompt
+    for size in (1, 3, 8, 13):
+        batch = [Item(str(n), prompt, [1]) for n in range(size)]
+        for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2), (3, 4)):
+            parts = [parts_of(batch, accumulate, p, processes) for p in range(processes)]
+            flat = [item for own in parts for part in own for item in part]
+            assert sorted(i.id for i in flat) == sorted(i.id for i in batch)
+            lengths = {len(part) for own in parts for part in own}
+            assert max(lengths) - min(lengths) <= 1 and {len(own) for own in parts} == {accumulate}
+            for part in (part for own in parts for part in own):
+                numbers = [int(item.id) for item in part]
+                assert numbers == list(range(numbers[0], numbers[0] + len(part))) if part else size < 12
+    assert parts_of(batch, 1) == [batch]
+
+
+@pytest.mark.parametrize("loss", ["token", "example", "sum"])
+def test_parts_give_the_gradient_of_the_batch(tmp_path: Path, loss: str) -> None:
+    """Responses of unequal lengths; the whole batch's gradient is autograd's of `response_loss`."""
+    write_rows(tmp_path / "rows.jsonl")
+    pair = pair_of(gate_noise="none", dropout=0.0)
+    data = prepare(pair, config_of(tmp_path))
+    batch = data.train[:8]
+    assert len({len(item.response) for item in batch}) > 2
+    pair.fusers.train()
+    expected, _ = response_loss(pair, batch, None, loss)
+    whole = torch.cat([g.flatten() for g in torch.autograd.grad(expected, list(pair.fusers.parameters()))])
+    for accumulate in (1, 2, 3, 8):
+        trainer = Trainer(pair, config_of(tmp_path, loss=loss, accumulate=accumulate, batch_size=8), None, data)
+        trainer.optimizer.zero_grad()
+        value = trainer.backward(batch)
+        assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+        got = torch.cat([p.grad.flatten() for p in trainer.fuser.parameters() if p.grad is not None])
+        assert_near(got, whole, f"{accumulate} parts")
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Gradients, losses step by step and on the hold-out; batches smaller than the number of parts. With noise: each
+    process draws its own, and all have the same weights, the same every time and after an interruption."""
+    write_rows(tmp_path / "rows.jsonl")
+    script = Path(__file__).with_name("several.py")
+    done = launch(script, tmp_path, "two")
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"two-{n}.pt", weights_only=True) for n in (0, 1))
+    assert first["process"].tolist() == [0, 2] and second["process"].tolist() == [1, 2]
+    assert torch.equal(first["weights"], second["weights"])
+    assert not torch.equal(first["first drawn"], second["first drawn"])
+    for one in (first, second):
+        for again in ("again", "cut"):
+            assert torch.equal(one["noise"], one[f"noise {again}"]), again
+            assert torch.equal(one["weights"], one[f"weights {again}"]), again
+    alone = measure(tmp_path, "one")
+    assert torch.equal(alone["first drawn"], first["first drawn"])
+    for key in alone:
+        if "gradient" in key or "loss of" in key:
+            assert_near(first[key], alone[key], key)
+            assert torch.equal(first[key], second[key]), key
+        elif "losses" in key or "hold-out" in key:
+            torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
+    assert alone["token1 losses"].shape == (4,)
+    pair = pair_of(dropout=0.1)
+    config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1, save_every=2)
+    with pytest.raises(C2CError, match="has 2 processes, 1 were started; start 2 again"):
+        Trainer(pair, config, None, prepare(pair, config)).run()
+
+
+def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> None:
+    """A kill of one ends both and leaves a checkpoint from which both go on; only the first one prints."""
+    sources = {k: v for k, v in recipe_of(models).items() if k in ("receiver", "sharer")}
+    recipe = write_recipe(tmp_path, **sources)
+    killer = tmp_path / "killer.py"
+    killer.write_text(
+        "import os, signal, sys\n"
+        "from cache2cache.cli import main\n"
+        "from cache2cache.training.loop import Trainer\n"
+        "def step(self, batch, original=Trainer._train_step):\n"
+        "    if self.step == 7 and not self.is_main:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(self, batch)\n"
+        "Trainer._train_step = step\n"
+        "main()\n"
+    )
+    broken = launch(killer, "train", recipe, "--output", tmp_path / "cut")
+    assert broken.returncode != 0 and not (tmp_path / "cut" / "fuser").exists()
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 6
+    again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
+    assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
+    assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
+
+
+def test_more_parts_than_examples(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a batch of 4 can't be computed in 5 parts"):
+        config_of(tmp_path, accumulate=5)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cache2cache.training.plan import Plan
 
 
 def train(
@@ -18,6 +26,9 @@ def train(
     live: Annotated[
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take: memory, steps, time, disk; write nothing.")
+    ] = False,
 ) -> None:
     """Train a fuser, or fit one that has a closed form (ridge). Run it again after an interruption: training goes on
     from the last checkpoint.
@@ -25,14 +36,18 @@ def train(
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
     import torch
+    from accelerate import PartialState
     from rich.console import Console
+    from rich.live import Live
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cache2cache import heap
+    from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
     from cache2cache.training.fit import Fitted, fit
     from cache2cache.training.loop import Trainer, prepare
+    from cache2cache.training.plan import plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.store import Store
 
@@ -40,10 +55,14 @@ def train(
     config = read_recipe(recipe, settings or [])
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None} if live else {}))
-    console = Console(stderr=True)
+    # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    console = Console(stderr=True, quiet=not processes.is_main_process)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
-    receiver, sharer = load_lm(config.receiver), load_lm(config.sharer, None, **as_small)
+    as_set = {} if config.precision == "auto" else {"dtype": config.precision}
+    receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
+    sharer = load_lm(config.sharer, None, **(as_small or (as_set if config.sharer.dtype == "auto" else {})))
     torch.manual_seed(config.seed)  # the fuser's first weights
     pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
@@ -54,6 +73,10 @@ def train(
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if isinstance(pair.fusers[0], Fitted):
+        if processes.num_processes > 1:
+            raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
+        if dry_run:
+            raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
         console.print(about)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
@@ -63,16 +86,19 @@ def train(
         print(folder)
         return
     trainer = Trainer(pair, config, store, data)
+    if dry_run:
+        found = plan(trainer)
+        if processes.is_main_process:
+            print_plan(found)
+        processes.destroy_process_group()
+        return
     console.print(f"{about}, {trainer.steps} steps")
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=trainer.steps)
+    recent: deque[dict[str, Any]] = deque(maxlen=20)
+    with Live(console=console, refresh_per_second=4) as live_table:
 
         def show(record: dict[str, Any]) -> None:
-            bar.update(
-                task,
-                completed=record["step"],
-                description=f"loss {record['loss']:.3f}, {record['gates_open']} gates open",
-            )
+            recent.append(record)
+            live_table.update(status(recent, trainer.steps))
             if "holdout_loss" in record:
                 console.print(
                     f"step {record['step']}: hold-out loss {record['holdout_loss']:.4f}, exact "
@@ -80,4 +106,50 @@ def train(
                 )
 
         folder = trainer.run(show)
-    print(folder)
+    if not console.is_terminal:
+        console.print()  # rich ends a live table's last line only on a terminal
+    if trainer.out_of_patience:
+        console.print(f"stopped: no better hold-out loss since step {trainer.best_step}")
+    if processes.is_main_process:
+        print(folder)
+    processes.destroy_process_group()
+
+
+def status(recent: Sequence[Mapping[str, Any]], steps: int) -> Table:
+    """The state of a run after the last of some steps in a row, as one row of a table."""
+    from rich.table import Table
+
+    first, last = recent[0], recent[-1]
+    done, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
+    tokens = sum(record["tokens"] for record in recent) - first["tokens"]
+    known = done > 0 and seconds > 0
+    cells = {
+        "step": f"{last['step']} of {steps}",
+        "loss": f"{sum(record['loss'] for record in recent) / len(recent):.3f}",
+        "gates open": str(last["gates_open"]),
+        "tokens/s": f"{tokens / seconds:,.0f}" if known else "",
+        "left": str(timedelta(seconds=round((steps - last["step"]) * seconds / done))) if known else "",
+    }
+    table = Table(*cells)
+    table.add_row(*cells.values())
+    return table
+
+
+def print_plan(found: Plan) -> None:
+    """What a run will take, in lines."""
+
+    def size(count: int) -> str:
+        unit = next((u for u in ("GB", "MB") if count >= {"GB": 1e9, "MB": 1e6}[u]), "kB")
+        return f"{count / {'GB': 1e9, 'MB': 1e6, 'kB': 1e3}[unit]:.1f} {unit}"
+
+    print(f"parameters  {found.parameters:,} are trained")
+    print(
+        f"memory      {size(found.memory)} a process: receiver {size(found.receiver)}, sharer {size(found.sharer)}, "
+        f"fuser with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} (measured)"
+    )
+    print(f"steps       {found.steps}, about {found.seconds_per_step:.2f} s each")
+    print(f"time        about {timedelta(seconds=round(found.seconds))} with evaluations")
+    print(
+        f"disk        {size(found.checkpoint + found.weights)}: checkpoint {size(found.checkpoint)} (twice that for a "
+        f"moment), fuser {size(found.weights)}; {size(found.free)} are free"
+    )

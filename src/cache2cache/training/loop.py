@@ -1,8 +1,13 @@
-"""Training a fuser: next-token loss on the response, gradients into the fuser alone (paper section 3.3)."""
+"""Training a fuser: next-token loss on the response, gradients into the fuser alone (paper section 3.3).
+
+Several processes (`torchrun`, `accelerate launch`) share every batch, and each process works through its share in
+`accumulate` parts. Gradients are those of the whole batch whatever the number of processes and parts.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -15,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TrainConfig
@@ -79,7 +86,9 @@ def response_ids(tokenizer: Any, example: Example) -> list[int]:
     return ids
 
 
-def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: str = "token") -> tuple[Tensor, Tensor]:
+def response_loss(
+    pair: C2C, items: Sequence[Item], store: Store | None, per: str = "token", half: bool = False
+) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood of the responses on the fused cache, and which examples' tokens were all greedy.
 
     The prompts are prefilled without gradients, the sharer's from the store if there is one; then the receiver reads
@@ -90,6 +99,7 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
         items: the batch.
         store: sharer prefills; None computes them.
         per: how tokens are averaged, see `TrainConfig.loss`.
+        half: the fuser multiplies in bfloat16 (autocast); its weights and their gradients keep their type.
 
     Returns:
         The loss (), and (B,) bool.
@@ -101,7 +111,8 @@ def response_loss(pair: C2C, items: Sequence[Item], store: Store | None, per: st
     lengths = sharer_lengths(prompts, 0)
     known = sharer_prefill(pair, prompts, store)
     where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, lengths)
-    fused = fuser(clean.kv, known, where.to(receiver.device))
+    with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
+        fused = fuser(clean.kv, known, where.to(receiver.device))
 
     longest = max(len(item.response) for item in items)
     target = torch.full((len(items), longest), -100)
@@ -201,6 +212,21 @@ def batches(items: Sequence[Item], batch_size: int, seed: int, epoch: int) -> li
     return made
 
 
+def parts_of(batch: Sequence[Item], accumulate: int, process: int = 0, processes: int = 1) -> list[list[Item]]:
+    """The `accumulate` micro-batches that one process works through, of neighbours in the batch's order.
+
+    Some are empty where a batch has fewer examples than there are parts.
+    """
+    count = accumulate * processes
+    bounds = [len(batch) * i // count for i in range(count + 1)]
+    return [list(batch[bounds[i] : bounds[i + 1]]) for i in range(process, count, processes)]
+
+
+def weight_of(items: Sequence[Item], per: str) -> int:
+    """What the mean that `response_loss` takes of some items counts in the mean over a batch that they are part of."""
+    return sum(len(item.response) for item in items) if per == "token" else len(items)
+
+
 def optimizer_for(fuser: C2CFuser, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices only; gates may have a rate of their own."""
     groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
@@ -216,31 +242,62 @@ def optimizer_for(fuser: C2CFuser, config: TrainConfig) -> torch.optim.AdamW:
     )
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then linear decay to zero, as a factor of the learning rate."""
+def rate(step: int, steps: int, warmup: float, schedule: str = "linear") -> float:
+    """Linear warm-up, then a straight line or half a cosine down to zero, as a factor of the learning rate."""
     rise = max(1, round(warmup * steps))
-    return (step + 1) / rise if step < rise else max(0.0, (steps - step) / max(1, steps - rise))
+    if step < rise:
+        return (step + 1) / rise
+    left = max(0.0, (steps - step) / max(1, steps - rise))
+    return left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
+
+
+class Objective(nn.Module):
+    """`response_loss` as a module whose parameters are the fuser's, which is what DDP wraps.
+
+    Args:
+        pair, store, half: as for `response_loss`.
+    """
+
+    def __init__(self, pair: C2C, store: Store | None, half: bool) -> None:
+        super().__init__()
+        self.fuser = pair.fusers[0]
+        self.pair, self.store, self.in_half = pair, store, half
+
+    def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
+        loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half)
+        if torch.is_grad_enabled() and not loss.requires_grad:  # no position was fused: the gradient is zero
+            loss = loss + 0.0 * sum(p.sum() for p in self.fuser.parameters())
+        return loss, greedy
 
 
 @torch.no_grad()
-def evaluate(pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int) -> dict[str, float]:
-    """Loss per example and share of responses that greedy decoding would write exactly, on the hold-out."""
-    fuser = pair.fusers[0]
-    fuser.eval()
-    loss = exact = 0.0
+def evaluate(objective: nn.Module, items: Sequence[Item], batch_size: int) -> Tensor:
+    """Sums over the items, (2,) float64: the loss per example, and how many responses greedy decoding would write."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    objective.eval()
     for begin in range(0, len(items), batch_size):
         batch = items[begin : begin + batch_size]
-        value, greedy = response_loss(pair, batch, store, per="example")
-        loss += value.item() * len(batch)
-        exact += greedy.sum().item()
-    fuser.train()
-    return {"holdout_loss": loss / len(items), "holdout_exact": exact / len(items)}
+        loss, greedy = objective(batch, "example")
+        sums += torch.tensor([loss.item() * len(batch), greedy.sum().item()], dtype=torch.float64)
+    objective.train()
+    return sums
+
+
+@dataclass
+class Best:
+    """The best evaluation so far: its numbers, its step, the fuser then (where it is to be kept), evaluations since."""
+
+    evaluation: dict[str, float]
+    step: int
+    fuser: dict[str, Tensor] | None
+    since: int = 0
 
 
 class Trainer:
-    """One training run in a folder: resumes from `checkpoint/` there, leaves the fuser in `fuser/`.
+    """One training run in a folder: resumes from `checkpoint.pt` there, leaves the fuser in `fuser/`.
 
     `log.jsonl` has a line per step and per evaluation; `recipe.json` the configuration that a resumed run must share.
+    Every process of a run has a trainer of its own; the first one writes.
     """
 
     def __init__(self, pair: C2C, config: TrainConfig, store: Store | None, data: Prepared) -> None:
@@ -252,13 +309,21 @@ class Trainer:
         assert isinstance(fuser, C2CFuser)
         self.pair, self.config, self.store, self.data, self.fuser = pair, config, store, data, fuser
         self.output = config.output
+        self.device = pair.receiver.device
+        self.accelerator = _accelerator(config)
+        self.is_main = self.accelerator.is_main_process
+        self._check_processes()
         per_epoch = math.ceil(len(data.train) / config.batch_size)
         self.steps = per_epoch * config.epochs
         self.step = 0
         self.seconds = 0.0
         self.last_evaluation: dict[str, float] = {}
+        self.best: Best | None = None
         self.optimizer = optimizer_for(fuser, config)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: rate(s, self.steps, config.warmup))
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda s: rate(s, self.steps, config.warmup, config.schedule)
+        )
+        self.objective: nn.Module = Objective(pair, store, in_half(config, self.device))
 
     def run(self, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> Path:
         """Train to the end, or go on from the last checkpoint. Returns the folder of the fuser.
@@ -270,29 +335,33 @@ class Trainer:
         self._start()
         interrupted = _Interruptions()
         began = time.perf_counter() - self.seconds
-        with interrupted, (self.output / "log.jsonl").open("a") as log:
-            for batch in read_ahead(self.pair, self.store, self._remaining()):
+        # Parts of batches are read as they come.
+        whole = self.config.accumulate == self.accelerator.num_processes == 1
+        with interrupted:
+            for batch in read_ahead(self.pair, self.store if whole else None, self._remaining()):
                 record = self._train_step(batch)
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
-                    self.last_evaluation = evaluate(self.pair, self.data.holdout, self.store, self.config.batch_size)
-                    record |= self.last_evaluation
+                    record |= self._evaluate()
                 record |= {"seconds": round(self.seconds, 2)}
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                self._log(record)
                 on_step(record)
-                if self.step % self.config.save_every == 0 or self.step == self.steps or interrupted.seen:
+                stop = bool(self._sum(torch.tensor(float(interrupted.seen))))  # of any process
+                done = self.step == self.steps or self.out_of_patience
+                if self.step % self.config.save_every == 0 or done or stop:
                     self.save_checkpoint()
-                if interrupted.seen:
+                if stop:
                     raise KeyboardInterrupt
+                if done:
+                    break
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return self.save_fuser()
 
     def _train_step(self, batch: list[Item]) -> dict[str, Any]:
-        self.fuser.train()
         self.fuser.set_progress(self.step)
-        loss, _ = response_loss(self.pair, batch, self.store, self.config.loss)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss = self.backward(batch)
         norm = torch.nn.utils.clip_grad_norm_(self.fuser.parameters(), self.config.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise C2CError(
@@ -309,36 +378,119 @@ class Trainer:
             "gradient": norm.item(),
             "rate": self.scheduler.get_last_lr()[0],
             "gates_open": gates,
+            "tokens": sum(item.length for item in batch),
         }
 
+    def backward(self, batch: list[Item]) -> Tensor:
+        """The loss of a batch, (), with its gradients put into the fuser: part by part, over all processes."""
+        self.fuser.train()
+        processes, whole = self.accelerator.num_processes, weight_of(batch, self.config.loss)
+        parts = parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
+        loss = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts, 1):
+            share = weight_of(part, self.config.loss) / whole
+            alone = number < len(parts)  # DDP sums gradients over the processes behind the last part
+            with self.accelerator.no_sync(self.objective) if alone else contextlib.nullcontext():
+                # A process without a part of its own takes part in the sum with one that counts nothing.
+                value = self.objective(part or batch[:1], self.config.loss)[0] * share
+                (value * processes).backward()  # DDP takes the mean of the processes' gradients
+            loss += value.detach()
+        return self._sum(loss)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Look at the hold-out, each process at its share, and note whether it was never better."""
+        holdout, count = self.data.holdout, self.accelerator.num_processes
+        objective = self.accelerator.unwrap_model(self.objective)
+        sums = evaluate(objective, holdout[self.accelerator.process_index :: count], self.config.batch_size)
+        loss, exact = (self._sum(sums) / len(holdout)).tolist()
+        self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
+        if self.best is None or loss < self.best.evaluation["holdout_loss"]:
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.fuser.state_dict().items()}
+            self.best = Best(self.last_evaluation, self.step, state if self.config.keep == "best" else None)
+        else:
+            self.best.since += 1
+        return {**self.last_evaluation, "best_step": self.best_step}
+
+    @property
+    def best_step(self) -> int | None:
+        """After which step the loss on the hold-out was lowest."""
+        return None if self.best is None else self.best.step
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `patience` evaluations in a row were no better than the best one."""
+        patience = self.config.patience
+        return patience is not None and self.best is not None and self.best.since >= patience
+
     def _remaining(self) -> Iterator[list[Item]]:
+        if self.out_of_patience:
+            return
         per_epoch = self.steps // self.config.epochs
         begin = self.step  # which goes on while batches are taken ahead of their turn
         for epoch in range(begin // per_epoch, self.config.epochs):
             done = max(0, begin - epoch * per_epoch)
             yield from batches(self.data.train, self.config.batch_size, self.config.seed, epoch)[done:]
 
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over the processes."""
+        if self.accelerator.num_processes > 1:
+            tensor = self.accelerator.reduce(tensor.to(self.device), reduction="sum")
+        return tensor
+
+    # ---- several processes --------------------------------------------------------------------------------------
+
+    def _check_processes(self) -> None:
+        processes = self.accelerator.num_processes
+        if processes > 1 and self.accelerator.device.type != self.device.type:
+            raise C2CError(
+                f"{processes} processes train on {self.accelerator.device.type}, the receiver is on "
+                f"{self.device.type}; leave the recipe's device out, or set ACCELERATE_USE_CPU=true to train on CPUs"
+            )
+        if processes * self.config.accumulate > self.config.batch_size:
+            raise C2CError(
+                f"a batch of {self.config.batch_size} can't be shared by {processes} processes in "
+                f"{self.config.accumulate} parts each; raise batch_size, or lower accumulate"
+            )
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.is_main:
+            with (self.output / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+        self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.step)
+
     # ---- what stays on disk -------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if start_run(self.config):
+        with self.accelerator.main_process_first():  # the others find the first one's file
+            known = start_run(self.config)
+        if known:
             self._resume()
+            if self.is_main:
+                self._cut_log()
         if self.step == 0:
-            torch.manual_seed(self.config.seed)
+            # The first process draws as a run of one process does, the others something else.
+            torch.manual_seed(self.config.seed + self.accelerator.process_index)
             if self.fuser.config.normalize:
                 calibrate(self.pair, self.data.train[: self.config.calibration_prompts], self.store)
+        self.objective = self.accelerator.prepare_model(self.accelerator.unwrap_model(self.objective))
+        if self.config.trackers and not self.accelerator.trackers:
+            self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 
     def save_checkpoint(self) -> None:
         """Everything that goes on with the run, put in place whole: a kill leaves the old or the new one."""
+        rng = gather_object([_rng(self.device)])
+        if not self.is_main:
+            return
         state = {
             "fuser": self.fuser.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": rng,
             "step": self.step,
             "seconds": self.seconds,
             "items": [item.id for item in self.data.train],
             "evaluation": self.last_evaluation,
+            "best": None if self.best is None else vars(self.best),
         }
         partial = self.output / ".checkpoint.pt"  # one that a kill left is overwritten
         torch.save(state, partial)
@@ -349,18 +501,23 @@ class Trainer:
         if not path.exists():
             return
         try:
-            state = torch.load(path, weights_only=True)
-            items = state["items"]
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            items, processes = state["items"], len(state["rng"])
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
         if items != [item.id for item in self.data.train]:
             raise C2CError(f"the data of the run in {self.output} has changed; choose another output, or remove it")
+        if processes != self.accelerator.num_processes:
+            raise C2CError(
+                f"the run in {self.output} has {processes} processes, {self.accelerator.num_processes} were started; "
+                f"start {processes} again, each of which goes on with its own noise, or choose another output"
+            )
         self.fuser.load_state_dict(state["fuser"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
+        _set_rng(state["rng"][self.accelerator.process_index], self.device)
         self.step, self.seconds, self.last_evaluation = state["step"], state["seconds"], state["evaluation"]
-        self._cut_log()
+        self.best = None if state["best"] is None else Best(**state["best"])
 
     def _cut_log(self) -> None:
         """Drop the lines of steps that were done after the checkpoint and will be done again."""
@@ -372,14 +529,53 @@ class Trainer:
             os.replace(partial, path)
 
     def save_fuser(self) -> Path:
-        """Write the fuser as it is now, with what it was trained on."""
-        measured = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
-        return write_fuser(self.pair, self.config, self.data, measured)
+        """Write the fuser, as it is now or (`keep: best`) as it was at its best, with what it was trained on."""
+        measured: dict[str, Any] = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
+        if self.best is not None:
+            measured["best_step"] = self.best_step
+            if self.best.fuser is not None:
+                self.fuser.load_state_dict(self.best.fuser)
+                measured |= self.best.evaluation
+        if self.is_main:
+            write_fuser(self.pair, self.config, self.data, measured)
+        self.accelerator.wait_for_everyone()
+        return self.output / "fuser"
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """This process's part of a run; alone unless a launcher started several."""
+    if config.trackers and not all(importlib.util.find_spec(name) for name in config.trackers):
+        raise C2CError(
+            f"trackers: {', '.join(config.trackers)} is not installed; pip install 'cache2cache[tensorboard]'"
+        )
+    return Accelerator(
+        device_placement=False,  # models are where they were loaded
+        mixed_precision="no",  # `precision` decides, not the launcher
+        cpu=not torch.cuda.is_available(),
+        log_with=list(config.trackers) or None,
+        project_dir=config.output,
+    )
+
+
+def in_half(config: TrainConfig, device: torch.device) -> bool:
+    """Whether `precision` means bfloat16 on that device."""
+    return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+
+
+def _rng(device: torch.device) -> list[Tensor]:
+    """The state of the generators that noise and dropout on a device are drawn from."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_rng(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def recipe_of(config: TrainConfig) -> dict[str, Any]:
-    """What makes a run: the recipe without the places of its files."""
-    return config.model_dump(mode="json", exclude={"output", "store", "data_dir"})
+    """What makes a run: the recipe without the places of its files and who watches."""
+    return config.model_dump(mode="json", exclude={"output", "store", "data_dir", "trackers"})
 
 
 def start_run(config: TrainConfig) -> bool:

@@ -1,0 +1,58 @@
+"""Peak memory of one long prompt, by how many tokens go through the model at once.
+
+python benchmarks/long_prompt.py                              # 8,192 tokens on the 0.5B of the catalogue
+python benchmarks/long_prompt.py --tokens 32768 --chunks 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from functools import partial
+
+import measure
+import torch
+from measure import now, peak_rise
+from rich.console import Console
+from rich.table import Table
+
+from cache2cache import heap, load_lm
+from cache2cache.kv import prefill
+
+DEFAULT = inspect.signature(prefill).parameters["chunk_tokens"].default
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1024, DEFAULT])
+    options = parser.parse_args()
+    heap.keep()
+    lm = load_lm(options.model, dtype=options.dtype)
+    console = Console(width=110)
+    console.print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
+    weights = sum(p.nbytes for p in lm.model.parameters())
+    console.print(f"{lm.name}, {options.tokens:,} tokens, weights {weights / 1e9:.2f} GB")
+    torch.manual_seed(0)
+    ids = torch.randint(lm.vocab_size, (1, options.tokens), device=lm.device)
+    table = Table("tokens at once", "peak above the weights, GB", "of which cache", "time over the first row's")
+    sizes: list[int] = []
+
+    def read(chunk: int) -> None:
+        sizes.append(prefill(lm, ids, torch.ones_like(ids), chunk_tokens=chunk).nbytes)
+
+    first = None
+    for chunk in options.chunks:
+        began = now()
+        rise = peak_rise(partial(read, chunk))
+        seconds = now() - began
+        first = first or seconds
+        peak = "unknown here" if rise is None else f"{rise / 1e9:.2f}"
+        table.add_row(f"{chunk:,}", peak, f"{sizes[-1] / 1e9:.2f}", f"{seconds / first:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""What a training run will take, before it is started: memory, time and disk. Nothing is written or updated."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .loop import Item, Trainer, batches, evaluate, parts_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, for one process; times in seconds.
+
+    Attributes:
+        parameters: of the fuser.
+        steps: of the whole run.
+        receiver, sharer: the weights of the frozen models.
+        fuser: weights, gradients and AdamW's two moments.
+        activations: what the largest part of a batch keeps for its backward pass, measured.
+        seconds_per_step, seconds: of a step on average, and of all steps and evaluations.
+        checkpoint, weights: what will be written, the checkpoint and the fuser.
+        free: on the disk of the output folder.
+    """
+
+    parameters: int
+    steps: int
+    receiver: int
+    sharer: int
+    fuser: int
+    activations: int
+    seconds_per_step: float
+    seconds: float
+    checkpoint: int
+    weights: int
+    free: int
+
+    @property
+    def memory(self) -> int:
+        return self.receiver + self.sharer + self.fuser + self.activations
+
+
+def plan(trainer: Trainer) -> Plan:
+    """Measure one part of a batch, forward and backward, and scale it to the run by numbers of tokens."""
+    config, fuser = trainer.config, trainer.fuser
+    accelerator = trainer.accelerator
+    epoch = [
+        part
+        for batch in batches(trainer.data.train, config.batch_size, config.seed, 0)
+        for part in parts_of(batch, config.accumulate, accelerator.process_index, accelerator.num_processes)
+        if part
+    ]
+    largest = max(epoch, key=padded)
+    fuser.train()
+    _measure(trainer, min(epoch, key=padded))  # the first step is slower
+    activations, learning = _measure(trainer, largest)
+    fuser.zero_grad(set_to_none=True)
+    began = time.perf_counter()
+    evaluate(trainer.objective, largest, len(largest))
+    watching = time.perf_counter() - began
+    epoch_seconds = learning * sum(map(padded, epoch)) / padded(largest)
+    steps_per_epoch = trainer.steps // config.epochs
+    mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
+    evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
+    held = [mine[begin : begin + config.batch_size] for begin in range(0, len(mine), config.batch_size)]
+    parameters = sum(p.numel() for p in fuser.parameters())
+    state = 4 * sum(tensor.numel() for tensor in fuser.state_dict().values())
+    output = next(p for p in (config.output, *config.output.absolute().parents) if p.exists())
+    return Plan(
+        parameters=parameters,
+        steps=trainer.steps,
+        receiver=_bytes(trainer.pair.receiver.model),
+        sharer=_bytes(trainer.pair.sharers[0].model),
+        fuser=16 * parameters,
+        activations=activations,
+        seconds_per_step=epoch_seconds / steps_per_epoch,
+        seconds=epoch_seconds * config.epochs + evaluations * watching * sum(map(padded, held)) / padded(largest),
+        checkpoint=state + 8 * parameters + (state if config.keep == "best" else 0),
+        weights=state // 4 * getattr(torch, config.weights_on_disk).itemsize,
+        free=shutil.disk_usage(output).free,
+    )
+
+
+def padded(items: Sequence[Item]) -> int:
+    """How many positions a batch takes: all prompts are as long as the longest one, and so are the responses."""
+    return len(items) * (max(len(i.prompt.receiver) for i in items) + max(len(i.response) for i in items))
+
+
+def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:
+    """Bytes kept for the backward pass, less weights, and seconds of both passes."""
+    models = (trainer.fuser, trainer.pair.receiver.model, trainer.pair.sharers[0].model)
+    weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    began = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = trainer.objective(items, trainer.config.loss)
+    loss.backward()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
+    return sum(size for place, size in kept.items() if place not in weights), time.perf_counter() - began
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -1,0 +1,72 @@
+"""What one process of several does in the tests: gradients and losses of a tiny run, written to a file.
+
+torchrun --nproc_per_node 2 tests/training/several.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache2cache.training.loop import Trainer, batches, prepare
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from training.runs import config_of, pair_of
+
+CASES = [(loss, accumulate) for loss in ("token", "example", "sum") for accumulate in (1, 2)]
+SMALL = 1, 3  # an epoch's last batch can have fewer examples than there are parts
+
+
+class Cut(Exception):
+    """Stands for a kill: nothing is saved behind it."""
+
+
+def cut(record: dict[str, Any]) -> None:
+    if record["step"] == 3:
+        raise Cut
+
+
+def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """Gradients of three batches and the losses of a run without noise; of runs with noise, the weights and
+    what is drawn next."""
+    found: dict[str, Any] = {}
+    for loss, accumulate in CASES:
+        case = f"{loss}{accumulate}"
+        config = config_of(folder, output=folder / name / case, loss=loss, accumulate=accumulate, epochs=1, **changes)
+        pair = pair_of(gate_noise="none", dropout=0.0, normalize=True)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        trainer._start()
+        found["first drawn"] = torch.rand(4)
+        batch = batches(trainer.data.train, 8, 0, 0)[0]
+        for size in (*SMALL, 8):
+            trainer.optimizer.zero_grad()
+            found[f"{case} loss of {size}"] = trainer.backward(batch[:size])
+            gradients = [p.grad.clone() for p in trainer.fuser.parameters() if p.grad is not None]
+            found[f"{case} gradient of {size}"] = torch.cat([g.flatten() for g in gradients])
+        records: list[dict[str, Any]] = []
+        trainer.run(records.append)
+        found[f"{case} losses"] = torch.tensor([row["loss"] for row in records])
+        found[f"{case} hold-out"] = torch.tensor([row["holdout_loss"] for row in records if "holdout_loss" in row])
+    for again in ("", " again", " cut"):
+        config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, save_every=2, **changes)
+        pair = pair_of(dropout=0.1)
+        data = prepare(pair, config)
+        if again == " cut":
+            with suppress(Cut):
+                Trainer(pair_of(dropout=0.1), config, None, data).run(cut)
+        trainer = Trainer(pair, config, None, data)
+        trainer.run()
+        found[f"noise{again}"] = torch.rand(4)
+        found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()])
+    found["process"] = torch.tensor([trainer.accelerator.process_index, trainer.accelerator.num_processes])
+    return found
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    found = measure(folder, sys.argv[2])
+    torch.save(found, folder / f"{sys.argv[2]}-{int(found['process'][0])}.pt")

@@ -1,0 +1,94 @@
+"""What a run is said to take before it starts: against what it does take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cache2cache.config import FuserConfig, ModelIdentity
+from cache2cache.fuser import make_fuser
+from cache2cache.training.loop import Trainer, prepare
+from cache2cache.training.plan import Plan, plan
+from training.runs import config_of, pair_of, write_rows
+
+
+def trainer_of(folder: Path, **changes: Any) -> Trainer:
+    write_rows(folder / "rows.jsonl")
+    config = config_of(folder, **changes)
+    # Wide enough that weights outweigh what a checkpoint holds besides.
+    pair = pair_of(hidden_dim=64, intermediate_dim=64, normalize=True)
+    return Trainer(pair, config, None, prepare(pair, config))
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> Plan:
+    return plan(trainer_of(tmp_path))
+
+
+def test_sizes_and_steps(planned: Plan, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    assert planned.steps == 12
+    assert planned.parameters == sum(p.numel() for p in trainer.fuser.parameters())
+    assert planned.receiver == 4 * sum(p.numel() for p in trainer.pair.receiver.model.parameters()) + sum(
+        b.nbytes for b in trainer.pair.receiver.model.buffers()
+    )
+    folder = trainer.run()
+    assert (tmp_path / "run" / "checkpoint.pt").stat().st_size == pytest.approx(planned.checkpoint, rel=0.05)
+    assert (folder / "fuser.safetensors").stat().st_size == pytest.approx(planned.weights, rel=0.05)
+    best = trainer_of(tmp_path, keep="best", output=tmp_path / "best")
+    expected = plan(best).checkpoint
+    best.run()
+    assert (tmp_path / "best" / "checkpoint.pt").stat().st_size == pytest.approx(expected, rel=0.05)
+
+
+def test_activations_are_those_of_a_part(planned: Plan, tmp_path: Path) -> None:
+    """Half the batch at a time keeps about half; and at least the logits, which are read in float32."""
+    halved = plan(trainer_of(tmp_path, accumulate=2)).activations
+    assert 0.4 * planned.activations < halved < 0.7 * planned.activations
+    assert planned.activations > 4 * 4 * 5 * 400  # four responses of five tokens, 400 words
+
+
+def test_nothing_changes(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.fuser.state_dict().items()}
+    found = plan(trainer)
+    assert not (tmp_path / "run").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.fuser.state_dict().items())
+    assert all(p.grad is None for p in trainer.fuser.parameters())
+    assert trainer.step == 0 and not trainer.optimizer.state
+    assert 0 < found.seconds_per_step < found.seconds < 60
+
+
+# Layers, KV heads, head size and billions of parameters, as their model cards say.
+MODELS = {
+    "Qwen3-0.6B": (28, 8, 128, 0.6),
+    "Qwen2.5-0.5B": (24, 2, 64, 0.49),
+    "Qwen3-1.7B": (28, 8, 128, 1.7),
+    "Qwen3-4B": (36, 8, 128, 4.0),
+    "Qwen3-8B": (36, 8, 128, 8.2),
+    "Qwen3-32B": (64, 8, 128, 32.8),
+}
+
+
+def test_memory_in_the_docs() -> None:
+    """docs/training.md's table is what its formula gives."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    row = r"^\| (\S+) ← (\S+) \| `(\S+)` \| (\d+) M \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$"
+    rows = re.findall(row, page, re.M)
+    assert len(rows) == 6
+    for receiver, sharer, variant, *numbers in rows:
+        pair = [
+            ModelIdentity(name=name, num_layers=layers, num_kv_heads=heads, head_dim=dim)
+            for name in (receiver, sharer)
+            for layers, heads, dim, _ in [MODELS[name]]
+        ]
+        with torch.device("meta"):
+            fuser = make_fuser(FuserConfig(variant=variant, receiver=pair[0], sharer=pair[1]))
+        millions = sum(p.numel() for p in fuser.parameters()) / 1e6
+        models, training = 2 * (MODELS[receiver][3] + MODELS[sharer][3]), 16 * millions / 1000
+        expected = [f"{millions:.0f}", f"{models:.1f}", f"{training:.1f}", f"{models + training:.1f}"]
+        assert numbers == expected, (receiver, sharer, variant)
