@@ -81,6 +81,15 @@ def test_fuser_alone() -> None:
     assert "CHUNK 4" in done.stdout
 
 
+def test_store(tmp_path: Path) -> None:
+    sizes = ["--shape", 3, 2, 8, "--batches", 2, "--rounds", 1]
+    done = script("store.py", "--folder", tmp_path, *sizes)
+    assert done.returncode == 0, done.stderr
+    for word in ("int8", "bfloat16", "on a device", "on this processor"):
+        assert word in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_response(tiny_pair_folder: Path) -> None:
     models = ["--receiver", tiny_pair_folder.parent / "llama", "--sharer", tiny_pair_folder.parent / "qwen3"]
     done = script("response.py", "--fuser", tiny_pair_folder, *models, "--questions", 2, "--new-tokens", 3)

@@ -69,7 +69,8 @@ def quantize(x: Tensor, dim: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize(codes: Tensor, low: Tensor, scale: Tensor, dim: int = 0) -> Tensor:
     """The inverse of `quantize`, off by at most half a step of each channel."""
-    return low.unsqueeze(dim) + scale.unsqueeze(dim) * (codes.float() + 128)
+    out = codes.to(torch.float32, copy=True)  # and then in place: memory is what this waits for
+    return out.add_(128).mul_(scale.unsqueeze(dim)).add_(low.unsqueeze(dim))
 
 
 def pack(kv: KV, counts: Sequence[int]) -> Tensor:

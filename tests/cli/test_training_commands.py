@@ -187,8 +187,11 @@ def test_ctrl_c_during_precompute(
     assert capsys.readouterr().err.rstrip().endswith("interrupted")
     before = files(tmp_path / "store")
     assert len(before) == 3 and not any(name.startswith(".") for name in before)  # ten prompts and store.json
+    calls.clear()
+    assert c2c("precompute", recipe, "--dry-run") == 0  # size and time of what is still to be done
+    assert "22 prompts, 12 of them to be computed: " in capsys.readouterr().err.replace("\n", " ")
     assert c2c("precompute", recipe, "--batch-tokens", 1) == 0
-    assert len(calls) == 13 + 12
+    assert len(calls) == 12
     assert {name: files(tmp_path / "store")[name] for name in before} == before
 
 

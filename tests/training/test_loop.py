@@ -35,7 +35,7 @@ from cache2cache.training.loop import (
     rate,
     response_loss,
 )
-from cache2cache.training.store import Store
+from cache2cache.training.store import Asked, Store
 from tiny import FAMILIES
 from training.runs import CHATS, config_of, items_of, lm_of, pair_of, recipe_of, write_models, write_recipe, write_rows
 from training.several import Cut, measure
@@ -156,6 +156,28 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tmp_path: Path
 
 
 # ---- the store ------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_the_fuser_reads_comes_from_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other layers are not read, and what is in their place doesn't matter."""
+    write_rows(tmp_path / "rows.jsonl")
+    pair = pair_of(layer_map=[(0, 1), (2, 2)])
+    data = prepare(pair, config_of(tmp_path))
+    store = Store(tmp_path / "store", pair.sharers[0], "bfloat16")
+    store.fill(pair.sharers[0], [list(i.prompt.sharers[0]) for i in data.train + data.holdout])
+    read, asked = Store._read, []
+
+    def poisoned(self: Store, what: Asked, out: torch.Tensor) -> KV:
+        asked.append(what.layers)
+        kv = read(self, what, out)
+        for x in (kv.keys, kv.values):
+            x[0] = x[3] = math.nan
+        return kv
+
+    whole = loop.response_loss(pair, data.train[:4], store)[0]
+    monkeypatch.setattr(Store, "_read", poisoned)
+    assert torch.equal(loop.response_loss(pair, data.train[:4], store)[0], whole)
+    assert asked == [(1, 3)]
 
 
 def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

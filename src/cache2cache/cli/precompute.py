@@ -23,7 +23,10 @@ def precompute(
         bool, typer.Option("--dry-run", help="Print prompts, size and time, and write nothing.")
     ] = False,
 ) -> None:
-    """Fill a prefill store. Run it again after an interruption: it goes on where it was."""
+    """Fill a prefill store. Run it again after an interruption: it goes on where it was.
+
+    Several of it, on machines that share the store's folder too, divide the work among themselves.
+    """
     from cache2cache import heap
     from cache2cache.errors import C2CError
     from cache2cache.training.precompute import precompute as run

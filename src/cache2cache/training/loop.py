@@ -32,7 +32,7 @@ from ..fuser import C2CFuser, checkpoint
 from ..kv import CACHE, KV, pad_left, positions_of, prefill, prefill_prompts
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
-from .store import Store
+from .store import Asked, Store
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,25 @@ def sharer_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None)
     """The sharer's caches of prompts up to their last mapped token, from a store or computed."""
     sharer = pair.sharers[0]
     if store is not None:
-        return store.read([p.sharers[0] for p in prompts], lengths=sharer_lengths(prompts, 0)).to(sharer.device)
+        return store.read(*from_store(pair, prompts)).to(sharer.device)
     rows = [p.sharers[0][:n] for p, n in zip(prompts, sharer_lengths(prompts, 0), strict=True)]
     ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
     return prefill(sharer, ids, mask)
+
+
+def from_store(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
+    """What training reads from the store: the layers that the fuser reads, up to the last mapped token."""
+    layers = pair.fusers[0].sharer_layers
+    assert isinstance(layers, Tensor)
+    reads = int(layers.min()), int(layers.max()) + 1
+    return Asked([p.sharers[0] for p in prompts], sharer_lengths(prompts, 0), layers=reads)
+
+
+def read_ahead(pair: C2C, store: Store | None, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+    """The batches, with the next ones' caches being read from the store meanwhile."""
+    if store is None:
+        return batches
+    return store.ahead(batches, lambda items: from_store(pair, [item.prompt for item in items]))
 
 
 @torch.no_grad()
@@ -379,8 +394,10 @@ class Trainer:
         self._start()
         interrupted = _Interruptions()
         began = time.perf_counter() - self.seconds
+        # Parts of batches are read as they come.
+        whole = self.config.accumulate == self.accelerator.num_processes == 1
         with interrupted:
-            for batch in self._remaining():
+            for batch in read_ahead(self.pair, self.store if whole else None, self._remaining()):
                 record = self._train_step(batch)
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
@@ -468,8 +485,9 @@ class Trainer:
         if self.out_of_patience:
             return
         per_epoch = self.steps // self.config.epochs
-        for epoch in range(self.step // per_epoch, self.config.epochs):
-            done = self.step - epoch * per_epoch
+        begin = self.step  # which goes on while batches are taken ahead of their turn
+        for epoch in range(begin // per_epoch, self.config.epochs):
+            done = max(0, begin - epoch * per_epoch)
             yield from batches(self.data.train, self.config.batch_size, self.config.seed, epoch)[done:]
 
     def _sum(self, tensor: Tensor) -> Tensor:

@@ -26,28 +26,31 @@ def precompute(
     assert config.store is not None
     console = Console(stderr=True)
     sharer = load_lm(config.sharer, None, **({} if dtype == "auto" else {"dtype": dtype}))
+    store = Store(config.store, sharer, precision)  # type: ignore[arg-type]
     pair = C2C.from_models(load_lm(config.receiver), sharer, config.fuser)
     data = prepare(pair, config)
     # An example that weights repeat counts once.
     prompts = [list(prompt) for prompt in {i.id: i.prompt.sharers[0] for i in data.train + data.holdout}.values()]
-    width = 2 * sharer.num_layers * sharer.num_kv_heads * sharer.head_dim * (2 if precision == "bfloat16" else 1)
-    tokens = sum(map(len, prompts))
+    todo = store.missing(prompts)
+    tokens = sum(map(len, todo))
     console.print(
-        f"{len(prompts)} prompts, {tokens:,} sharer tokens, about {tokens * width / 1e9:.2f} GB as {precision}; "
+        f"{len(prompts)} prompts, {len(todo)} of them to be computed: {tokens:,} sharer tokens, "
+        f"{store.estimate(prompts) / 1e9:.2f} GB as {precision} of {store.free() / 1e9:.0f} GB free; "
         f"{data.truncation}"
     )
-    speed, error = _probe(sharer, prompts, batch_tokens)
-    console.print(
-        f"about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
-        f"{sharer.dtype}: {error:.4f}"
-    )
+    if todo:
+        if not dry_run:
+            store.check_room(prompts, max_bytes)  # before any work
+        speed, error = _probe(sharer, todo, batch_tokens)
+        console.print(
+            f"about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
+            f"{sharer.dtype}: {error:.4f}"
+        )
     if dry_run:
         return None
-    store = Store(config.store, sharer, precision)  # type: ignore[arg-type]
-    todo = store.missing(prompts)
     columns = (TextColumn("prefilling"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=sum(map(len, todo)))
+        task = bar.add_task("", total=tokens)
         store.fill(
             sharer, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n)
         )
@@ -55,10 +58,12 @@ def precompute(
     return store
 
 
-def _probe(sharer: LM, prompts: list[list[int]], batch_tokens: int) -> tuple[float, float]:
-    """Tokens per second on a few median prompts, and the relative error that int8 would make on them."""
-    middle = sorted(prompts, key=len)[len(prompts) // 2 :][: max(1, batch_tokens // max(1, len(prompts[0])))]
+def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float, float]:
+    """Tokens per second on a few median prompts (of those, longest first), and the relative error of int8 on them."""
+    middle = todo[len(todo) // 2 :]
+    middle = middle[: max(1, batch_tokens // len(middle[0]))]
     ids, mask = pad_left(middle, sharer.pad_token_id, sharer.device)
+    prefill(sharer, ids[:1, -8:], mask[:1, -8:])  # the first call takes longer than those that follow
     began = time.perf_counter()
     kv = prefill(sharer, ids, mask)
     speed = sum(map(len, middle)) / (time.perf_counter() - began)

@@ -1,23 +1,35 @@
 """Sharer prefills on disk: the dearest part of training, done once.
 
 A folder with `store.json` (which sharer, which precision) and shards `shard-*.safetensors`. A shard holds the caches of
-some prompts behind one another as `kv` (tokens, 2, L, H, D), keys and values, and in its metadata the index: per
-prompt the hash of its token ids, first token and length. With int8 there are also `low` and `scale` (prompts, 2, L, H,
-D), float32, for every channel of every prompt: number = low + scale * (code + 128).
+some prompts behind one another as `kv` (tokens, 2, L, H, D), keys and values, and in its metadata the sharer and the
+index: per prompt the hash of its token ids, first token and length. With int8 there are also `low` and `scale`
+(prompts, 2, L, H, D), float32, for every channel of every prompt: number = low + scale * (code + 128).
 
-A shard appears whole or not at all, so a fill that was stopped in any way goes on where it was.
+A shard appears whole or not at all, so a fill that was stopped in any way goes on where it was. Several processes may
+fill one store: which prompts share a shard depends on the prompts alone, and whoever computes a shard holds a lock of
+the system's (one byte of `store.json`, on network file systems too). The system gives it back when its holder ends in
+whatever way, so nothing can be left locked and nothing has to time out; whoever comes next looks for the shard first.
+Where locks do not reach, work may be done twice, but never wrongly.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,9 +42,27 @@ from ..models.load import LM
 from ..packing import dequantize, quantize
 from ..pair import identity
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT_VERSION = 1
-PROMPTS_PER_SHARD = 64
+PROMPTS_PER_SHARD = 64  # at most,
+TOKENS_PER_SHARD = 16384  # or fewer long ones: a shard is in memory while it is made
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+AHEAD = 2
 Precision = Literal["bfloat16", "int8"]
+T = TypeVar("T")
+
+
+class Asked(NamedTuple):
+    """The arguments of `Store.read`."""
+
+    rows: Sequence[Sequence[int]]
+    lengths: Sequence[int] | None = None
+    dtype: torch.dtype | None = None
+    layers: tuple[int, int] | None = None
 
 
 def key_of(ids: Sequence[int]) -> str:
@@ -51,74 +81,128 @@ class Store:
 
     def __init__(self, folder: str | Path, sharer: LM, precision: Precision | None = None) -> None:
         self.folder = Path(folder)
+        self.config = self._settings(sharer, precision)
+        self.index: dict[str, tuple[Path, int, int, int]] = {}
+        self._seen: set[Path] = set()
+        self._open: dict[Path, Any] = {}
+        self._coming: tuple[Asked, Future[KV]] | None = None
+        self._look()
+
+    def _settings(self, sharer: LM, precision: Precision | None) -> dict[str, Any]:
+        """What `store.json` says, or will say of a new store; refused where it is not of this sharer and precision."""
         try:
-            self.config = json.loads((self.folder / "store.json").read_text())
+            config: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
         except (OSError, ValueError) as error:
             if precision is None or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
                 raise C2CError(
-                    f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
+                    f"{self.folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
                 ) from error
-            self.config = {
+            config = {
                 "format_version": FORMAT_VERSION,
                 "sharer": identity(sharer).model_dump(),
                 "precision": precision,
-                "computed_in": str(sharer.dtype).removeprefix("torch."),
+                "computed_in": _name(sharer.dtype),
+                "tokenizer": sharer.tokenizer_fingerprint,
             }
-        if self.config.get("format_version") != FORMAT_VERSION:
+        if config.get("format_version") != FORMAT_VERSION:
             raise C2CError(
-                f"{folder} has store format {self.config.get('format_version')}, this version reads "
+                f"{self.folder} has store format {config.get('format_version')}, this version reads "
                 f"{FORMAT_VERSION}; make it again with c2c precompute"
             )
-        made_for = self.config["sharer"]
+        made_for = config["sharer"]
         if made_for["fingerprint"] != sharer.fingerprint:
             raise C2CError(
-                f"the store {folder} was made with {made_for['name']} (weights {made_for['fingerprint'][:12]}), the "
-                f"sharer is {sharer.name} "
-                f"(weights {sharer.fingerprint[:12]}); make a store for this sharer with c2c precompute"
+                f"the store {self.folder} was made with {made_for['name']} (weights {made_for['fingerprint'][:12]}), "
+                f"the sharer is {sharer.name} (weights {sharer.fingerprint[:12]}); make a store for this sharer, in a "
+                "folder of its own, with c2c precompute"
             )
-        if precision not in (None, self.config["precision"]):
+        # Prompts are found by their token ids: with another tokenizer hardly any would be.
+        before, now = config.get("tokenizer"), sharer.tokenizer_fingerprint
+        if before and now and before != now:
             raise C2CError(
-                f"the store {folder} holds {self.config['precision']}, {precision} was asked for; use another folder"
+                f"the store {self.folder} was made with another tokenizer of {made_for['name']} ({before[:12]}, now "
+                f"{now[:12]}), so its prompts would not be found; load the sharer with that one, or use another folder"
             )
-        self.index: dict[str, tuple[Path, int, int, int]] = {}
-        for path in sorted(self.folder.glob("shard-*.safetensors")):
+        if precision not in (None, config["precision"]):
+            raise C2CError(
+                f"the store {self.folder} holds {config['precision']}, {precision} was asked for; use another folder"
+            )
+        return config
+
+    def _look(self) -> None:
+        """Add the shards that are new in the folder."""
+        for path in sorted(set(self.folder.glob("shard-*.safetensors")) - self._seen):
             self._read_index(path)
-        self._open: dict[Path, Any] = {}
 
     def _read_index(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
-                entries = json.loads(shard.metadata()["index"])
+                kv, about = shard.get_slice("kv"), json.loads(shard.metadata()["index"])
+                if isinstance(about, list):  # of earlier versions
+                    about = {"prompts": about}
+                entries = about["prompts"]
+                written = (
+                    about.get("sharer", self.config["sharer"]["fingerprint"]),
+                    kv.get_shape()[1:],
+                    kv.get_dtype(),
+                )
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise C2CError(
                 f"{path} is damaged ({type(error).__name__}); remove it and run c2c precompute again"
             ) from error
+        precise = {"bfloat16": "BF16", "int8": "I8"}[self.config["precision"]]
+        if written != (self.config["sharer"]["fingerprint"], list(self._width), precise):
+            raise C2CError(
+                f"{path} holds caches of another sharer or precision than {self.folder}; every sharer has a store of "
+                "its own: move the file back into its own folder"
+            )
         for number, (key, start, length) in enumerate(entries):
             self.index[key] = (path, number, start, length)
+        self._seen.add(path)
 
     def __contains__(self, ids: Sequence[int]) -> bool:
         return key_of(ids) in self.index
 
     def read(
-        self, rows: Sequence[Sequence[int]], lengths: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        rows: Sequence[Sequence[int]],
+        lengths: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> KV:
         """The caches of prompts, padded on the left: (L, B, H, T, D).
 
         Args:
             rows: token ids of each prompt.
             lengths: read only that many tokens of each, from its start; None: all.
-            dtype: of the result.
+            dtype: of the result; None: bfloat16 as it is kept, float32 from int8.
+            layers: read only those from the first to before the second, the others hold anything; None: all.
 
         Raises:
             C2CError: a prompt that is not in the store.
         """
-        shape = self.config["sharer"]
+        asked = Asked(rows, lengths, dtype, layers)
+        if self._coming and self._coming[0] == asked:
+            return self._coming[1].result()
+        return self._read(asked, self._empty(asked))
+
+    def _empty(self, asked: Asked) -> Tensor:
+        """(2, L, B, H, T, D), where a read goes."""
+        lengths = map(len, asked.rows) if asked.lengths is None else asked.lengths
+        _, num_layers, heads, dim = self._width
+        dtype = torch.float32 if self.config["precision"] == "int8" else torch.bfloat16
+        size = (2, num_layers, len(asked.rows), heads, max(lengths, default=0), dim)
+        return torch.empty(size, dtype=asked.dtype or dtype)
+
+    def _read(self, asked: Asked, both: Tensor) -> KV:
+        rows, lengths, _, layers = asked
+        int8 = self.config["precision"] == "int8"
         lengths = [len(row) for row in rows] if lengths is None else lengths
-        longest = max(lengths, default=0)
-        both = torch.zeros(
-            2, shape["num_layers"], len(rows), shape["num_kv_heads"], longest, shape["head_dim"], dtype=dtype
-        )
+        longest = both.shape[4]
+        low_layer, end_layer = layers or (0, both.shape[1])
         for row, (ids, length) in enumerate(zip(rows, lengths, strict=True)):
+            wanted = both[:, low_layer:end_layer, row]  # (2, L', H, T, D)
+            wanted[..., : longest - length, :] = 0
             if not length:
                 continue
             try:
@@ -129,13 +213,43 @@ class Store:
                     "same recipe"
                 ) from None
             shard = self._shard(path)
-            # (tokens, 2, L, H, D) to (2, L, H, tokens, D)
-            piece = shard.get_slice("kv")[start : start + length]
-            if self.config["precision"] == "int8":
-                low, scale = (shard.get_slice(n)[number : number + 1][0] for n in ("low", "scale"))
+            piece = shard.get_slice("kv")[start : start + length][:, :, low_layer:end_layer]  # (tokens, 2, L', H, D)
+            if int8:
+                low, scale = (
+                    shard.get_slice(n)[number : number + 1][0, :, low_layer:end_layer] for n in ("low", "scale")
+                )
                 piece = dequantize(piece, low, scale)
-            both[:, :, row, :, longest - length :] = piece.permute(1, 2, 3, 0, 4)
+            wanted[..., longest - length :, :] = piece.permute(1, 2, 3, 0, 4)
         return KV(both[0], both[1])
+
+    def ahead(self, items: Iterable[T], ask: Callable[[T], Asked]) -> Iterator[T]:
+        """The items, while a thread already reads what the next ones will ask for.
+
+        `read`, called with what `ask` gives for the item at hand, then returns what was read, or raises what reading
+        raised. At most AHEAD items are read before their turn, so memory is that many caches and the one at hand.
+        """
+        waiting: deque[tuple[T, Asked, Future[KV]]] = deque()
+        pool = ThreadPoolExecutor(1, "read-ahead")
+
+        def turns() -> Iterator[T]:
+            item, asked, future = waiting.popleft()
+            self._coming = asked, future
+            del future  # so that the cache is gone when the next item is at hand
+            yield item
+            self._coming = None
+
+        try:
+            for item in items:
+                asked = ask(item)
+                # Allocated here: memory that another thread allocates is not kept for the next read (see heap.py).
+                waiting.append((item, asked, pool.submit(self._read, asked, self._empty(asked))))
+                if len(waiting) > AHEAD:
+                    yield from turns()
+            while waiting:
+                yield from turns()
+        finally:
+            self._coming = None
+            pool.shutdown(cancel_futures=True)
 
     def _shard(self, path: Path) -> Any:
         if path not in self._open:
@@ -145,15 +259,14 @@ class Store:
     # ---- filling ------------------------------------------------------------------------------------------------
 
     @property
-    def bytes_per_token(self) -> int:
+    def _width(self) -> tuple[int, int, int, int]:
+        """(2, L, H, D) of a token."""
         shape = self.config["sharer"]
-        return (
-            2
-            * shape["num_layers"]
-            * shape["num_kv_heads"]
-            * shape["head_dim"]
-            * (2 if self.config["precision"] == "bfloat16" else 1)
-        )
+        return 2, shape["num_layers"], shape["num_kv_heads"], shape["head_dim"]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return math.prod(self._width) * (2 if self.config["precision"] == "bfloat16" else 1)
 
     def missing(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """The prompts that have still to be computed, each once, longest first."""
@@ -166,6 +279,24 @@ class Store:
         extra = 8 * self.bytes_per_token * len(todo) if self.config["precision"] == "int8" else 0  # low and scale
         return sum(map(len, todo)) * self.bytes_per_token + extra
 
+    def free(self) -> int:
+        """Bytes free on the disk of the store, which need not exist yet."""
+        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())).free
+
+    def check_room(self, prompts: Sequence[Sequence[int]], max_bytes: int) -> None:
+        """Refuse to fill in these prompts where that would take more than `max_bytes` or more than the disk has."""
+        need, free = self.estimate(prompts), self.free()
+        if need > max_bytes:
+            raise C2CError(
+                f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
+                "prompts, int8, or a higher limit"
+            )
+        if need > free - 10**9:
+            raise C2CError(
+                f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; "
+                "make room or use int8"
+            )
+
     def fill(
         self,
         sharer: LM,
@@ -175,45 +306,115 @@ class Store:
         max_bytes: int = 20 * 10**9,
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        """Compute and write the missing prompts.
+        """Compute and write the missing prompts, all of which are there in the end.
+
+        Other processes may do the same at the same time: each shard is computed by one of them, and the last ones wait
+        for what others still compute, or take it over where these end without it.
 
         Args:
             sharer: the model the store was made for.
             prompts: token ids; those already there are skipped.
             batch_tokens: at most that many tokens go through the model at once.
             max_bytes: refuse to start when more than that would be written.
-            progress: called with the number of tokens of each batch that was computed.
+            progress: called with the number of tokens of each batch that was computed, here or elsewhere.
+
+        Raises:
+            C2CError: too little room, before or while writing; a sharer that computes in another type than before.
         """
-        need = self.estimate(prompts)
-        if need > max_bytes:
+        self.check_room(prompts, max_bytes)
+        with self._room():
+            self._begin(sharer)
+            order = [group for group in self._groups(prompts) if self.missing(group)]
+            if not order:
+                return
+            if self.config["computed_in"] != (here := _name(sharer.dtype)):
+                before = self.config["computed_in"]
+                raise C2CError(
+                    f"the store {self.folder} was computed in {before}, the sharer now computes in {here}; go on with "
+                    f"--dtype {before}, or use another folder"
+                )
+            with (self.folder / "store.json").open("rb+") as lock:
+                for wait in (False, True):
+                    order = [g for g in order if not self._fill_group(lock, wait, sharer, g, batch_tokens, progress)]
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
             raise C2CError(
-                f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
-                "prompts, int8, or a higher limit"
-            )
-        free = shutil.disk_usage(next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())).free
-        if need > free - 10**9:
-            raise C2CError(
-                f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; "
-                "make room or use int8"
-            )
+                f"no room is left to write the store {self.folder} ({error.strerror}); its {len(self.index)} prompts "
+                "are kept: make room and run c2c precompute again, it goes on from there"
+            ) from error
+
+    def _begin(self, sharer: LM) -> None:
+        """The folder and its `store.json`, which the first of several processes writes."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "store.json").exists():
-            partial = self.folder / f".store.json.{os.getpid()}"
-            partial.write_text(json.dumps(self.config, indent=2) + "\n")
-            os.replace(partial, self.folder / "store.json")
-        todo = self.missing(prompts)
-        for stale in self.folder.glob(".shard-*"):  # left by a process that was killed
-            if time.time() - stale.stat().st_mtime > 3600:
-                stale.unlink(missing_ok=True)
-        for begin in range(0, len(todo), PROMPTS_PER_SHARD):
-            self._write_shard(sharer, todo[begin : begin + PROMPTS_PER_SHARD], batch_tokens, progress)
+        path = self.folder / "store.json"
+        if not path.exists():
+            partial = self.folder / f".store.json.{secrets.token_hex(4)}"
+            try:
+                partial.write_text(json.dumps(self.config, indent=2) + "\n")
+                try:
+                    os.link(partial, path)  # unlike a rename it leaves alone what another one has put there
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without links
+                    os.replace(partial, path)
+            finally:
+                partial.unlink(missing_ok=True)
+        self.config = self._settings(sharer, self.config["precision"])  # another process may have been first
+        for stale in self.folder.glob(".s*"):  # left by a process that was killed
+            with suppress(FileNotFoundError):  # another process's, done with by now
+                if time.time() - stale.stat().st_mtime > 3600:
+                    stale.unlink()
+
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """The prompts that share a shard, longest first; the same in every process and after every stop."""
+        unique = {key_of(ids): list(ids) for ids in prompts if len(ids)}
+        order = [ids for _, ids in sorted(unique.items(), key=lambda item: (-len(item[1]), item[0]))]
+        groups: list[list[list[int]]] = []
+        tokens = 0
+        for ids in order:
+            if not groups or len(groups[-1]) == PROMPTS_PER_SHARD or tokens + len(ids) > TOKENS_PER_SHARD:
+                groups.append([])
+                tokens = 0
+            groups[-1].append(ids)
+            tokens += len(ids)
+        return groups
+
+    def _fill_group(
+        self,
+        lock: IO[bytes],
+        wait: bool,
+        sharer: LM,
+        group: list[list[int]],
+        batch_tokens: int,
+        progress: Callable[[int], None],
+    ) -> bool:
+        """Compute what is missing of a group. False: another process is at it."""
+        before = sum(map(len, self.missing(group)))
+        with _locked(lock, key_of([i for ids in group for i in ids]), wait) as got:
+            if not got:
+                return False
+            self._look()
+            todo = self.missing(group)
+            if elsewhere := before - sum(map(len, todo)):
+                progress(elsewhere)
+            if todo:
+                self._write_shard(sharer, todo, batch_tokens, progress)
+        return True
 
     def _write_shard(
         self, sharer: LM, prompts: list[list[int]], batch_tokens: int, progress: Callable[[int], None]
     ) -> None:
-        pieces: list[Tensor] = []
-        kept_as = torch.bfloat16 if self.config["precision"] == "bfloat16" else torch.float32
-        begin = 0
+        width, int8 = self._width, self.config["precision"] == "int8"
+        tensors = {"kv": torch.empty(sum(map(len, prompts)), *width, dtype=torch.int8 if int8 else torch.bfloat16)}
+        if int8:
+            tensors |= {name: torch.empty(len(prompts), *width) for name in ("low", "scale")}
+        entries, start, begin = [], 0, 0
         while begin < len(prompts):
             size = max(1, batch_tokens // len(prompts[begin]))  # the first is the longest
             batch = prompts[begin : begin + size]
@@ -221,29 +422,69 @@ class Store:
             kv = prefill(sharer, ids, mask)
             for row, tokens in enumerate(batch):
                 both = torch.stack([kv.keys[:, row, :, -len(tokens) :], kv.values[:, row, :, -len(tokens) :]])
-                pieces.append(both.permute(3, 0, 1, 2, 4).to("cpu", kept_as))
+                piece = both.permute(3, 0, 1, 2, 4)
+                place = slice(start, start + len(tokens))
+                if int8:
+                    codes = quantize(piece.to("cpu", torch.float32))
+                    tensors["kv"][place], tensors["low"][begin + row], tensors["scale"][begin + row] = codes
+                else:
+                    tensors["kv"][place] = piece
+                entries.append((key_of(tokens), start, len(tokens)))
+                start += len(tokens)
             progress(sum(map(len, batch)))
             begin += size
-        entries, start = [], 0
-        for tokens in prompts:
-            entries.append((key_of(tokens), start, len(tokens)))
-            start += len(tokens)
-        if self.config["precision"] == "int8":
-            coded = [quantize(piece) for piece in pieces]
-            tensors = {
-                "kv": torch.cat([c for c, _, _ in coded]),
-                "low": torch.stack([x for _, x, _ in coded]),
-                "scale": torch.stack([x for _, _, x in coded]),
-            }
-        else:
-            tensors = {"kv": torch.cat(pieces)}
         path = self.folder / f"shard-{key_of([t for p in prompts for t in p])}.safetensors"
-        partial = self.folder / f".{path.name}.{os.getpid()}"
+        partial = self.folder / f".{path.name}.{secrets.token_hex(4)}"
         try:
-            save_file(tensors, partial, metadata={"index": json.dumps(entries)})
+            # One value: safetensors writes several in any order, and equal shards are to be equal files.
+            about = {"sharer": self.config["sharer"]["fingerprint"], "prompts": entries}
+            _save(tensors, partial, {"index": json.dumps(about)})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """`save_file`, with errors of the system as OSError: safetensors names their number in words only."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+@contextmanager
+def _locked(file: IO[bytes], key: str, wait: bool) -> Iterator[bool]:
+    """Hold the lock that goes with a key; yields False, without waiting, where another process holds it.
+
+    It is a lock on one byte far behind the file's end, which needs no byte to be there.
+    """
+    place = int(key[:15], 16)
+    got = True
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            got = False
+        else:
+            warnings.warn(
+                f"{file.name} can't be locked ({error.strerror}); fill this store by one process at a time, several "
+                "would compute the same",
+                stacklevel=2,
+            )
+    try:
+        yield got
+    finally:
+        if got and fcntl is not None:
+            with suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
