@@ -24,7 +24,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -38,14 +37,13 @@ from .kv import KV, Read
 from .models.load import LM
 from .models.owner import Count, Owner
 from .packing import Coded, Numbers, check_format, decode, unpack
+from .web import MAX_ANSWER, MAX_ERROR, connected, headers, shut, words
 
 PROTOCOL = 1
 KEY_VARIABLE = "C2C_SHARER_KEY"
 LAYER, ALIVE, ERROR = b"L", b"A", b"E"
 _HEAD = struct.Struct(">cII")
 _LAYER_HEAD = struct.Struct(">If")
-MAX_ANSWER = 64 << 20  # bytes of a JSON answer: a rendered prompt of a million tokens
-MAX_ERROR = 4096  # bytes of an error's text
 _T = TypeVar("_T")
 
 
@@ -306,8 +304,6 @@ class RemoteSharer(LM):
         )
         return Incoming(self, asked, past, device)
 
-    # HTTP. Standard library: one connection per request, no redirects, no proxies.
-
     def _ask(self, method: str, path: str, content: Any = None) -> bytes:
         """A request with a JSON answer."""
         body = None if content is None else json.dumps(content).encode()
@@ -324,14 +320,11 @@ class RemoteSharer(LM):
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
     ) -> http.client.HTTPResponse:
         """A response with status 200. Raises `_Failed` where it is worth another try, else a C2CError."""
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        connection.request(method, self._path + path, body, headers)
+        connection.request(method, self._path + path, body, headers(self._key))
         response = connection.getresponse()
         if response.status == 200:
             return response
-        said = _words(response.read(MAX_ERROR))
+        said = words(response.read(MAX_ERROR))
         if response.status in (429, 502, 503, 504):
             raise _Failed(f"it said {response.status}: {said}")
         hint = f"; set {KEY_VARIABLE} to its key" if response.status in (401, 403) else ""
@@ -342,7 +335,10 @@ class RemoteSharer(LM):
         ends = time.monotonic() + self.deadline
         for attempt in range(1, self.attempts + 1):
             try:
-                with self._connected(ends) as connection:
+                left = ends - time.monotonic()
+                with connected(
+                    self._host, self._port, secure=self._secure, timeout=self.timeout, seconds=left
+                ) as connection:
                     return once(connection)
             except (_Failed, OSError, ValueError, http.client.HTTPException) as error:
                 failed = error
@@ -355,23 +351,6 @@ class RemoteSharer(LM):
             f"no answer from the sharer at {self.url}, attempt {attempt} of {self.attempts}: {reason}; see that "
             "`c2c sharer serve` runs there and can be reached from here"
         ) from failed
-
-    @contextmanager
-    def _connected(self, ends: float) -> Iterator[http.client.HTTPConnection]:
-        """A connection that ends at that time at the latest."""
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self.timeout)
-        connection.connect()
-        # Each byte may take up to `timeout`, so a server that trickles is stopped from outside. The socket itself,
-        # since http.client forgets it when the server says that it will close.
-        watch = threading.Timer(max(0.0, ends - time.monotonic()), _shut, [connection.sock])
-        watch.daemon = True
-        watch.start()
-        try:
-            yield connection
-        finally:
-            watch.cancel()
-            connection.close()
 
     def _of(self, kind: type[Any], answer: bytes) -> Any:
         try:
@@ -439,7 +418,7 @@ class Incoming:
         """Stop the transfer; nothing happens where it has ended."""
         self._closed = True
         if self._socket is not None:
-            _shut(self._socket)
+            shut(self._socket)
 
     def _run(self) -> None:
         try:
@@ -471,7 +450,7 @@ class Incoming:
             if zlib.crc32(content) != checksum:
                 raise _Failed("a frame was damaged on its way")
             if kind == ERROR:
-                raise C2CError(f"the sharer at {self.sharer.url} could not read the prompt: {_words(bytes(content))}")
+                raise C2CError(f"the sharer at {self.sharer.url} could not read the prompt: {words(bytes(content))}")
             if kind == LAYER:
                 yield content
 
@@ -537,17 +516,3 @@ def _address(url: str) -> tuple[bool, str, int | None, str, str | None]:
     if unknown := options.keys() - {"numbers"}:
         raise C2CError(f"unknown option {sorted(unknown)[0]!r} in {url!r}; expected numbers")
     return parts.scheme == "https", parts.hostname, port, parts.path.rstrip("/"), options.get("numbers")
-
-
-def _shut(sock: socket.socket) -> None:
-    """End a connection that another thread may be reading from."""
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _words(answer: bytes) -> str:
-    """The message of an error answer on one line: {"error": {"message": …}}, else the start of what came."""
-    text = answer.decode("utf-8", "replace")
-    with suppress(ValueError, KeyError, TypeError):
-        text = str(json.loads(text)["error"]["message"])
-    return "".join(c if c.isprintable() else " " for c in text)[:300].strip()

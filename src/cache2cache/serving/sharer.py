@@ -29,7 +29,8 @@ from ..kv import KV, Read, check_fusable, pad_left, positions_from, prefill
 from ..models.load import LM
 from ..models.owner import Owner
 from ..packing import encode, format_of, pack
-from ..remote import ALIVE, ERROR, LAYER, MAX_ERROR, PROTOCOL, AskedCache, Served, frame, layer_content
+from ..remote import ALIVE, ERROR, LAYER, PROTOCOL, AskedCache, Served, frame, layer_content
+from ..web import MAX_ERROR
 
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 ALIVE_SECONDS = 5.0  # between two signs of life while a prompt waits for its turn or is read

@@ -26,7 +26,7 @@ from ..decode import check_room, generate
 from ..errors import C2CError
 from ..kv import prefill_prompts
 from ..models.load import LM
-from ..remote import MAX_ANSWER, MAX_ERROR, _shut, _words
+from ..web import MAX_ANSWER, MAX_ERROR, connected, headers, words
 from .data import Example, Messages
 
 KEY_VARIABLE = "C2C_TEACHER_KEY"
@@ -261,28 +261,15 @@ class Server:
 
     def _once(self, method: str, path: str, body: bytes | None) -> tuple[int, Any, float]:
         """Status, the answer or what a refusal says, and how many seconds to wait before another attempt."""
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=self.timeout)
-        try:
-            connection.connect()
-            # Each byte may take up to `timeout`, so a server that trickles is stopped from outside.
-            watch = threading.Timer(self.deadline, _shut, [connection.sock])
-            watch.daemon = True
-            watch.start()
-            try:
-                headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-                if self._key:
-                    headers["Authorization"] = f"Bearer {self._key}"
-                connection.request(method, self._path.rstrip("/") + path, body, headers)
-                response = connection.getresponse()
-                if response.status != 200:
-                    after = response.getheader("Retry-After", "")
-                    return response.status, _words(response.read(MAX_ERROR)), min(60.0, _seconds(after))
-                content = response.read(MAX_ANSWER + 1)
-            finally:
-                watch.cancel()
-        finally:
-            connection.close()
+        with connected(
+            self._host, self._port, secure=self._secure, timeout=self.timeout, seconds=self.deadline
+        ) as connection:
+            connection.request(method, self._path.rstrip("/") + path, body, headers(self._key))
+            response = connection.getresponse()
+            if response.status != 200:
+                after = response.getheader("Retry-After", "")
+                return response.status, words(response.read(MAX_ERROR)), min(60.0, _seconds(after))
+            content = response.read(MAX_ANSWER + 1)
         if len(content) > MAX_ANSWER:
             raise ValueError(f"more than {MAX_ANSWER} bytes")
         return 200, json.loads(content), 0.0
