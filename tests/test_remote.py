@@ -267,6 +267,7 @@ def test_what_a_served_sharer_is_not_for() -> None:
         remote.model  # noqa: B018
     with pytest.raises(C2CError, match="which only reads prompts for a pair"):
         remote.need_tokenizer()
+    assert repr(remote).startswith("RemoteSharer('http://127.0.0.1:") and remote == remote and remote != pair.receiver
     turned = pair_of("llama", "qwen3", key_space="unrotated")
     with pytest.raises(C2CError, match="unrotated keys"):
         C2C(turned.receiver, [remote], list(turned.fusers))  # type: ignore[arg-type]

@@ -379,9 +379,11 @@ class C2C:
                     continue
                 where, used = where_to_fuse(todo, j, clean.kv.length, cache.length, lengths, members)
                 source = clean.kv if parallel or kv is None else kv
+                # A cache on its way is on the receiver's device already, so this is no copy of what isn't there yet.
+                theirs, where = cache.to(source.keys.device), where.to(source.keys.device)
                 for layers in [None] if incoming is None else incoming.pieces():
                     with torch.no_grad():
-                        kv = fuser(source, cache.to(source.keys.device), where.to(source.keys.device), kv, layers)
+                        kv = fuser(source, theirs, where, kv, layers)
                 passed += used * fuser.sharer_reads * cache.keys[0, 0, :, 0].nbytes
                 if keep and read is not None:
                     for place, row in enumerate(members):

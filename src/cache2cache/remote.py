@@ -193,6 +193,13 @@ class RemoteSharer(LM):
         self.tokenizer = None
         self.name, self.revision = self.served.model.name, self.served.revision
 
+    # The dataclass's own would ask for the model.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return f"RemoteSharer({self.url!r}, name={self.name!r})"
+
     # What a pair asks of a sharer.
 
     @property

@@ -59,9 +59,7 @@ def run(
         assert trained_for is not None  # a saved fuser names its models
         return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
 
-    pair = C2C.from_pretrained(
-        fuser, subfolder=subfolder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer)
-    )
+    pair = C2C.from_pretrained(folder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
     settings: dict[str, Any] = {
         "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
         "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
