@@ -279,7 +279,7 @@ def test_a_killed_fill_goes_on_where_it_was(sharer: LM, tmp_path: Path, monkeypa
     assert [ids for ids in longest_first if ids in store] == longest_first[:6]
     computed: list[int] = []
     monkeypatch.setattr(
-        module, "prefill", lambda lm, ids, mask: computed.append(ids.shape[1]) or prefill(lm, ids, mask)
+        module, "prefill", lambda lm, ids, mask, **more: computed.append(ids.shape[1]) or prefill(lm, ids, mask, **more)
     )
     told: list[int] = []
     store.fill(sharer, PROMPTS, batch_tokens=1, progress=told.append)
@@ -373,11 +373,11 @@ sharer = lm_of("qwen3")
 compute = module.prefill
 
 def start(folder, log):
-    def prefill(lm, ids, mask):
+    def prefill(lm, ids, mask, **more):
         time.sleep(0.01)
         for row, real in zip(ids, mask):
             os.write(log, (module.key_of(row[real.bool()].tolist()) + "\\n").encode())
-        return compute(lm, ids, mask)
+        return compute(lm, ids, mask, **more)
 
     module.prefill = prefill
     if pid := os.fork():
@@ -465,12 +465,12 @@ def test_the_last_one_waits_for_what_another_still_computes(sharer: LM, tmp_path
 
 
 WAITS = """
-def prefill(*arguments, original=module.prefill, seen=[]):
+def prefill(*arguments, original=module.prefill, seen=[], **more):
     if not seen:
         os.write(int(sys.argv[3]), b"x")
         os.read(int(sys.argv[4]), 1)
     seen.append(1)
-    return original(*arguments)
+    return original(*arguments, **more)
 
 module.prefill = prefill
 sharer = lm_of("qwen3")
@@ -632,3 +632,24 @@ def test_a_missing_prompt(sharer: LM, tmp_path: Path) -> None:
     store.fill(sharer, PROMPTS[:2])
     with pytest.raises(C2CError, match=r"a prompt of 13 tokens is not in the store .*; run c2c precompute with"):
         store.read([PROMPTS[0], PROMPTS[2]])
+
+
+def test_what_all_prompts_begin_with_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sharer = lm_of("qwen3")
+    start = list(range(20, 32))
+    prompts = [[*start, *ids] for ids in PROMPTS]
+    read: list[int] = []
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        read.append(named["input_ids"].numel())
+        return original(*arguments, **named)
+
+    original = sharer.decoder.forward
+    monkeypatch.setattr(sharer.decoder, "forward", forward)
+    store = Store(tmp_path / "store", sharer, "bfloat16")
+    store.fill(sharer, prompts, batch_tokens=1)
+    assert sum(read) == len(start) + sum(map(len, PROMPTS))
+    for ids in prompts:
+        kv, exact = store.read([ids]), prefill(sharer, *pad_left([ids], 0, "cpu"))
+        torch.testing.assert_close(kv.keys.float(), exact.keys, rtol=0.01, atol=0.01)
+        torch.testing.assert_close(kv.values.float(), exact.values, rtol=0.01, atol=0.01)

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import C2CError
-from ..kv import KV, pad_left, prefill
+from ..kv import KV, Read, pad_left, prefill
 from ..models.load import LM
 from ..packing import dequantize, quantize
 from ..pair import identity
@@ -414,12 +414,15 @@ class Store:
         tensors = {"kv": torch.empty(sum(map(len, prompts)), *width, dtype=torch.int8 if int8 else torch.bfloat16)}
         if int8:
             tensors |= {name: torch.empty(len(prompts), *width) for name in ("low", "scale")}
+        # What all prompts begin with, the system message mostly, is computed once.
+        common = os.path.commonprefix(prompts) if len(prompts) > 1 else []
+        read = Read(common, prefill(sharer, *pad_left([common], sharer.pad_token_id, sharer.device))) if common else None
         entries, start, begin = [], 0, 0
         while begin < len(prompts):
             size = max(1, batch_tokens // len(prompts[begin]))  # the first is the longest
             batch = prompts[begin : begin + size]
             ids, mask = pad_left(batch, sharer.pad_token_id, sharer.device)
-            kv = prefill(sharer, ids, mask)
+            kv = prefill(sharer, ids, mask, past=[read] * len(batch))
             for row, tokens in enumerate(batch):
                 both = torch.stack([kv.keys[:, row, :, -len(tokens) :], kv.values[:, row, :, -len(tokens) :]])
                 piece = both.permute(3, 0, 1, 2, 4)
