@@ -92,13 +92,24 @@ class FuserConfig(BaseModel):
     anneal_steps: int = Field(1929, gt=0)
     normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
     zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
+    projection_init: Literal["random", "ridge"] = Field(
+        "random",
+        description="ridge: training starts from the linear map that predicts the receiver's cache best, see blend",
+    )
     fuse_response: bool = Field(False, description="trained with the answer's tokens fused too (include_response)")
-    blend: float = Field(1.0, ge=0, le=1, description="ridge: how far the prediction replaces the receiver's cache")
+    blend: float = Field(
+        1.0, ge=0, le=1, description="ridge, also as a start: how far the prediction replaces the receiver's cache"
+    )
 
     @model_validator(mode="after")
     def _relations(self) -> FuserConfig:
         if self.gating and not self.residual:
             raise ValueError("gating without residual has no closed state to fall back to; set gating to false as well")
+        if self.projection_init == "ridge" and (self.variant in ("ridge", "c2c-c") or not self.residual):
+            raise ValueError(
+                f"projection_init: ridge is for projections that read both caches and are added to the receiver's, not "
+                f"for variant {self.variant}{'' if self.residual else ' without residual'}; leave it out"
+            )
         if self.final_temperature > self.initial_temperature:
             raise ValueError(
                 f"final_temperature {self.final_temperature} is above initial_temperature {self.initial_temperature}; "
@@ -154,6 +165,9 @@ class TrainConfig(BaseModel):
     store: Path | None = Field(
         None, description="sharer prefills made by c2c precompute; without it they are computed live"
     )
+    receiver_store: Path | None = Field(
+        None, description="the receiver's prefills, made by c2c precompute too; without it they are computed live"
+    )
     output: Path = Path("runs/fuser")
     epochs: int = Field(1, gt=0)
     batch_size: int = Field(16, gt=0, description="examples a step, over all processes")
@@ -174,6 +188,11 @@ class TrainConfig(BaseModel):
         description="token: mean over all response tokens; example: mean over the means of the responses; sum: mean "
         "over the sums of the responses",
     )
+    distill: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the divergence from the sharer's next-token distributions (models of one vocabulary)",
+    )
     max_tokens: int = Field(2048, gt=1, description="of prompt and response; longer responses are cut")
     min_response_tokens: int = Field(
         1, gt=0, description="an example whose prompt leaves less room for its response is left out"
@@ -181,7 +200,9 @@ class TrainConfig(BaseModel):
     truncate: Literal["none", "oldest"] = Field(
         "none", description="oldest: first drop the oldest turns of a chat that is too long, but for the system message"
     )
-    calibration_prompts: int = Field(64, gt=0, description="prompts for the statistics of a fuser with normalize")
+    calibration_prompts: int = Field(
+        64, gt=0, description="prompts for the statistics of a fuser with normalize, and for a start from ridge"
+    )
     holdout: int = Field(
         64, ge=0, description="examples kept out of training to watch the loss on, by their ids' hashes"
     )

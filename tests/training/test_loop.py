@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache2cache import C2C, C2CError
-from cache2cache.kv import CACHE, KV
+from cache2cache import C2C, C2CError, FuserConfig
+from cache2cache.kv import CACHE, KV, Prefilled
 from cache2cache.models import LM
 from cache2cache.training import loop
 from cache2cache.training.data import Example
@@ -37,7 +38,18 @@ from cache2cache.training.loop import (
 )
 from cache2cache.training.store import Asked, Store
 from tiny import FAMILIES
-from training.runs import CHATS, config_of, items_of, lm_of, pair_of, recipe_of, write_models, write_recipe, write_rows
+from training.runs import (
+    CHATS,
+    FUSER,
+    config_of,
+    items_of,
+    lm_of,
+    pair_of,
+    recipe_of,
+    write_models,
+    write_recipe,
+    write_rows,
+)
 from training.several import Cut, measure
 
 SHARER_OF = dict(zip(FAMILIES, [*FAMILIES[1:], FAMILIES[0]], strict=True))
@@ -208,6 +220,124 @@ def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: p
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)  # the losses do depend on what the sharer says
+
+
+def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    settings = {"normalize": True, "dropout": 0.1}
+    pair = pair_of(**settings)
+    data = prepare(pair, config_of(tmp_path))
+    own = Store(tmp_path / "own", pair.receiver, "bfloat16")
+    own.fill(pair.receiver, [list(i.prompt.receiver) for i in data.train + data.holdout])
+    compute = loop.prefill_prompts
+
+    def losses(name: str, receiver_store: Store | None) -> list[float]:
+        seen: list[float] = []
+        config = config_of(tmp_path, output=tmp_path / name, epochs=2)
+        trainer = Trainer(pair_of(**settings), config, None, data, receiver_store)
+        trainer.run(lambda record: seen.append(record["loss"]))
+        return seen
+
+    def rounded(*arguments: Any) -> Prefilled:
+        clean = compute(*arguments)
+        return replace(clean, kv=clean.kv.to(torch.bfloat16).to(torch.float32))
+
+    def never(*_: Any) -> Prefilled:
+        raise AssertionError("the receiver has nothing to compute")
+
+    monkeypatch.setattr(loop, "prefill_prompts", never)
+    stored = losses("stored", own)
+    monkeypatch.setattr(loop, "prefill_prompts", rounded)
+    assert stored == pytest.approx(losses("live", None), rel=1e-4)
+
+
+# ---- the start and the loss -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["c2c", "bottleneck"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_start_from_ridge_is_the_ridge_fuser(tmp_path: Path, variant: str, normalize: bool) -> None:
+    """With room for every direction, and the weights' factor taken out, the first projection is what ridge predicts."""
+    write_rows(tmp_path / "rows.jsonl")
+    settings = {"gating": False, "weighting": False, "hidden_dim": 64, "dropout": 0.0, "normalize": normalize}
+    pair = pair_of(variant=variant, projection_init="ridge", blend=0.5, **settings)
+    config = config_of(tmp_path, calibration_prompts=12)
+    trainer = Trainer(pair, config, None, prepare(pair, config))
+    trainer._start()
+    prompts = trainer.data.train[:12]
+    pieces = [
+        list(loop.fused_inputs(pair, some, None, 4))
+        for some in ([p for i, p in enumerate(prompts) if i % 5], prompts[::5])
+    ]
+    fuser = pair.fusers[0]
+    for x, y in pieces[1]:
+        change = fuser.change(x, y)
+        again = fuser.change(x, y + change / 0.5)  # what ridge predicts; predicting takes no look at y
+        torch.testing.assert_close(again, torch.zeros_like(again), atol=2e-3, rtol=0)
+        assert change.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("settings", [{"variant": "c2c-c"}, {"variant": "ridge"}, {"residual": False, "gating": False}])
+def test_a_start_from_ridge_needs_a_projection_that_is_added(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="projection_init: ridge is for projections that read both caches"):
+        FuserConfig(projection_init="ridge", **settings)
+
+
+def test_a_start_from_ridge_lowers_the_first_loss_of_a_model_with_itself(tmp_path: Path) -> None:
+    """A sharer that is the receiver predicts its cache, so that the fused cache is the receiver's own."""
+    write_rows(tmp_path / "rows.jsonl")
+    alone = lm_of("llama")
+    fuser = {"projection_init": "ridge", "hidden_dim": 64, "intermediate_dim": 6, "gating": False, "dropout": 0.0}
+    pair = C2C.from_models(alone, alone, FuserConfig(**fuser))
+    config = config_of(tmp_path, calibration_prompts=16)
+    trainer = Trainer(pair, config, None, prepare(pair, config))
+    batch = trainer.data.train[:4]
+    before = trainer.objective(batch, "token")[0].item()
+    trainer._start()
+    closed = C2C.from_models(alone, alone, FuserConfig(gating=True, gate_init=-1.0))
+    closed.fusers.eval()
+    own = response_loss(closed, batch, None)[0].item()
+    assert trainer.objective(batch, "token")[0].item() == pytest.approx(own, abs=1e-3)
+    assert before != pytest.approx(own, abs=1e-2)
+
+
+def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path) -> None:
+    receiver, sharer = lm_of("qwen2"), lm_of("qwen3", 7)
+    torch.manual_seed(0)
+    pair = C2C.from_models(receiver, sharer, FuserConfig(**FUSER))
+    items = items_of(pair)
+    pair.fusers.eval()
+    plain, both = (response_loss(pair, items, None, "sum", distill=d)[0].item() for d in (0.0, 2.0))
+    expected = 0.0
+    for item in items:
+        fused = pair.fuse([item.prompt])
+        alone = loop.prefill_prompts(sharer, [item.prompt.sharers[0]])
+        both_logits = (_logits_behind(pair.receiver, fused, item), _logits_behind(sharer, alone, item))
+        shared = min(logits.shape[-1] for logits in both_logits)  # the larger embedding has rows without a token
+        ours, theirs = (logits[:, :shared].log_softmax(-1) for logits in both_logits)
+        expected += (theirs.exp() * (theirs - ours)).sum().item() / len(items)
+    assert both - plain == pytest.approx(2 * expected, rel=1e-4)
+    store = Store(tmp_path / "store", sharer, "bfloat16")
+    store.fill(sharer, [list(item.prompt.sharers[0]) for item in items])
+    stored = response_loss(pair, items, store, "sum", distill=2.0)[0].item()
+    assert stored == pytest.approx(both, rel=2e-2)
+    objective = loop.Objective(pair, None, False, distill=2.0)
+    assert objective.eval()(items, "sum")[0].item() == pytest.approx(plain, rel=1e-6)  # not when watching the hold-out
+
+
+def _logits_behind(lm: LM, state: Any, item: Item) -> torch.Tensor:
+    """(tokens, vocabulary): what is expected at each response token, from one pass of the stock model."""
+    ids = torch.tensor([[int(state.input_ids[0, -1]), *item.response[:-1]]])
+    with torch.no_grad():
+        return lm.model(input_ids=ids, use_cache=True, **{CACHE: state.kv.to_cache()}).logits[0].float()
+
+
+def test_distillation_needs_one_vocabulary(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    pair = pair_of()
+    config = config_of(tmp_path, distill=1.0)
+    with pytest.raises(C2CError, match=r"distill compares next-token distributions, but [\d,]+ of [\d,]+ tokens"):
+        Trainer(pair, config, None, prepare(pair, config))
 
 
 # ---- order and rates ------------------------------------------------------------------------------------------------

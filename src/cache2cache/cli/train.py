@@ -54,18 +54,19 @@ def train(
     heap.keep()
     config = read_recipe(recipe, settings or [])
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
-    config = config.model_copy(update=changes | ({"store": None} if live else {}))
+    config = config.model_copy(update=changes | ({"store": None, "receiver_store": None} if live else {}))
     # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
     processes = PartialState(cpu=not torch.cuda.is_available())
     console = Console(stderr=True, quiet=not processes.is_main_process)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
-    as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store else {}
+    as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store and not config.distill else {}
     as_set = {} if config.precision == "auto" else {"dtype": config.precision}
     receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
     sharer = load_lm(config.sharer, None, **(as_small or (as_set if config.sharer.dtype == "auto" else {})))
     torch.manual_seed(config.seed)  # the fuser's first weights
     pair = C2C.from_models(receiver, sharer, config.fuser)
     store = Store(config.store, pair.sharers[0]) if config.store else None
+    receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
     data = prepare(pair, config)
     parameters = sum(p.numel() for p in pair.fusers.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
@@ -78,12 +79,12 @@ def train(
         console.print(about)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
-            folder, rows = fit(pair, config, store, data, lambda n: bar.advance(task, n))
+            folder, rows = fit(pair, config, store, data, lambda n: bar.advance(task, n), receiver_store)
         for row in rows:
             console.print(f"{row['kind']} of layer {row['layer']}: R² {row['r2']:.3f}, penalty {row['penalty']:g}")
         print(folder)
         return
-    trainer = Trainer(pair, config, store, data)
+    trainer = Trainer(pair, config, store, data, receiver_store)
     if dry_run:
         found = plan(trainer)
         if processes.is_main_process:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import C2CError
-from .c2c import KINDS, C2CFuser, StackedLinear
+from .c2c import KINDS, C2CFuser, StackedFFN, StackedLinear
 
 # Penalties tried, in units of the mean variance of a sharer channel.
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -150,3 +150,44 @@ def solve(train: Moments, holdout: Moments) -> tuple[Tensor, Tensor, Tensor, Ten
         for old, new in zip(best, found, strict=True):
             old[better] = new[better]
     return best[0], best[1], best[2], best[3]
+
+
+@torch.no_grad()
+def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs) -> None:
+    """Let an untrained fuser's projection start as the best linear map of its hidden size.
+
+    In the units that the fuser computes in, projected = blend * (W x + c - y), with W and c the ridge regression of the
+    receiver's y on the sharer's x. [W; -1] has the receiver's rank; its largest singular directions, as many as the
+    hidden layer holds, go into the first and last layer, and the blocks between them start as identities. Weights and
+    gates are left as they are.
+
+    Args:
+        fuser: with in_sharer, in_receiver, proj_out and residual blocks, as `C2CFuser` and the bottleneck have them.
+        train, holdout: as for `RidgeFuser.fit`.
+    """
+    normal = fuser.config.normalize
+
+    def own_units(pairs: Pairs) -> Pairs:
+        for x, y in pairs:
+            if normal:
+                x = (x - fuser.sharer_mean) / fuser.sharer_std
+                y = (y - fuser.receiver_mean) / fuser.receiver_std
+            yield x, y
+
+    weight, bias, _, _ = solve(Moments.of(own_units(train)), Moments.of(own_units(holdout)))
+    minus = -torch.eye(weight.shape[2], dtype=weight.dtype, device=weight.device).expand(len(weight), -1, -1)
+    left, size, right = torch.linalg.svd(torch.cat([weight, minus], dim=1), full_matrices=False)
+    rank = min(size.shape[1], fuser.config.hidden_dim)
+    root = size[:, :rank].sqrt()
+    entry, out = left[..., :rank] * root[:, None], root[..., None] * right[:, :rank]
+    s = weight.shape[1]
+    assert fuser.in_sharer.bias is not None and fuser.proj_out.bias is not None
+    fuser.in_sharer.weight[..., :rank].copy_(entry[:, :s])
+    fuser.in_receiver.weight[..., :rank].copy_(entry[:, s:])
+    fuser.in_sharer.bias.zero_()
+    fuser.proj_out.weight.zero_()
+    fuser.proj_out.weight[:, :rank].copy_(fuser.config.blend * out)
+    fuser.proj_out.bias.copy_(fuser.config.blend * bias)
+    for block in (fuser.mlp1, *fuser.proj_mlp2):
+        assert isinstance(block, StackedFFN)
+        block.w2.weight.zero_()

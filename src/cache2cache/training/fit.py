@@ -32,6 +32,7 @@ def fit(
     store: Store | None,
     data: Prepared,
     progress: Callable[[int], None] = lambda examples: None,
+    receiver_store: Store | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
     """Fit the pair's fuser on a recipe's examples, each read once.
 
@@ -51,7 +52,7 @@ def fit(
     began = time.perf_counter()
 
     def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin, inputs in enumerate(fused_inputs(pair, items, store, config.batch_size)):
+        for begin, inputs in enumerate(fused_inputs(pair, items, store, config.batch_size, receiver_store)):
             yield inputs
             progress(min(config.batch_size, len(items) - begin * config.batch_size))
 

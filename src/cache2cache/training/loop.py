@@ -29,7 +29,8 @@ from torch.nn import functional as F
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..fuser import C2CFuser, checkpoint
-from ..kv import CACHE, KV, pad_left, positions_of, prefill, prefill_prompts
+from ..fuser.ridge import start_from_ridge
+from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
 from .store import Asked, Store
@@ -146,7 +147,13 @@ def response_ids(tokenizer: Any, example: Example) -> list[int]:
 
 
 def response_loss(
-    pair: C2C, items: Sequence[Item], store: Store | None, per: str = "token", half: bool = False
+    pair: C2C,
+    items: Sequence[Item],
+    store: Store | None,
+    per: str = "token",
+    half: bool = False,
+    receiver_store: Store | None = None,
+    distill: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Mean negative log-likelihood of the responses on the fused cache, and which examples' tokens were all greedy.
 
@@ -159,6 +166,8 @@ def response_loss(
         store: sharer prefills; None computes them.
         per: how tokens are averaged, see `TrainConfig.loss`.
         half: the fuser multiplies in bfloat16 (autocast); its weights and their gradients keep their type.
+        receiver_store: the receiver's prefills; None computes them.
+        distill: weight of the divergence from the sharer's next-token distributions, added to each token's loss.
 
     Returns:
         The loss (), and (B,) bool.
@@ -166,7 +175,7 @@ def response_loss(
     receiver, fuser = pair.receiver, pair.fusers[0]
     assert isinstance(fuser, C2CFuser)
     prompts = [item.prompt for item in items]
-    clean = prefill_prompts(receiver, [p.receiver for p in prompts])
+    clean = receiver_prefill(pair, prompts, receiver_store)
     lengths = sharer_lengths(prompts, 0)
     known = sharer_prefill(pair, prompts, store)
     where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, lengths)
@@ -190,12 +199,65 @@ def response_loss(
     ).logits.float()
     nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none").view_as(target)
     real = target >= 0
+    if distill:
+        theirs = sharer_logits(pair, prompts, target, store).to(logits.device)
+        shared = min(theirs.shape[-1], logits.shape[-1])  # the rest are rows without a token
+        ours, theirs = (x[..., :shared].log_softmax(-1) for x in (logits, theirs))
+        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        nll = nll + distill * divergence.masked_fill(~real, 0.0)
     greedy = ((logits.argmax(-1) == target) | ~real).all(1)
     if per == "token":
         return nll.sum() / real.sum(), greedy
     if per == "sum":
         return nll.sum(1).mean(), greedy
     return (nll.sum(1) / real.sum(1)).mean(), greedy
+
+
+def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> Prefilled:
+    """The receiver's clean caches of prompts but their last token, from a store of its own or computed."""
+    rows = [p.receiver for p in prompts]
+    if store is None:
+        return prefill_prompts(pair.receiver, rows)
+    ids, mask = pad_left(rows, pair.receiver.pad_token_id, pair.receiver.device)
+    kv = store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype)
+    return Prefilled(ids, mask, kv.to(pair.receiver.device))
+
+
+@torch.no_grad()
+def sharer_logits(pair: C2C, prompts: Sequence[PromptIds], target: Tensor, store: Store | None) -> Tensor:
+    """What the sharer expects at each token of the responses (B, R), having read its own prompt and the tokens before:
+    (B, R, vocabulary), float32. Its tokens are the receiver's, see `check_one_vocabulary`."""
+    sharer = pair.sharers[0]
+    rows = [p.sharers[0] for p in prompts]
+    if store is None:
+        known = prefill_prompts(sharer, rows)
+    else:
+        ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
+        kv = store.read(rows, [len(row) - 1 for row in rows], sharer.dtype)
+        known = Prefilled(ids, mask, kv.to(sharer.device))
+    target = target.to(sharer.device)
+    ids = torch.cat([known.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
+    mask = torch.cat([known.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
+    logits: Tensor = sharer.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions_of(mask)[:, -target.shape[1] :],
+        use_cache=True,
+        **{CACHE: known.kv.to_cache()},
+    ).logits
+    return logits.float()
+
+
+def check_one_vocabulary(pair: C2C) -> None:
+    """Refuse to distil between models whose token ids mean different things."""
+    ours, theirs = (lm.need_tokenizer().get_vocab() for lm in (pair.receiver, pair.sharers[0]))
+    if ours != theirs:
+        differ = sum(theirs.get(token) != number for token, number in ours.items())
+        raise C2CError(
+            f"distill compares next-token distributions, but {differ:,} of {len(ours):,} tokens of "
+            f"{pair.receiver.name} are other ids, or none, for {pair.sharers[0].name}; leave distill out, or take a "
+            "pair of one family"
+        )
 
 
 def sharer_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> KV:
@@ -225,7 +287,7 @@ def read_ahead(pair: C2C, store: Store | None, batches: Iterator[list[Item]]) ->
 
 @torch.no_grad()
 def fused_inputs(
-    pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int
+    pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int, receiver_store: Store | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What the fuser reads at the positions that are fused, batch by batch: the sharer's (G, N, S), the receiver's
     (G, N, T)."""
@@ -233,18 +295,24 @@ def fused_inputs(
     assert isinstance(fuser, C2CFuser)
     for begin in range(0, len(items), batch_size):
         prompts = [item.prompt for item in items[begin : begin + batch_size]]
-        clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
+        clean = receiver_prefill(pair, prompts, receiver_store)
         known = sharer_prefill(pair, prompts, store).to(pair.receiver.device)
         where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, sharer_lengths(prompts, 0))
         yield fuser.inputs(clean.kv, known, where.to(pair.receiver.device))
 
 
 @torch.no_grad()
-def calibrate(pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int = 16) -> None:
+def calibrate(
+    pair: C2C,
+    items: Sequence[Item],
+    store: Store | None,
+    batch_size: int = 16,
+    receiver_store: Store | None = None,
+) -> None:
     """Set a normalising fuser's statistics: mean and deviation of each channel over the positions that are fused."""
     fuser = pair.fusers[0]
     sums: dict[str, list[Tensor]] = {"sharer": [], "receiver": []}
-    for inputs in fused_inputs(pair, items, store, batch_size):
+    for inputs in fused_inputs(pair, items, store, batch_size, receiver_store):
         for name, x in zip(("sharer", "receiver"), inputs, strict=True):
             sums[name].append(x.float())
     for name, parts in sums.items():
@@ -314,16 +382,25 @@ class Objective(nn.Module):
     """`response_loss` as a module whose parameters are the fuser's, which is what DDP wraps.
 
     Args:
-        pair, store, half: as for `response_loss`.
+        pair, store, half, receiver_store, distill: as for `response_loss`; the last one counts in training only.
     """
 
-    def __init__(self, pair: C2C, store: Store | None, half: bool) -> None:
+    def __init__(
+        self,
+        pair: C2C,
+        store: Store | None,
+        half: bool,
+        receiver_store: Store | None = None,
+        distill: float = 0.0,
+    ) -> None:
         super().__init__()
         self.fuser = pair.fusers[0]
         self.pair, self.store, self.in_half = pair, store, half
+        self.receiver_store, self.distill = receiver_store, distill
 
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
-        loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half)
+        distill = self.distill if self.training else 0.0
+        loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half, self.receiver_store, distill)
         if torch.is_grad_enabled() and not loss.requires_grad:  # no position was fused: the gradient is zero
             loss = loss + 0.0 * sum(p.sum() for p in self.fuser.parameters())
         return loss, greedy
@@ -359,7 +436,16 @@ class Trainer:
     Every process of a run has a trainer of its own; the first one writes.
     """
 
-    def __init__(self, pair: C2C, config: TrainConfig, store: Store | None, data: Prepared) -> None:
+    def __init__(
+        self,
+        pair: C2C,
+        config: TrainConfig,
+        store: Store | None,
+        data: Prepared,
+        receiver_store: Store | None = None,
+    ) -> None:
+        if config.distill:
+            check_one_vocabulary(pair)
         if len(pair.sharers) != 1:
             raise C2CError(
                 f"training takes one sharer at a time, {len(pair.sharers)} were given; train a fuser for each"
@@ -382,7 +468,8 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda s: rate(s, self.steps, config.warmup, config.schedule)
         )
-        self.objective: nn.Module = Objective(pair, store, in_half(config, self.device))
+        self.receiver_store = receiver_store
+        self.objective: nn.Module = Objective(pair, store, in_half(config, self.device), receiver_store, config.distill)
 
     def run(self, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> Path:
         """Train to the end, or go on from the last checkpoint. Returns the folder of the fuser.
@@ -529,8 +616,15 @@ class Trainer:
         if self.step == 0:
             # The first process draws as a run of one process does, the others something else.
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
+            prompts = self.data.train[: self.config.calibration_prompts]
             if self.fuser.config.normalize:
-                calibrate(self.pair, self.data.train[: self.config.calibration_prompts], self.store)
+                calibrate(self.pair, prompts, self.store, receiver_store=self.receiver_store)
+            if self.fuser.config.projection_init == "ridge":
+                pieces = [
+                    fused_inputs(self.pair, some, self.store, 16, self.receiver_store)
+                    for some in (prompts[::5], [p for i, p in enumerate(prompts) if i % 5])
+                ]
+                start_from_ridge(self.fuser, train=pieces[1], holdout=pieces[0])
         self.objective = self.accelerator.prepare_model(self.accelerator.unwrap_model(self.objective))
         if self.config.trackers and not self.accelerator.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
@@ -634,7 +728,7 @@ def _set_rng(states: list[Tensor], device: torch.device) -> None:
 
 def recipe_of(config: TrainConfig) -> dict[str, Any]:
     """What makes a run: the recipe without the places of its files and who watches."""
-    return config.model_dump(mode="json", exclude={"output", "store", "data_dir", "trackers"})
+    return config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
 
 
 def start_run(config: TrainConfig) -> bool:

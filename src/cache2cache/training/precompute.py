@@ -20,7 +20,7 @@ from .store import Store
 def precompute(
     config: TrainConfig, *, precision: str, dtype: str, max_bytes: int, batch_tokens: int, dry_run: bool = False
 ) -> Store | None:
-    """Compute every sharer prefill that the recipe's training will read. None after a dry run."""
+    """Compute every prefill that the recipe's training will read. Returns the sharer's store; None after a dry run."""
     if precision not in ("bfloat16", "int8"):
         raise C2CError(f"unknown precision {precision!r}; expected bfloat16 or int8")
     assert config.store is not None
@@ -30,32 +30,50 @@ def precompute(
     pair = C2C.from_models(load_lm(config.receiver), sharer, config.fuser)
     data = prepare(pair, config)
     # An example that weights repeat counts once.
-    prompts = [list(prompt) for prompt in {i.id: i.prompt.sharers[0] for i in data.train + data.holdout}.values()]
+    prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())
+    console.print(f"{len(prompts)} prompts, {data.truncation}")
+    work = [(store, sharer, [list(p.sharers[0]) for p in prompts])]
+    if config.receiver_store is not None:
+        own = Store(config.receiver_store, pair.receiver, precision)  # type: ignore[arg-type]
+        work.append((own, pair.receiver, [list(p.receiver) for p in prompts]))
+    for place, lm, rows in work:
+        _fill(console, place, lm, rows, max_bytes=max_bytes, batch_tokens=batch_tokens, dry_run=dry_run)
+    return None if dry_run else store
+
+
+def _fill(
+    console: Console,
+    store: Store,
+    lm: LM,
+    prompts: list[list[int]],
+    *,
+    max_bytes: int,
+    batch_tokens: int,
+    dry_run: bool,
+) -> None:
+    """Say what is missing of a model's store, its size and its time, and unless it is a dry run compute it."""
     todo = store.missing(prompts)
     tokens = sum(map(len, todo))
+    precision = store.config["precision"]
     console.print(
-        f"{len(prompts)} prompts, {len(todo)} of them to be computed: {tokens:,} sharer tokens, "
-        f"{store.estimate(prompts) / 1e9:.2f} GB as {precision} of {store.free() / 1e9:.0f} GB free; "
-        f"{data.truncation}"
+        f"{lm.name}: {len(todo)} prompts to be computed, {tokens:,} tokens, {store.estimate(prompts) / 1e9:.2f} GB as "
+        f"{precision} of {store.free() / 1e9:.0f} GB free"
     )
     if todo:
         if not dry_run:
             store.check_room(prompts, max_bytes)  # before any work
-        speed, error = _probe(sharer, todo, batch_tokens)
+        speed, error = _probe(lm, todo, batch_tokens)
         console.print(
             f"about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
-            f"{sharer.dtype}: {error:.4f}"
+            f"{lm.dtype}: {error:.4f}"
         )
     if dry_run:
-        return None
+        return
     columns = (TextColumn("prefilling"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=tokens)
-        store.fill(
-            sharer, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n)
-        )
-    console.print(f"store {config.store}: {len(store.index)} prompts")
-    return store
+        store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n))
+    console.print(f"store {store.folder}: {len(store.index)} prompts")
 
 
 def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float, float]:

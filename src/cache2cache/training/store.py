@@ -415,8 +415,10 @@ class Store:
         if int8:
             tensors |= {name: torch.empty(len(prompts), *width) for name in ("low", "scale")}
         # What all prompts begin with, the system message mostly, is computed once.
-        common = os.path.commonprefix(prompts) if len(prompts) > 1 else []
-        read = Read(common, prefill(sharer, *pad_left([common], sharer.pad_token_id, sharer.device))) if common else None
+        common = _common_start(prompts) if len(prompts) > 1 else []
+        read = None
+        if common:
+            read = Read(common, prefill(sharer, *pad_left([common], sharer.pad_token_id, sharer.device)))
         entries, start, begin = [], 0, 0
         while begin < len(prompts):
             size = max(1, batch_tokens // len(prompts[begin]))  # the first is the longest
@@ -448,6 +450,12 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
+
+
+def _common_start(prompts: Sequence[list[int]]) -> list[int]:
+    """The tokens that all prompts begin with."""
+    first, last = min(prompts), max(prompts)  # in the order of dictionaries, where the others lie between
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _name(dtype: torch.dtype) -> str:
