@@ -353,7 +353,7 @@ class Objective(nn.Module):
 
     def start(self, config: TrainConfig, data: Prepared) -> None:
         """What comes before the first step of a new run."""
-        if config.fuser.normalize:
+        if self.pair.fusers[0].config.normalize:  # type: ignore[union-attr]
             calibrate(self.pair, data.train[: config.calibration_prompts], self.store)
 
     def set_progress(self, step: int) -> None:
@@ -388,7 +388,7 @@ def evaluate(objective: nn.Module, items: Sequence[Item], batch_size: int) -> Te
 
 @dataclass
 class Best:
-    """The best evaluation so far: its numbers and step, the weights then (where they are to be kept), evaluations since."""
+    """The best evaluation so far: its numbers and step, the weights then (where they are kept), evaluations since."""
 
     evaluation: dict[str, float]
     step: int
