@@ -45,7 +45,7 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         for size in (*SMALL, 8):
             trainer.optimizer.zero_grad()
             found[f"{case} loss of {size}"] = trainer.backward(batch[:size])
-            gradients = [p.grad.clone() for p in trainer.fuser.parameters() if p.grad is not None]
+            gradients = [p.grad.clone() for p in trainer.trained.parameters() if p.grad is not None]
             found[f"{case} gradient of {size}"] = torch.cat([g.flatten() for g in gradients])
         records: list[dict[str, Any]] = []
         trainer.run(records.append)
@@ -61,7 +61,7 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer = Trainer(pair, config, None, data)
         trainer.run()
         found[f"noise{again}"] = torch.rand(4)
-        found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.fuser.parameters()])
+        found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.trained.parameters()])
     found["process"] = torch.tensor([trainer.accelerator.process_index, trainer.accelerator.num_processes])
     return found
 

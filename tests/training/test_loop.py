@@ -157,10 +157,10 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tmp_path: Path
         pair = pair_of(dtype=dtype, **settings)
         trainer = Trainer(pair, config, None, prepare(pair, config))
         losses.append(trainer.backward(trainer.data.train[:4]).item())
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.fuser.parameters())
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.fuser.parameters()]))
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in trainer.trained.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.trained.parameters()]))
         trainer.run()
-        assert all(p.dtype == torch.float32 for p in trainer.fuser.parameters())
+        assert all(p.dtype == torch.float32 for p in trainer.trained.parameters())
         moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
         assert moments and all(x.dtype == torch.float32 for x in moments)
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
@@ -658,15 +658,15 @@ def runs(tmp_path: Path) -> Run:
 
 def test_training_changes_the_fuser_and_no_model(runs: Run) -> None:
     trainer = runs.trainer()
-    pair = trainer.pair
+    pair = trainer.objective.pair
     frozen = [lm.model.state_dict() for lm in (pair.receiver, *pair.sharers)]
     before = [{name: tensor.clone() for name, tensor in state.items()} for state in frozen]
-    first = {name: tensor.clone() for name, tensor in trainer.fuser.state_dict().items()}
+    first = {name: tensor.clone() for name, tensor in trainer.trained.state_dict().items()}
     records: list[dict[str, Any]] = []
     folder = trainer.run(records.append)
     assert all(same_weights(a, b) for a, b in zip(frozen, before, strict=True))
     assert not any(p.requires_grad or p.grad is not None for lm in (pair.receiver, pair.sharers[0]) for p in lm.model.parameters())  # fmt: skip # noqa: E501
-    for name, tensor in trainer.fuser.state_dict().items():
+    for name, tensor in trainer.trained.state_dict().items():
         assert not torch.equal(tensor, first[name]), name
     assert records[-1]["holdout_loss"] < records[4]["holdout_loss"]
     assert records[0]["rate"] == 1e-2 and records[-1]["rate"] == 0  # what the next step would have
@@ -681,7 +681,7 @@ def test_training_changes_the_fuser_and_no_model(runs: Run) -> None:
 def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
-    pair, fuser, items = trainer.pair, trainer.fuser, trainer.data.train[:5]
+    pair, fuser, items = trainer.objective.pair, trainer.trained, trainer.data.train[:5]
     loop.calibrate(pair, items, None, batch_size=2)
     keys: list[torch.Tensor] = []
     for item in items:
@@ -740,22 +740,22 @@ def test_a_loss_that_is_no_number(runs: Run, tmp_path: Path) -> None:
     def spoil(record: dict[str, Any]) -> None:
         if record["step"] == 3:
             with torch.no_grad():
-                trainer.fuser.proj_out.weight[0, 0, 0] = float("nan")
+                trainer.trained.proj_out.weight[0, 0, 0] = float("nan")
 
     with pytest.raises(C2CError, match=r"the loss is nan .* at step 4; lower the learning rate; .* kept in"):
         trainer.run(spoil)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["fuser"].values())
+    assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert not (tmp_path / "run" / "fuser").exists()
 
 
 def test_a_gradient_that_is_no_number(runs: Run) -> None:
     trainer = runs.trainer()
-    trainer.fuser.proj_out.weight.register_hook(lambda gradient: gradient * float("inf"))
-    before = trainer.fuser.gate_logit.detach().clone()
+    trainer.trained.proj_out.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = trainer.trained.gate_logit.detach().clone()
     with pytest.raises(C2CError, match=r"its gradient (nan|inf) at step 1;"):
         trainer.run()
-    assert torch.equal(trainer.fuser.gate_logit, before)
+    assert torch.equal(trainer.trained.gate_logit, before)
 
 
 class Evil:
@@ -837,7 +837,7 @@ def test_patience(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ke
     weights: dict[int, dict[str, torch.Tensor]] = {}
 
     def note(record: dict[str, Any]) -> None:
-        weights[record["step"]] = {k: v.clone() for k, v in trainer.fuser.state_dict().items()}
+        weights[record["step"]] = {k: v.clone() for k, v in trainer.trained.state_dict().items()}
         if record["step"] == 5 and trainer is first:
             left.insert(0, 1.0)  # the fifth step's evaluation will be done again
             raise Cut
@@ -953,7 +953,7 @@ def test_parts_give_the_gradient_of_the_batch(tmp_path: Path, loss: str) -> None
         trainer.optimizer.zero_grad()
         value = trainer.backward(batch)
         assert value.item() == pytest.approx(expected.item(), rel=1e-6)
-        got = torch.cat([p.grad.flatten() for p in trainer.fuser.parameters() if p.grad is not None])
+        got = torch.cat([p.grad.flatten() for p in trainer.trained.parameters() if p.grad is not None])
         assert_near(got, whole, f"{accumulate} parts")
 
 

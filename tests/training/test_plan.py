@@ -32,9 +32,9 @@ def planned(tmp_path: Path) -> Plan:
 def test_sizes_and_steps(planned: Plan, tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
     assert planned.steps == 12
-    assert planned.parameters == sum(p.numel() for p in trainer.fuser.parameters())
-    assert planned.receiver == 4 * sum(p.numel() for p in trainer.pair.receiver.model.parameters()) + sum(
-        b.nbytes for b in trainer.pair.receiver.model.buffers()
+    assert planned.parameters == sum(p.numel() for p in trainer.trained.parameters())
+    assert planned.receiver == 4 * sum(p.numel() for p in trainer.objective.pair.receiver.model.parameters()) + sum(
+        b.nbytes for b in trainer.objective.pair.receiver.model.buffers()
     )
     folder = trainer.run()
     assert (tmp_path / "run" / "checkpoint.pt").stat().st_size == pytest.approx(planned.checkpoint, rel=0.05)
@@ -54,11 +54,11 @@ def test_activations_are_those_of_a_part(planned: Plan, tmp_path: Path) -> None:
 
 def test_nothing_changes(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
-    before = {name: tensor.clone() for name, tensor in trainer.fuser.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in trainer.trained.state_dict().items()}
     found = plan(trainer)
     assert not (tmp_path / "run").exists()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.fuser.state_dict().items())
-    assert all(p.grad is None for p in trainer.fuser.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.trained.state_dict().items())
+    assert all(p.grad is None for p in trainer.trained.parameters())
     assert trainer.step == 0 and not trainer.optimizer.state
     assert 0 < found.seconds_per_step < found.seconds < 60
 

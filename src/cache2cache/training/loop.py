@@ -1,5 +1,7 @@
 """Training a fuser: next-token loss on the response, gradients into the fuser alone (paper section 3.3).
 
+What is learned is an `Objective`; `training.single` has the one that trains the receiver itself and no fuser.
+
 Several processes (`torchrun`, `accelerate launch`) share every batch, and each process works through its share in
 `accumulate` parts. Gradients are those of the whole batch whatever the number of processes and parts.
 """
@@ -182,29 +184,42 @@ def response_loss(
     with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
         fused = fuser(clean.kv, known, where.to(receiver.device))
 
-    longest = max(len(item.response) for item in items)
-    target = torch.full((len(items), longest), -100)
-    for row, item in enumerate(items):
-        target[row, : len(item.response)] = torch.tensor(item.response)
-    target = target.to(receiver.device)
+    target = targets(items).to(receiver.device)
     # The last prompt token, then the response but its last token; positions behind a response's end see nothing.
     ids = torch.cat([clean.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
     mask = torch.cat([clean.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
     logits = receiver.model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=positions_of(mask)[:, -longest:],
+        position_ids=positions_of(mask)[:, -target.shape[1] :],
         use_cache=True,
         **{CACHE: fused.to_cache()},
-    ).logits.float()
+    ).logits
+    if not distill:
+        return loss_of(logits, target, per)
+    theirs = sharer_logits(pair, prompts, target, store).to(logits.device)
+    shared = min(theirs.shape[-1], logits.shape[-1])  # the rest are rows without a token
+    ours, theirs = (x[..., :shared].float().log_softmax(-1) for x in (logits, theirs))
+    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return loss_of(logits, target, per, distill * divergence)
+
+
+def targets(items: Sequence[Item]) -> Tensor:
+    """The responses, (B, R), with -100 behind their ends."""
+    target = torch.full((len(items), max(len(item.response) for item in items)), -100)
+    for row, item in enumerate(items):
+        target[row, : len(item.response)] = torch.tensor(item.response)
+    return target
+
+
+def loss_of(logits: Tensor, target: Tensor, per: str, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss () of logits (B, R, V) for `targets` (B, R), averaged as `TrainConfig.loss` says, and which rows' tokens
+    were all greedy, (B,) bool. `more` (B, R) is added to the tokens' own losses."""
+    logits = logits.float()
     nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none").view_as(target)
     real = target >= 0
-    if distill:
-        theirs = sharer_logits(pair, prompts, target, store).to(logits.device)
-        shared = min(theirs.shape[-1], logits.shape[-1])  # the rest are rows without a token
-        ours, theirs = (x[..., :shared].log_softmax(-1) for x in (logits, theirs))
-        divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-        nll = nll + distill * divergence.masked_fill(~real, 0.0)
+    if more is not None:
+        nll = nll + more.masked_fill(~real, 0.0)
     greedy = ((logits.argmax(-1) == target) | ~real).all(1)
     if per == "token":
         return nll.sum() / real.sum(), greedy
@@ -354,10 +369,10 @@ def weight_of(items: Sequence[Item], per: str) -> int:
     return sum(len(item.response) for item in items) if per == "token" else len(items)
 
 
-def optimizer_for(fuser: C2CFuser, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only; gates may have a rate of their own."""
+def optimizer_for(trained: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only; a fuser's gates may have a rate of their own."""
     groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
-    for name, parameter in fuser.named_parameters():
+    for name, parameter in trained.named_parameters():
         kind = "gates" if name == "gate_logit" else "matrices" if name.endswith("weight") else "vectors"
         groups[kind].append(parameter)
     return torch.optim.AdamW(
@@ -379,11 +394,23 @@ def rate(step: int, steps: int, warmup: float, schedule: str = "linear") -> floa
 
 
 class Objective(nn.Module):
-    """`response_loss` as a module whose parameters are the fuser's, which is what DDP wraps.
+    """What a `Trainer` trains: a loss as a module, which is what DDP wraps. This one is `response_loss` of a fuser.
 
     Args:
         pair, store, half, receiver_store, distill: as for `response_loss`; the last one counts in training only.
+
+    Attributes:
+        folder: where in the run's output it is put at the end.
+        frozen: the models that it takes besides, by what they are.
+        trained: the module whose parameters are trained and whose state is kept; here the pair's fuser.
+
+    Raises:
+        C2CError: several sharers; distillation between models of unlike vocabularies.
     """
+
+    folder = "fuser"
+    trained: nn.Module
+    frozen: dict[str, nn.Module]
 
     def __init__(
         self,
@@ -393,8 +420,15 @@ class Objective(nn.Module):
         receiver_store: Store | None = None,
         distill: float = 0.0,
     ) -> None:
+        if len(pair.sharers) != 1:
+            raise C2CError(
+                f"training takes one sharer at a time, {len(pair.sharers)} were given; train a fuser for each"
+            )
+        if distill:
+            check_one_vocabulary(pair)
         super().__init__()
-        self.fuser = pair.fusers[0]
+        self.trained = pair.fusers[0]
+        self.frozen = {"receiver": pair.receiver.model, "sharer": pair.sharers[0].model}
         self.pair, self.store, self.in_half = pair, store, half
         self.receiver_store, self.distill = receiver_store, distill
 
@@ -402,8 +436,37 @@ class Objective(nn.Module):
         distill = self.distill if self.training else 0.0
         loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half, self.receiver_store, distill)
         if torch.is_grad_enabled() and not loss.requires_grad:  # no position was fused: the gradient is zero
-            loss = loss + 0.0 * sum(p.sum() for p in self.fuser.parameters())
+            loss = loss + 0.0 * sum(p.sum() for p in self.trained.parameters())
         return loss, greedy
+
+    def start(self, config: TrainConfig, data: Prepared) -> None:
+        """What comes before the first step of a new run."""
+        fuser, prompts = self.pair.fusers[0], data.train[: config.calibration_prompts]
+        assert isinstance(fuser, C2CFuser)
+        if fuser.config.normalize:
+            calibrate(self.pair, prompts, self.store, receiver_store=self.receiver_store)
+        if fuser.config.projection_init == "ridge":
+            train, watched = (
+                fused_inputs(self.pair, some, self.store, 16, self.receiver_store)
+                for some in ([p for i, p in enumerate(prompts) if i % 5], prompts[::5])
+            )
+            start_from_ridge(fuser, train, watched)
+
+    def set_progress(self, step: int) -> None:
+        """Called before each step with the number of those done."""
+        self.pair.fusers[0].set_progress(step)  # type: ignore[operator]
+
+    def after_step(self) -> dict[str, Any]:
+        """What the log says of a step besides its loss."""
+        return {"gates_open": int(self.pair.fusers[0].open_gates.sum())}  # type: ignore[operator]
+
+    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+        """The batches, while what the next ones need is fetched."""
+        return read_ahead(self.pair, self.store, batches)
+
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+        """Put what was trained on disk, see `write_fuser`."""
+        return write_fuser(self.pair, config, data, measured)
 
 
 @torch.no_grad()
@@ -421,11 +484,11 @@ def evaluate(objective: nn.Module, items: Sequence[Item], batch_size: int) -> Te
 
 @dataclass
 class Best:
-    """The best evaluation so far: its numbers, its step, the fuser then (where it is to be kept), evaluations since."""
+    """The best evaluation so far: its numbers and step, the weights then (where they are kept), evaluations since."""
 
     evaluation: dict[str, float]
     step: int
-    fuser: dict[str, Tensor] | None
+    weights: dict[str, Tensor] | None
     since: int = 0
 
 
@@ -438,23 +501,19 @@ class Trainer:
 
     def __init__(
         self,
-        pair: C2C,
+        what: C2C | Objective,
         config: TrainConfig,
         store: Store | None,
         data: Prepared,
         receiver_store: Store | None = None,
     ) -> None:
-        if config.distill:
-            check_one_vocabulary(pair)
-        if len(pair.sharers) != 1:
-            raise C2CError(
-                f"training takes one sharer at a time, {len(pair.sharers)} were given; train a fuser for each"
-            )
-        fuser = pair.fusers[0]
-        assert isinstance(fuser, C2CFuser)
-        self.pair, self.config, self.store, self.data, self.fuser = pair, config, store, data, fuser
+        """`what` is trained: the fuser of a pair, whose models' prefills may be read from stores, or an objective of
+        its own."""
+        if isinstance(what, C2C):
+            what = Objective(what, store, in_half(config, what.receiver.device), receiver_store, config.distill)
+        self.objective, self.trained, self.config, self.data = what, what.trained, config, data
         self.output = config.output
-        self.device = pair.receiver.device
+        self.device = next(self.trained.parameters()).device
         self.accelerator = _accelerator(config)
         self.is_main = self.accelerator.is_main_process
         self._check_processes()
@@ -464,15 +523,14 @@ class Trainer:
         self.seconds = 0.0
         self.last_evaluation: dict[str, float] = {}
         self.best: Best | None = None
-        self.optimizer = optimizer_for(fuser, config)
+        self.optimizer = optimizer_for(self.trained, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda s: rate(s, self.steps, config.warmup, config.schedule)
         )
-        self.receiver_store = receiver_store
-        self.objective: nn.Module = Objective(pair, store, in_half(config, self.device), receiver_store, config.distill)
+        self.loss: nn.Module = what  # summing gradients over the processes, once the run has started
 
     def run(self, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> Path:
-        """Train to the end, or go on from the last checkpoint. Returns the folder of the fuser.
+        """Train to the end, or go on from the last checkpoint. Returns the folder of what was trained.
 
         Raises:
             C2CError: the output folder holds a run of another recipe; the loss is no number.
@@ -483,8 +541,9 @@ class Trainer:
         began = time.perf_counter() - self.seconds
         # Parts of batches are read as they come.
         whole = self.config.accumulate == self.accelerator.num_processes == 1
+        remaining = self._remaining()
         with interrupted:
-            for batch in read_ahead(self.pair, self.store if whole else None, self._remaining()):
+            for batch in self.objective.read_ahead(remaining) if whole else remaining:
                 record = self._train_step(batch)
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
@@ -502,13 +561,13 @@ class Trainer:
                     break
         for tracker in self.accelerator.trackers:
             tracker.finish()
-        return self.save_fuser()
+        return self.save_trained()
 
     def _train_step(self, batch: list[Item]) -> dict[str, Any]:
-        self.fuser.set_progress(self.step)
+        self.objective.set_progress(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(batch)
-        norm = torch.nn.utils.clip_grad_norm_(self.fuser.parameters(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise C2CError(
                 f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.step + 1}; lower the learning "
@@ -517,28 +576,27 @@ class Trainer:
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
-        gates = int(self.fuser.open_gates.sum())
         return {
             "step": self.step,
             "loss": loss.item(),
             "gradient": norm.item(),
             "rate": self.scheduler.get_last_lr()[0],
-            "gates_open": gates,
+            **self.objective.after_step(),
             "tokens": sum(item.length for item in batch),
         }
 
     def backward(self, batch: list[Item]) -> Tensor:
-        """The loss of a batch, (), with its gradients put into the fuser: part by part, over all processes."""
-        self.fuser.train()
+        """The loss of a batch, (), with its gradients put into what is trained: part by part, over all processes."""
+        self.loss.train()
         processes, whole = self.accelerator.num_processes, weight_of(batch, self.config.loss)
         parts = parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
         loss = torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
             share = weight_of(part, self.config.loss) / whole
             alone = number < len(parts)  # DDP sums gradients over the processes behind the last part
-            with self.accelerator.no_sync(self.objective) if alone else contextlib.nullcontext():
+            with self.accelerator.no_sync(self.loss) if alone else contextlib.nullcontext():
                 # A process without a part of its own takes part in the sum with one that counts nothing.
-                value = self.objective(part or batch[:1], self.config.loss)[0] * share
+                value = self.loss(part or batch[:1], self.config.loss)[0] * share
                 (value * processes).backward()  # DDP takes the mean of the processes' gradients
             loss += value.detach()
         return self._sum(loss)
@@ -546,12 +604,11 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Look at the hold-out, each process at its share, and note whether it was never better."""
         holdout, count = self.data.holdout, self.accelerator.num_processes
-        objective = self.accelerator.unwrap_model(self.objective)
-        sums = evaluate(objective, holdout[self.accelerator.process_index :: count], self.config.batch_size)
+        sums = evaluate(self.objective, holdout[self.accelerator.process_index :: count], self.config.batch_size)
         loss, exact = (self._sum(sums) / len(holdout)).tolist()
         self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
         if self.best is None or loss < self.best.evaluation["holdout_loss"]:
-            state = {name: tensor.detach().cpu().clone() for name, tensor in self.fuser.state_dict().items()}
+            state = {name: tensor.detach().cpu().clone() for name, tensor in self.trained.state_dict().items()}
             self.best = Best(self.last_evaluation, self.step, state if self.config.keep == "best" else None)
         else:
             self.best.since += 1
@@ -616,16 +673,8 @@ class Trainer:
         if self.step == 0:
             # The first process draws as a run of one process does, the others something else.
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
-            prompts = self.data.train[: self.config.calibration_prompts]
-            if self.fuser.config.normalize:
-                calibrate(self.pair, prompts, self.store, receiver_store=self.receiver_store)
-            if self.fuser.config.projection_init == "ridge":
-                pieces = [
-                    fused_inputs(self.pair, some, self.store, 16, self.receiver_store)
-                    for some in (prompts[::5], [p for i, p in enumerate(prompts) if i % 5])
-                ]
-                start_from_ridge(self.fuser, train=pieces[1], holdout=pieces[0])
-        self.objective = self.accelerator.prepare_model(self.accelerator.unwrap_model(self.objective))
+            self.objective.start(self.config, self.data)
+        self.loss = self.accelerator.prepare_model(self.objective)
         if self.config.trackers and not self.accelerator.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 
@@ -635,7 +684,7 @@ class Trainer:
         if not self.is_main:
             return
         state = {
-            "fuser": self.fuser.state_dict(),
+            "weights": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": rng,
@@ -665,7 +714,7 @@ class Trainer:
                 f"the run in {self.output} has {processes} processes, {self.accelerator.num_processes} were started; "
                 f"start {processes} again, each of which goes on with its own noise, or choose another output"
             )
-        self.fuser.load_state_dict(state["fuser"])
+        self.trained.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         _set_rng(state["rng"][self.accelerator.process_index], self.device)
@@ -681,18 +730,18 @@ class Trainer:
             partial.write_text("".join(line + "\n" for line in lines))
             os.replace(partial, path)
 
-    def save_fuser(self) -> Path:
-        """Write the fuser, as it is now or (`keep: best`) as it was at its best, with what it was trained on."""
+    def save_trained(self) -> Path:
+        """Write what was trained, as it is now or (`keep: best`) as it was at its best, and what it was trained on."""
         measured: dict[str, Any] = {"steps": self.step, "seconds": round(self.seconds, 1), **self.last_evaluation}
         if self.best is not None:
             measured["best_step"] = self.best_step
-            if self.best.fuser is not None:
-                self.fuser.load_state_dict(self.best.fuser)
+            if self.best.weights is not None:
+                self.trained.load_state_dict(self.best.weights)
                 measured |= self.best.evaluation
         if self.is_main:
-            write_fuser(self.pair, self.config, self.data, measured)
+            self.objective.write(self.config, self.data, measured)
         self.accelerator.wait_for_everyone()
-        return self.output / "fuser"
+        return self.output / self.objective.folder
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

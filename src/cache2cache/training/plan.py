@@ -47,8 +47,8 @@ class Plan:
 
 def plan(trainer: Trainer) -> Plan:
     """Measure one part of a batch, forward and backward, and scale it to the run by numbers of tokens."""
-    config, fuser = trainer.config, trainer.fuser
-    accelerator = trainer.accelerator
+    config, trained = trainer.config, trainer.trained
+    accelerator, frozen = trainer.accelerator, trainer.objective.frozen
     epoch = [
         part
         for batch in batches(trainer.data.train, config.batch_size, config.seed, 0)
@@ -56,10 +56,10 @@ def plan(trainer: Trainer) -> Plan:
         if part
     ]
     largest = max(epoch, key=padded)
-    fuser.train()
+    trainer.objective.train()
     _measure(trainer, min(epoch, key=padded))  # the first step is slower
     activations, learning = _measure(trainer, largest)
-    fuser.zero_grad(set_to_none=True)
+    trained.zero_grad(set_to_none=True)
     began = time.perf_counter()
     evaluate(trainer.objective, largest, len(largest))
     watching = time.perf_counter() - began
@@ -68,14 +68,14 @@ def plan(trainer: Trainer) -> Plan:
     mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
     evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
     held = [mine[begin : begin + config.batch_size] for begin in range(0, len(mine), config.batch_size)]
-    parameters = sum(p.numel() for p in fuser.parameters())
-    state = 4 * sum(tensor.numel() for tensor in fuser.state_dict().values())
+    parameters = sum(p.numel() for p in trained.parameters())
+    state = 4 * sum(tensor.numel() for tensor in trained.state_dict().values())
     output = next(p for p in (config.output, *config.output.absolute().parents) if p.exists())
     return Plan(
         parameters=parameters,
         steps=trainer.steps,
-        receiver=_bytes(trainer.pair.receiver.model),
-        sharer=_bytes(trainer.pair.sharers[0].model),
+        receiver=_bytes(frozen["receiver"]),
+        sharer=_bytes(frozen["sharer"]) if "sharer" in frozen else 0,
         fuser=16 * parameters,
         activations=activations,
         seconds_per_step=epoch_seconds / steps_per_epoch,
@@ -93,7 +93,7 @@ def padded(items: Sequence[Item]) -> int:
 
 def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:
     """Bytes kept for the backward pass, less weights, and seconds of both passes."""
-    models = (trainer.fuser, trainer.pair.receiver.model, trainer.pair.sharers[0].model)
+    models = (trainer.trained, *trainer.objective.frozen.values())
     weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
     kept: dict[int, int] = {}
 
