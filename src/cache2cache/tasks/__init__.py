@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cache2cache.errors import C2CError
-from cache2cache.tasks import arc, openbookqa
+from cache2cache.tasks import arc, commonsenseqa, mmlu, mmlu_redux, openbookqa
 from cache2cache.tasks.base import Question, read_questions
 
 __all__ = ["TASKS", "Question", "load"]
@@ -14,6 +14,9 @@ __all__ = ["TASKS", "Question", "load"]
 TASKS: dict[str, Callable[[str, Path | None], list[Question]]] = {
     "arc-easy": arc.easy,
     "arc-challenge": arc.challenge,
+    "commonsenseqa": commonsenseqa.load,
+    "mmlu": mmlu.load,
+    "mmlu-redux": mmlu_redux.load,
     "openbookqa": openbookqa.load,
 }
 
