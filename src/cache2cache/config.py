@@ -116,7 +116,10 @@ class DataSource(BaseModel):
     rows: str | None = Field(None, description="instruction data, owner/name[/config]")
     jsonl: Path | None = Field(None, description="instruction data, a local file, .jsonl or .jsonl.gz")
     split: str = "train"
-    limit: int | None = Field(None, gt=0, description="that many rows, drawn with the run's seed")
+    limit: int | None = Field(None, gt=0, description="that many rows of those that fit; all without it")
+    take: Literal["random", "first"] = Field(
+        "random", description="which rows a limit takes; random: drawn with the run's seed"
+    )
     weight: float | None = Field(
         None, gt=0, description="share of the training examples among the weights; rows repeat or are drawn"
     )
