@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from cache2cache import C2CError
 from cache2cache.config import TrainConfig
-from cache2cache.training.recipe import read_recipe
+from cache2cache.training.recipe import keys, read_recipe
 
 ROOT = Path(__file__).parents[2]
 SMALL = "receiver: {source: a}\nsharer: {source: b}\ndata: [{task: arc-easy}]\n"
@@ -33,6 +35,45 @@ def test_defaults_then_yaml_then_settings(recipe: Path) -> None:
     assert changed.fuser.layer_map == [(0, 1), (2, 3)] and changed.store == Path("some/folder")
     assert changed.data[0].rows == "a/b" and changed.data[0].limit == 4
     assert read_recipe(recipe) == plain  # nothing sticks
+
+
+def test_settings_of_one_entry_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("receiver: {source: a}\nsharer: {source: b}\ndata: [{task: arc-easy, limit: 3}, {rows: c/d}]\n")
+    settings = ["data.1.limit=5", "data.0.take=first", "data.0.task=openbookqa", "fuser.layer_map=[[0, 1], [2, 3]]"]
+    changed = read_recipe(path, [*settings, "fuser.layer_map.1=[2, 4]"])
+    first, second = changed.data
+    assert (first.task, first.limit, first.take, second.rows, second.limit) == ("openbookqa", 3, "first", "c/d", 5)
+    assert changed.fuser.layer_map == [(0, 1), (2, 4)]
+    assert read_recipe(path, ["data.1={task: mmlu}"]).data[1].task == "mmlu"
+
+
+def written(config: BaseModel, above: str = "") -> dict[str, Any]:
+    """The values of a configuration by the names of its keys."""
+    found: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, BaseModel):
+            found |= written(value, f"{above}{name}.")
+        elif value and isinstance(value, list) and isinstance(value[0], BaseModel):
+            found |= written(value[0], f"{above}{name}.N.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def test_the_keys_are_those_that_a_recipe_takes(recipe: Path) -> None:
+    config = read_recipe(recipe)
+    values = written(config)
+    found = {key.name: key for key in keys()}
+    assert list(found) == list(values) and len(found) > 60
+    for name, key in found.items():
+        assert key.description and key.type, f"{name} has no description"
+        if key.default and name != "data.N.task":  # each default can be set as it is printed
+            changed = written(read_recipe(recipe, [f"{name.replace('.N.', '.0.')}={key.default}"]))
+            given = {"epochs": 1, "fuser.hidden_dim": 1024}  # what the recipe sets
+            assert changed == values | {n: v for n, v in given.items() if n == name}, name
+    assert (found["receiver.source"].default, found["fuser.hidden_dim"].default) == ("", "1024")
+    assert found["data.N.limit"].type == "int | None" and "(> 0)" in found["data.N.limit"].description
 
 
 def test_a_later_setting_wins(recipe: Path) -> None:
@@ -67,6 +108,14 @@ def test_there_is_a_recipe() -> None:
         ("data=[]", "data: .*at least 1 item"),
         ("data=[{task: a, rows: b/c}]", "data.0: .*exactly one of task, rows and jsonl"),
         ("receiver=smollm2", "receiver: .*given 'smollm2'"),
+        ("fusr.hidden_dim=2", "unknown key fusr; did you mean fuser\\?"),
+        ("data.0.limt=2", "unknown key data.0.limt; did you mean limit\\?"),
+        ("data.0.limit=0", "data.0.limit: .*greater than 0"),
+        ("data.1.limit=2", "data has 1 entries, counted from 0; '1' of the setting 'data.1.limit=2' is none of them"),
+        ("data.-1.limit=2", "'-1' of the setting .* is none of them"),
+        ("data.limit=2", "'limit' of the setting 'data.limit=2' is none of them"),
+        ("data.0.task.more=2", "task of the setting 'data.0.task.more=2' has no keys of its own"),
+        ("receiver={sauce: a}", "unknown key receiver.sauce; did you mean source\\?"),  # and not: source is missing
         ("epochs", "'epochs' is no setting; expected KEY=VALUE, such as epochs=2"),
         ("epochs.more=1", "epochs of the setting 'epochs.more=1' has no keys of its own"),
         ("seed=[1", r"the value of the setting 'seed=\[1' is no valid YAML"),
