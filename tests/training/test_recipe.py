@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from cache2cache import C2CError
 from cache2cache.config import TrainConfig
+from cache2cache.training.loop import Trainer, prepare
 from cache2cache.training.recipe import keys, read_recipe
+from mirror import mirror
+from training.runs import pair_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = "receiver: {source: a}\nsharer: {source: b}\ndata: [{task: arc-easy}]\n"
@@ -86,8 +91,38 @@ def test_the_recipes_that_come_along(path: Path) -> None:
     assert config.output.parts[0] == "runs" and config.holdout > 0
 
 
-def test_there_is_a_recipe() -> None:
-    assert (ROOT / "recipes" / "default.yaml").is_file()
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_two_steps_of_the_recipes_that_come_along(path: Path, tmp_path: Path) -> None:
+    """Each runs on tiny models and rows in the layouts of its data sets, with a fuser of its own kind and settings."""
+    small = [
+        "fuser.hidden_dim=8",
+        "fuser.intermediate_dim=6",
+        "fuser.layer_map=last_aligned",
+        "holdout=3",
+        "store=null",
+    ]
+    plain = read_recipe(path)
+    config = read_recipe(path, [*small, "accumulate=1", "evaluate_every=1", f"output={tmp_path / 'run'}"])
+    recipe = yaml.safe_load(path.read_text())
+    config = config.model_copy(update={"data_dir": mirror(tmp_path / "data", recipe["data"], 12)})
+    pair = pair_of(**config.fuser.model_dump(exclude={"receiver", "sharer"}, exclude_unset=True))
+    found = prepare(pair, config)
+    assert not found.too_long and len(found.train) >= 6
+    config = config.model_copy(update={"batch_size": math.ceil(len(found.train) / 2)})
+    trainer = Trainer(pair, config, None, found)
+    records: list[dict[str, Any]] = []
+    assert trainer.run(records.append).is_dir()
+    assert [r["step"] for r in records] == [1, 2] and all(math.isfinite(r["loss"]) for r in records)
+    assert plain.fuser.anneal_steps >= 2 and plain.accumulate <= plain.batch_size
+
+
+def test_every_published_run_has_a_twin() -> None:
+    names = {path.stem for path in ROOT.glob("recipes/*.yaml")}
+    assert {"default", "paper-openhermes", "paper-mmlu", "paper-longbench", "paper-gsm8k"} <= names
+    for name in (n.removeprefix("paper-") for n in names if n.startswith("paper-")):
+        paper, twin = (read_recipe(ROOT / "recipes" / f"{kind}-{name}.yaml") for kind in ("paper", "cpu"))
+        assert twin.fuser.hidden_dim < paper.fuser.hidden_dim and twin.batch_size < paper.batch_size
+        assert twin.fuser.layer_map == paper.fuser.layer_map and twin.fuser.gate_noise == paper.fuser.gate_noise
 
 
 @pytest.mark.parametrize(
