@@ -7,7 +7,6 @@ nothing in the docs goes untested. Then: links, options named in the text, and p
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import math
@@ -38,6 +37,7 @@ from cache2cache.fuser import checkpoint
 from cache2cache.models import catalogue
 from cache2cache.pair import C2C
 from cache2cache.training.data import read_chat
+from mirror import mirror
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,37 +122,15 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_mirror(folder: Path) -> None:
-    """Rows of our own in the data sets' layouts, enough for each recipe's hold-out and two batches."""
+    """Rows for the recipes of the catalogue's models, enough for a hold-out and two batches; and questions to ask."""
+    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!p]*.yaml")]
     count = 8
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for recipe in recipes:
         count = max(count, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))
-    for name in ("allenai/ai2_arc/ARC-Easy", "allenai/ai2_arc/ARC-Challenge", "allenai/openbookqa/main"):
-        stem = "question_stem" if "openbookqa" in name else "question"
-        write_rows(folder / name / "train.jsonl.gz", [sum_row(stem, f"train-{i}", i) for i in range(count)])
-        for split in ("validation", "test"):
-            write_rows(folder / name / f"{split}.jsonl.gz", [sum_row(stem, f"{split}-{i}", i) for i in range(6)])
-    rows = [
-        {"instruction": f"What is {i} plus 2?", "context": "", "response": f"It is {i + 2}.", "category": "open_qa"}
-        for i in range(count)
-    ]
-    write_rows(folder / "databricks/databricks-dolly-15k/default/train.jsonl.gz", rows)
-
-
-def sum_row(stem: str, name: str, i: int) -> dict[str, Any]:
-    options = [str(i + (k - i) % 4 + 1) for k in range(4)]
-    return {
-        "id": f"made-up-{name}",
-        stem: f"What is {i} plus 1?",
-        "choices": {"text": options, "label": list("ABCD")},
-        "answerKey": "ABCD"[options.index(str(i + 1))],
-    }
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for recipe in recipes:
+        mirror(folder, recipe["data"], count)
+    for task in ("arc-easy", "arc-challenge", "openbookqa"):
+        mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6)
 
 
 @pytest.fixture

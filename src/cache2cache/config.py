@@ -20,15 +20,17 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str
-    revision: str | None = None
-    gguf_file: str | None = None
-    dtype: str = "auto"
-    device: str | None = None
-    device_map: str | dict[str, Any] | None = None
-    attn_implementation: str | None = None
-    quantization: str | dict[str, Any] | None = None
-    trust_remote_code: bool = False
+    source: str = Field(description="catalogue name, hub id, folder or GGUF file")
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    gguf_file: str | None = Field(None, description="the GGUF file's name in a repository or folder with several")
+    dtype: str = Field("auto", description="a torch dtype's name; auto: float32 on a CPU, bfloat16 on a GPU")
+    device: str | None = Field(None, description="such as cuda:1; without it a GPU if there is one")
+    device_map: str | dict[str, Any] | None = Field(None, description="several devices, as transformers takes it")
+    attn_implementation: str | None = Field(None, description="such as sdpa or eager; transformers chooses without it")
+    quantization: str | dict[str, Any] | None = Field(
+        None, description="4bit, 8bit or arguments of a transformers quantisation config"
+    )
+    trust_remote_code: bool = Field(False, description="run the model's own code from its repository")
 
 
 def is_address(source: object) -> bool:
@@ -66,20 +68,25 @@ class FuserConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    variant: str = "c2c"
-    receiver: ModelIdentity | None = None
-    sharer: ModelIdentity | None = None
-    layer_map: str | list[tuple[int, int]] = "terminal"
-    token_map: Literal["span", "first", "longest"] = "span"
+    variant: str = Field("c2c", description="what is built and computed: a name of cache2cache.fuser.VARIANTS")
+    receiver: ModelIdentity | None = Field(None, description="filled in from the model")
+    sharer: ModelIdentity | None = Field(None, description="filled in from the model")
+    layer_map: str | list[tuple[int, int]] = Field(
+        "terminal",
+        description="terminal, last_aligned (as published), k_nearest, or pairs (receiver layer, sharer layer)",
+    )
+    token_map: Literal["span", "first", "longest"] = Field(
+        "span", description="which sharer token goes with each receiver token; first and longest are the published maps"
+    )
     key_space: Literal["rotated", "unrotated"] = Field(
         "rotated", description="unrotated: keys are fused without their rotary position embedding"
     )
-    hidden_dim: int = Field(1024, gt=0)
-    intermediate_dim: int = Field(1024, gt=0)
+    hidden_dim: int = Field(1024, gt=0, description="width of the hidden states")
+    intermediate_dim: int = Field(1024, gt=0, description="inner width of the feed-forward blocks")
     num_layers: int = Field(
         3, ge=2, le=1000, description="depth as published: in and mlp1, num_layers - 2 blocks in the projection"
     )
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="in training, of the feed-forward blocks")
     residual: bool = Field(True, description="add to the receiver's cache; off: replace it (ablation 'project')")
     weighting: bool = Field(True, description="dynamic weight per token and receiver head")
     gating: bool = Field(True, description="learnable gate for the keys and for the values of each layer")
@@ -87,9 +94,9 @@ class FuserConfig(BaseModel):
     gate_noise: Literal["logistic", "gumbel", "none"] = Field(
         "logistic", description="logistic: a Gumbel sigmoid proper; gumbel: one-sided, as published"
     )
-    initial_temperature: float = Field(1.0, gt=0)
-    final_temperature: float = Field(0.001, gt=0)
-    anneal_steps: int = Field(1929, gt=0)
+    initial_temperature: float = Field(1.0, gt=0, description="of the gates at the first step")
+    final_temperature: float = Field(0.001, gt=0, description="of the gates after anneal_steps")
+    anneal_steps: int = Field(1929, gt=0, description="steps in which the gates' temperature falls, geometrically")
     normalize: bool = Field(False, description="inputs in units of their channels' deviation, from a calibration pass")
     zero_init: bool = Field(False, description="the output layer starts at zero, so training starts from the receiver")
     projection_init: Literal["random", "ridge"] = Field(
@@ -126,8 +133,11 @@ class DataSource(BaseModel):
     task: str | None = Field(None, description="a question set of cache2cache.tasks, such as arc-easy")
     rows: str | None = Field(None, description="instruction data, owner/name[/config]")
     jsonl: Path | None = Field(None, description="instruction data, a local file, .jsonl or .jsonl.gz")
-    split: str = "train"
-    limit: int | None = Field(None, gt=0, description="that many rows, drawn with the run's seed")
+    split: str = Field("train", description="split of a question set or of rows on the hub")
+    limit: int | None = Field(None, gt=0, description="that many rows of those that fit; all without it")
+    take: Literal["random", "first"] = Field(
+        "random", description="which rows a limit takes; random: drawn with the run's seed"
+    )
     weight: float | None = Field(
         None, gt=0, description="share of the training examples among the weights; rows repeat or are drawn"
     )
@@ -157,10 +167,10 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    receiver: ModelSpec
-    sharer: ModelSpec
-    fuser: FuserConfig = FuserConfig()
-    data: list[DataSource] = Field(min_length=1)
+    receiver: ModelSpec = Field(description="the model that answers")
+    sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
+    fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
+    data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
     store: Path | None = Field(
         None, description="sharer prefills made by c2c precompute; without it they are computed live"
@@ -168,8 +178,8 @@ class TrainConfig(BaseModel):
     receiver_store: Path | None = Field(
         None, description="the receiver's prefills, made by c2c precompute too; without it they are computed live"
     )
-    output: Path = Path("runs/fuser")
-    epochs: int = Field(1, gt=0)
+    output: Path = Field(Path("runs/fuser"), description="folder of the run")
+    epochs: int = Field(1, gt=0, description="passes over the examples")
     batch_size: int = Field(16, gt=0, description="examples a step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts that a process's share of a batch is computed in, one by one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -177,7 +187,7 @@ class TrainConfig(BaseModel):
         description="what the fuser computes in, its weights being float32, and the dtype of models that name none. "
         "auto: bfloat16 on a GPU, float32 on a CPU",
     )
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(1e-4, gt=0, description="highest rate of AdamW")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
     schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to zero after that")
     weight_decay: float = Field(0.01, ge=0, description="on matrices only")
@@ -206,17 +216,17 @@ class TrainConfig(BaseModel):
     holdout: int = Field(
         64, ge=0, description="examples kept out of training to watch the loss on, by their ids' hashes"
     )
-    evaluate_every: int = Field(50, gt=0)
+    evaluate_every: int = Field(50, gt=0, description="steps between looks at the hold-out")
     patience: int | None = Field(
         None, gt=0, description="stop after that many evaluations in a row without a lower loss on the hold-out"
     )
     keep: Literal["last", "best"] = Field(
         "last", description="which fuser the run leaves: the last one, or that of the lowest loss on the hold-out"
     )
-    save_every: int = Field(50, gt=0)
+    save_every: int = Field(50, gt=0, description="steps between checkpoints")
     trackers: list[Literal["tensorboard"]] = Field([], description="who else gets the log, under output")
-    seed: int = 42
-    weights_on_disk: Literal["float32", "bfloat16"] = "bfloat16"
+    seed: int = Field(42, description="of draws, order, first weights and noise")
+    weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
 
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:

@@ -95,6 +95,18 @@ def test_status() -> None:
         assert [cell.strip() for cell in row.strip("│").split("│") if cell.strip()] == expected
 
 
+def test_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every key, without a recipe."""
+    assert c2c("train", "--keys") == 0
+    printed = capsys.readouterr().out
+    assert "\nfuser.hidden_dim: int = 1024\n    width of the hidden states (> 0)\n" in printed
+    assert (
+        printed.startswith("receiver.source: str, to be given\n    ")
+        and "\ndata.N.limit: int | None = null\n" in printed
+    )
+    assert max(map(len, printed.splitlines())) <= 120
+
+
 def test_dry_run_of_training(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = files(tmp_path)
     assert c2c("train", recipe, "--live", "--dry-run") == 0

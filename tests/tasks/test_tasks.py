@@ -56,9 +56,101 @@ def test_openbookqa(tmp_path: Path) -> None:
     assert (question.question, question.letter) == ("Which?", "D")
 
 
-@pytest.mark.parametrize(("name", "rows"), [("arc-easy", 570), ("arc-challenge", 299), ("openbookqa", 500)])
-def test_real_mirror(data_dir: Path, name: str, rows: int) -> None:
-    questions = tasks.load(name, "validation", data_dir)
+def test_commonsenseqa(tmp_path: Path) -> None:
+    write_rows(tmp_path, "tau/commonsense_qa/default/train", [arc_row("ABCDE", "E")])
+    (question,) = tasks.load("commonsenseqa", "train", tmp_path)
+    assert (question.question, question.letters, question.letter) == ("Which?", "ABCDE", "E")
+
+
+def mmlu_row(answer: int, **more: object) -> dict:
+    return {"question": "Which?", "choices": ["w", "x", "y", "z"], "answer": answer, **more}
+
+
+def test_mmlu(tmp_path: Path) -> None:
+    write_rows(tmp_path, "cais/mmlu/all/dev", [mmlu_row(2, subject="virology"), mmlu_row(0, subject="sociology")])
+    write_rows(tmp_path, "cais/mmlu/all/auxiliary_train", [mmlu_row(3, subject=""), mmlu_row(1)])
+    first, second = tasks.load("mmlu", "dev", tmp_path)
+    assert first == tasks.Question("dev-0", "Which?", ("w", "x", "y", "z"), 2, "virology")
+    assert (second.id, second.letter, second.subject) == ("dev-1", "A", "sociology")
+    extra = tasks.load("mmlu", "auxiliary_train", tmp_path)
+    assert [(q.letter, q.subject) for q in extra] == [("D", ""), ("B", "")]
+    assert not {q.id for q in extra} & {first.id, second.id}
+
+
+REDUX = "edinburgh-dawg/mmlu-redux-2.0"
+
+
+@pytest.mark.parametrize(
+    ("error", "correct", "letter"),
+    [
+        ("ok", "", "C"),
+        ("ok", "1", "C"),  # what a reviewer noted at a right label changes nothing
+        ("ok", None, "C"),
+        ("wrong_groundtruth", "B", "B"),
+        ("wrong_groundtruth", "1", "B"),
+        ("wrong_groundtruth", " d ", "D"),
+        ("wrong_groundtruth", "0", "A"),
+        ("wrong_groundtruth", "3", "D"),
+        ("wrong_groundtruth", "", None),
+        ("wrong_groundtruth", None, None),
+        ("wrong_groundtruth", "4", None),
+        ("wrong_groundtruth", "E", None),
+        ("wrong_groundtruth", "A,D", None),
+        ("wrong_groundtruth", "12", None),
+        ("wrong_groundtruth", "BC", None),
+        ("no_correct_answer", "1", None),
+        ("expert", "1", None),
+        ("bad_question_clarity", "1", "C"),
+        ("bad_options_clarity", "0", "C"),
+        ("multiple_correct_answers", "A,D", "C"),
+    ],
+)
+def test_mmlu_redux_errors(tmp_path: Path, error: str, correct: str | None, letter: str | None) -> None:
+    row = mmlu_row(2, error_type=error, correct_answer=correct)
+    write_rows(tmp_path, f"{REDUX}/virology/test", [mmlu_row(0, error_type="ok", correct_answer=""), row])
+    asked, *more = tasks.load("mmlu-redux", "test", tmp_path)
+    assert (asked.id, asked.letter) == ("virology-0", "A")
+    assert [(q.id, q.letter) for q in more] == ([] if letter is None else [("virology-1", letter)])
+
+
+def test_mmlu_redux_subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = mmlu_row(1, error_type="ok", correct_answer="")
+    for subject in ("virology", "anatomy"):
+        write_rows(tmp_path, f"{REDUX}/{subject}/test", [row, row])
+    found = tasks.load("mmlu-redux", "test", tmp_path)
+    ids = [(q.id, q.subject) for q in found]
+    assert ids == [(f"{subject}-{n}", subject) for subject in ("anatomy", "virology") for n in (0, 1)]
+    with pytest.raises(C2CError, match=r"no split 'validation'.*it has test"):
+        tasks.load("mmlu-redux", "validation", tmp_path)
+    with pytest.raises(C2CError, match=r"there is no .*abstract_algebra"):
+        tasks.load("mmlu-redux", "test", tmp_path / "empty")
+    # From the hub, each of the 57 subjects once.
+    asked: list[str] = []
+
+    def load_dataset(repo: str, config: str, split: str) -> list[dict]:
+        assert (repo, split) == (REDUX, "test")
+        asked.append(config)
+        return [row]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    from_hub = tasks.load("mmlu-redux", "test")
+    assert len(set(asked)) == len(asked) == len({q.id for q in from_hub}) == 57
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "rows"),
+    [
+        ("arc-easy", "validation", 570),
+        ("arc-challenge", "validation", 299),
+        ("openbookqa", "validation", 500),
+        ("commonsenseqa", "train", 9741),
+        ("mmlu", "dev", 285),
+        ("mmlu", "validation", 1531),
+        ("mmlu-redux", "test", 2760),  # of 2800: 19 without a right answer, 19 undecided, 2 without a right label
+    ],
+)
+def test_real_mirror(data_dir: Path, name: str, split: str, rows: int) -> None:
+    questions = tasks.load(name, split, data_dir)
     assert len(questions) == len({question.id for question in questions}) == rows
     assert all(question.question and all(question.options) for question in questions)
 
@@ -139,7 +231,7 @@ def test_own_file_with_a_bad_row(tmp_path: Path, row: str) -> None:
 
 
 def test_unknown_names(tmp_path: Path) -> None:
-    with pytest.raises(C2CError, match="arc-challenge, arc-easy, openbookqa"):
+    with pytest.raises(C2CError, match="arc-challenge, arc-easy, commonsenseqa, mmlu, mmlu-redux, openbookqa"):
         tasks.load("arc")
     with pytest.raises(C2CError, match="no file"):
         tasks.load(str(tmp_path / "none.jsonl"))

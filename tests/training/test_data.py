@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from cache2cache import C2CError
-from cache2cache.config import TrainConfig
+from cache2cache.config import DataSource, TrainConfig
 from cache2cache.fuser import checkpoint
 from cache2cache.tasks import Question, load
 from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
@@ -55,6 +56,20 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
         ({"instruction": "Q", "input": "", "output": "A"}, ([user("Q")], "A")),
         ({"prompt": "Q", "completion": "A"}, ([user("Q")], "A")),
         ({"prompt": "Q", "response": "A"}, ([user("Q")], "A")),
+        ({"question": "Q", "answer": " A"}, ([user("Q")], "A")),
+        ({"instruction": "Q", "output": "A", "question": "other", "answer": "other"}, ([user("Q")], "A")),
+        (  # LongBench: some sets ask in a field, others by being what they are
+            {"context": "C", "input": "Q?", "answers": ["A", "B"], "dataset": "hotpotqa", "_id": "x"},
+            ([user("C\n\nQ?")], "A"),
+        ),
+        (
+            {"context": "C", "input": "", "answers": ["A"], "dataset": "multi_news"},
+            ([user("C\n\nSummarise these news articles on one page.")], "A"),
+        ),
+        (
+            {"context": "C", "input": "I", "answers": ["A"], "dataset": "repobench-p_e"},
+            ([user("C\n\nWrite the next line of this code.\n\nI")], "A"),
+        ),
         ({"messages": [user("Q"), {"role": "assistant", "content": " A "}]}, ([user("Q")], "A")),
         (
             {
@@ -134,7 +149,12 @@ def test_every_response_of_a_row(row: dict[str, Any], responses: list[str]) -> N
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"question": "Q", "answer": "A"}, "file, row 7 has fields question, answer; expected messages, conversations"),
+        ({"query": "Q", "reply": "A"}, "file, row 7 has fields query, reply; expected messages, conversations"),
+        ({"question": "Q", "options": ["x", "y"], "answer": "A"}, "has fields question, options, answer; expected"),
+        ({"question": "Q", "choices": ["x", "y"], "answer": 1}, "has fields question, choices, answer; expected"),
+        ({"context": "C", "input": " ", "answers": ["A"]}, "row 7 asks nothing about its context"),
+        ({"context": "C", "input": "Q", "answers": [""]}, "row 7 asks nothing about its context, or its first answer"),
+        ({"context": "C", "input": "Q", "answers": []}, "has fields context, input, answers; expected"),
         ({"instruction": "Q", "response": "  "}, "file, row 7 has fields instruction, response; expected"),
         ({"instruction": 5, "response": "A"}, "expected messages"),
         ({"messages": [user("Q")]}, "file, row 7 has no assistant turn with text behind a user turn"),
@@ -269,6 +289,36 @@ def test_limits_are_drawn_with_the_seed_and_nothing_else(tmp_path: Path) -> None
     alone = drawn(data=sources[1:])
     assert {e.id for e in alone} == {e.id for e in first if e.id.startswith("openbookqa")}
     assert len(drawn(data=[{**sources[0], "limit": 400}])) == 40
+
+
+def test_the_first_rows_where_asked(tmp_path: Path) -> None:
+    rows = [{"prompt": "p" * (1 + n % 3), "completion": f"{n}"} for n in range(30)]
+    source = {"jsonl": str(write_jsonl(tmp_path / "rows.jsonl", rows)), "take": "first"}
+
+    def numbers(seed: int = 42, **more: Any) -> list[int]:
+        made = examples(config_of(tmp_path, data=[{**source, **more}], seed=seed))
+        return [int(e.id.rpartition(":")[2]) for e in made]
+
+    assert sorted(numbers(limit=12)) == sorted(numbers(limit=12, seed=1)) == list(range(12))
+    assert numbers(limit=12) != sorted(numbers(limit=12))  # in an order that the seed gives
+    assert sorted(numbers(limit=12, max_prompt_chars=2)) == [n for n in range(18) if n % 3 < 2]  # of those that fit
+    assert sorted(numbers(limit=99)) == sorted(numbers()) == list(range(30))
+    assert sorted(numbers(limit=12, take="random")) != list(range(12))
+
+
+def test_the_part_of_longbench_that_is_measured_on(tmp_path: Path) -> None:
+    path = tmp_path / "THUDM/LongBench/qasper_e/test.jsonl.gz"
+    path.parent.mkdir(parents=True)
+    rows = [{"_id": f"{n:08x}", "context": "C", "input": f"{n}?", "answers": ["A"]} for n in range(80)]
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    source = {"rows": "THUDM/LongBench/qasper_e", "split": "test"}
+    made = examples(config_of(tmp_path, data=[source], data_dir=tmp_path))
+    kept = {int(e.id.rpartition(":")[2]) for e in made}
+    ids = {n: hashlib.sha256(row["_id"].encode()).hexdigest() for n, row in enumerate(rows)}
+    assert kept == {n for n, digest in ids.items() if digest[-1] not in "159d"} and 50 < len(kept) < 70
+    # Rows keep their number, whatever is left out before them.
+    assert all(e.messages[0]["content"] == f"C\n\n{e.id.rpartition(':')[2]}?" for e in made)
 
 
 def test_lengths(tmp_path: Path) -> None:
@@ -408,22 +458,26 @@ def normal(text: str) -> str:
     return re.sub(r"\W+", " ", text.lower()).strip()
 
 
-def held_out_questions(data_dir: Path) -> Iterator[tuple[str, str]]:
-    """(where, question) of the validation splits and of MMLU-Redux."""
-    for task in TASKS:
-        for question in load(task, "validation", data_dir):
-            yield f"{task}:{question.id}", question.question
-    for path in sorted((data_dir / "edinburgh-dawg" / "mmlu-redux-2.0").glob("*/test.jsonl.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                yield f"mmlu-redux:{path.parent.name}", json.loads(line)["question"]
+TRAINED_ON = ("arc-easy", "arc-challenge", "openbookqa", "commonsenseqa")
+MEASURED_ON = [*((task, "validation") for task in (*TASKS, "mmlu")), ("mmlu", "dev")]
+INSTRUCTIONS = ("local/t0-mix", "databricks/databricks-dolly-15k", "openai/gsm8k/main")
+TELLING = 30  # characters from which on a question inside another text is taken for the same question
 
 
 @pytest.fixture(scope="session")
 def held_out(data_dir: Path) -> set[str]:
-    texts = {normal(question) for _, question in held_out_questions(data_dir)}
-    assert len(texts) > 3500
+    """The questions that are measured on. Of MMLU-Redux all, also those that are left out for their errors."""
+    texts = {question.question for task, split in MEASURED_ON for question in load(task, split, data_dir)}
+    for path in (data_dir / "edinburgh-dawg" / "mmlu-redux-2.0").glob("*/test.jsonl.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            texts |= {json.loads(line)["question"] for line in lines}
+    assert len(texts) > 5900
     return texts
+
+
+@pytest.fixture(scope="session")
+def held_out_words(held_out: set[str]) -> set[str]:
+    return {normal(text) for text in held_out}
 
 
 @pytest.fixture(scope="session")
@@ -431,21 +485,54 @@ def default_recipe(data_dir: Path) -> TrainConfig:
     return read_recipe(ROOT / "recipes" / "default.yaml", [f"data_dir={data_dir}"])
 
 
-def test_the_held_out_list_is_what_the_data_says(data_dir: Path, held_out: set[str]) -> None:
-    for task in TASKS:
-        found = [q.id for q in load(task, "train", data_dir) if normal(q.question) in held_out]
-        assert sorted(found) == sorted(HELD_OUT[task])
-    assert set(HELD_OUT) == set(TASKS)
+def test_the_held_out_list_is_what_the_data_says(data_dir: Path, held_out: set[str], held_out_words: set[str]) -> None:
+    found = {
+        task: [q.id for q in load(task, "train", data_dir) if normal(q.question) in held_out_words]
+        for task in TRAINED_ON
+    }
+    asks = containing(held_out)
+    for name in INSTRUCTIONS:
+        rows = data.draw(DataSource(rows=name), 0, data_dir)
+        found[name] = [e.id.rpartition(":")[2] for e in rows if any(asks(m["content"]) for m in e.messages)]
+        assert len(rows) > 7000
+    assert {name: sorted(rows) for name, rows in found.items() if rows} == {n: sorted(r) for n, r in HELD_OUT.items()}
 
 
-def test_no_held_out_question_is_trained_on(data_dir: Path, held_out: set[str], default_recipe: TrainConfig) -> None:
-    """Neither the question of an example nor its whole text is that of a held-out row."""
+def containing(questions: set[str]) -> Callable[[str], bool]:
+    """Whether a text contains one of the questions of `TELLING` characters or more, by words."""
+    by_start: dict[tuple[str, ...], list[list[str]]] = {}
+    for words in (normal(text).split() for text in questions if len(text) >= TELLING):
+        by_start.setdefault(tuple(words[:3]), []).append(words)
+
+    def contains(text: str) -> bool:
+        words = normal(text).split()
+        return any(
+            words[i : i + len(asked)] == asked
+            for i in range(len(words))
+            for asked in by_start.get(tuple(words[i : i + 3]), ())
+        )
+
+    return contains
+
+
+def test_containing() -> None:
+    contains = containing({"Which of these is the largest planet?", "Clouds are made of"})
+    assert contains("Tell me: which of these is the LARGEST planet, and why?")
+    assert not contains("Which of these is the largest planetoid?") and not contains("Clouds are made of water.")
+
+
+def test_no_held_out_question_is_trained_on(
+    data_dir: Path, held_out: set[str], held_out_words: set[str], default_recipe: TrainConfig
+) -> None:
+    """Neither the question of an example nor its whole text is that of a held-out row, and no instruction has one."""
     asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
     made = examples(default_recipe)
     assert len(made) > 3600 and sum(e.id in asked for e in made) > 3000
+    contains = containing(held_out)
     for example in made:
         for text in (asked.get(example.id, ""), *(m["content"] for m in example.messages)):
-            assert normal(text) not in held_out, example.id
+            assert normal(text) not in held_out_words, example.id
+        assert example.id in asked or not any(contains(m["content"]) for m in example.messages), example.id
     prompts = {normal(e.messages[0]["content"]) for e in made}
     for task in TASKS:
         for question in load(task, "validation", data_dir):
@@ -467,11 +554,11 @@ def test_the_packaged_fuser_saw_no_twin_of_a_held_out_row() -> None:
 
 
 def test_the_packaged_fuser_saw_no_held_out_row(
-    data_dir: Path, held_out: set[str], default_recipe: TrainConfig
+    data_dir: Path, held_out_words: set[str], default_recipe: TrainConfig
 ) -> None:
     ids = set(packaged_ids())
     validation = {f"{task}:{q.id}" for task in TASKS for q in load(task, "validation", data_dir)}
     assert not ids & validation
     assert ids <= {example.id for example in examples(default_recipe)}
     asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
-    assert not {i for i in ids if normal(asked.get(i, "")) in held_out}
+    assert not {i for i in ids if normal(asked.get(i, "")) in held_out_words}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
 from cache2cache import C2CError
 from cache2cache.config import TrainConfig
-from cache2cache.training.recipe import read_recipe
+from cache2cache.training.loop import Trainer, prepare
+from cache2cache.training.recipe import keys, read_recipe
+from mirror import mirror
+from training.runs import pair_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = "receiver: {source: a}\nsharer: {source: b}\ndata: [{task: arc-easy}]\n"
@@ -35,6 +42,45 @@ def test_defaults_then_yaml_then_settings(recipe: Path) -> None:
     assert read_recipe(recipe) == plain  # nothing sticks
 
 
+def test_settings_of_one_entry_of_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("receiver: {source: a}\nsharer: {source: b}\ndata: [{task: arc-easy, limit: 3}, {rows: c/d}]\n")
+    settings = ["data.1.limit=5", "data.0.take=first", "data.0.task=openbookqa", "fuser.layer_map=[[0, 1], [2, 3]]"]
+    changed = read_recipe(path, [*settings, "fuser.layer_map.1=[2, 4]"])
+    first, second = changed.data
+    assert (first.task, first.limit, first.take, second.rows, second.limit) == ("openbookqa", 3, "first", "c/d", 5)
+    assert changed.fuser.layer_map == [(0, 1), (2, 4)]
+    assert read_recipe(path, ["data.1={task: mmlu}"]).data[1].task == "mmlu"
+
+
+def written(config: BaseModel, above: str = "") -> dict[str, Any]:
+    """The values of a configuration by the names of its keys."""
+    found: dict[str, Any] = {}
+    for name, value in config:
+        if isinstance(value, BaseModel):
+            found |= written(value, f"{above}{name}.")
+        elif value and isinstance(value, list) and isinstance(value[0], BaseModel):
+            found |= written(value[0], f"{above}{name}.N.")
+        else:
+            found[above + name] = value
+    return found
+
+
+def test_the_keys_are_those_that_a_recipe_takes(recipe: Path) -> None:
+    config = read_recipe(recipe)
+    values = written(config)
+    found = {key.name: key for key in keys()}
+    assert list(found) == list(values) and len(found) > 60
+    for name, key in found.items():
+        assert key.description and key.type, f"{name} has no description"
+        if key.default and name != "data.N.task":  # each default can be set as it is printed
+            changed = written(read_recipe(recipe, [f"{name.replace('.N.', '.0.')}={key.default}"]))
+            given = {"epochs": 1, "fuser.hidden_dim": 1024}  # what the recipe sets
+            assert changed == values | {n: v for n, v in given.items() if n == name}, name
+    assert (found["receiver.source"].default, found["fuser.hidden_dim"].default) == ("", "1024")
+    assert found["data.N.limit"].type == "int | None" and "(> 0)" in found["data.N.limit"].description
+
+
 def test_a_later_setting_wins(recipe: Path) -> None:
     assert read_recipe(recipe, ["seed=1", "seed=2"]).seed == 2
 
@@ -45,8 +91,32 @@ def test_the_recipes_that_come_along(path: Path) -> None:
     assert config.output.parts[0] == "runs" and config.holdout > 0
 
 
-def test_there_is_a_recipe() -> None:
-    assert (ROOT / "recipes" / "default.yaml").is_file()
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_two_steps_of_the_recipes_that_come_along(path: Path, tmp_path: Path) -> None:
+    """Each runs on tiny models and rows in the layouts of its data sets, with a fuser of its own kind and settings."""
+    plain = read_recipe(path)
+    small = ["fuser.hidden_dim=8", "fuser.intermediate_dim=6", "epochs=1", "holdout=3", "store=null", "accumulate=1"]
+    config = read_recipe(path, [*small, f"output={tmp_path / 'run'}"])
+    recipe = yaml.safe_load(path.read_text())
+    config = config.model_copy(update={"data_dir": mirror(tmp_path / "data", recipe["data"], 12)})
+    pair = pair_of(**config.fuser.model_dump(exclude={"receiver", "sharer"}, exclude_unset=True))
+    found = prepare(pair, config)
+    assert not found.too_long and len(found.train) >= 6
+    config = config.model_copy(update={"batch_size": math.ceil(len(found.train) / 2)})
+    trainer = Trainer(pair, config, None, found)
+    records: list[dict[str, Any]] = []
+    assert trainer.run(records.append).is_dir()
+    assert [r["step"] for r in records] == [1, 2] and all(math.isfinite(r["loss"]) for r in records)
+    assert plain.fuser.anneal_steps >= 2 and plain.accumulate <= plain.batch_size
+
+
+def test_every_published_run_has_a_twin() -> None:
+    names = {path.stem for path in ROOT.glob("recipes/*.yaml")}
+    assert {"default", "paper-openhermes", "paper-mmlu", "paper-longbench", "paper-gsm8k"} <= names
+    for name in (n.removeprefix("paper-") for n in names if n.startswith("paper-")):
+        paper, twin = (read_recipe(ROOT / "recipes" / f"{kind}-{name}.yaml") for kind in ("paper", "cpu"))
+        assert twin.fuser.hidden_dim < paper.fuser.hidden_dim and twin.batch_size < paper.batch_size
+        assert twin.fuser.layer_map == paper.fuser.layer_map and twin.fuser.gate_noise == paper.fuser.gate_noise
 
 
 @pytest.mark.parametrize(
@@ -67,6 +137,14 @@ def test_there_is_a_recipe() -> None:
         ("data=[]", "data: .*at least 1 item"),
         ("data=[{task: a, rows: b/c}]", "data.0: .*exactly one of task, rows and jsonl"),
         ("receiver=smollm2", "receiver: .*given 'smollm2'"),
+        ("fusr.hidden_dim=2", "unknown key fusr; did you mean fuser\\?"),
+        ("data.0.limt=2", "unknown key data.0.limt; did you mean limit\\?"),
+        ("data.0.limit=0", "data.0.limit: .*greater than 0"),
+        ("data.1.limit=2", "data has 1 entries, counted from 0; '1' of the setting 'data.1.limit=2' is none of them"),
+        ("data.-1.limit=2", "'-1' of the setting .* is none of them"),
+        ("data.limit=2", "'limit' of the setting 'data.limit=2' is none of them"),
+        ("data.0.task.more=2", "task of the setting 'data.0.task.more=2' has no keys of its own"),
+        ("receiver={sauce: a}", "unknown key receiver.sauce; did you mean source\\?"),  # and not: source is missing
         ("epochs", "'epochs' is no setting; expected KEY=VALUE, such as epochs=2"),
         ("epochs.more=1", "epochs of the setting 'epochs.more=1' has no keys of its own"),
         ("seed=[1", r"the value of the setting 'seed=\[1' is no valid YAML"),

@@ -8,14 +8,13 @@ from typing import Annotated
 import typer
 
 from cache2cache.cli import options
+from cache2cache.tasks import TASKS
 
 
 def evaluate(
     fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="arc-easy, arc-challenge, openbookqa or a .jsonl; repeatable.")
-    ] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"{', '.join(TASKS)} or a .jsonl; repeatable.")] = None,
     split: Annotated[str, typer.Option(help="Split of the question sets.")] = "validation",
     data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
     prompt: Annotated[str, typer.Option(help="paper or short.")] = "paper",

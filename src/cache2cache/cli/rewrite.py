@@ -30,7 +30,7 @@ def rewrite(
     from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
     from cache2cache.training import rewrite as run
-    from cache2cache.training.data import draw
+    from cache2cache.training.data import draw, without_held_out
     from cache2cache.training.recipe import read_recipe
 
     console = Console(stderr=True)
@@ -49,7 +49,7 @@ def rewrite(
         raise C2CError(f"{recipe} has no instruction rows (rows or jsonl) to rewrite")
     if any(source.jsonl and source.jsonl.resolve() == output.resolve() for source in sources):
         raise C2CError(f"{output} is what would be rewritten; choose another file")
-    found = [example for source in sources for example in draw(source, seed, data_dir)]
+    found = without_held_out([example for source in sources for example in draw(source, seed, data_dir)])
     if is_address(teacher):
         server = run.Server(teacher)
         name = model or server.model()

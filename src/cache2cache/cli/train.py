@@ -16,11 +16,34 @@ if TYPE_CHECKING:
     from cache2cache.training.plan import Plan
 
 
+def print_keys(wanted: bool) -> None:
+    """Every key with type and default, and what it means below it."""
+    if not wanted:
+        return
+    import shutil
+    import textwrap
+
+    from cache2cache.training.recipe import keys
+
+    width = min(120, shutil.get_terminal_size().columns)
+    for key in keys():
+        print(f"{key.name}: {key.type}" + (f" = {key.default}" if key.default else ", to be given"))
+        print(textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    "))
+    raise typer.Exit()
+
+
 def train(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe, such as epochs=2; repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE over the recipe, such as epochs=2 or data.0.limit=100; repeatable."),
     ] = None,
+    keys: Annotated[
+        bool,
+        typer.Option(
+            "--keys", callback=print_keys, is_eager=True, help="Print every key of a recipe, for --set too, and leave."
+        ),
+    ] = False,
     data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
     live: Annotated[

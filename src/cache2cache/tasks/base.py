@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, StrictInt, ValidationError
-
 from cache2cache.errors import C2CError
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_INDEX = {letter: index for index, letter in enumerate(LETTERS)}
 
 
 @dataclass(frozen=True)
@@ -83,41 +80,3 @@ def _from_hub(repo: str, config: str, split: str) -> list[dict[str, Any]]:
             f"{repo} ({config}, split {split!r}) could not be had from the hub ({type(error).__name__}: {reason}); "
             "check the split and the network, or give a local mirror as data folder"
         ) from error
-
-
-def read_questions(path: Path) -> list[Question]:
-    """The questions of a JSONL file: {"question", "options", "answer"} and perhaps {"id", "subject"} in each row.
-
-    The answer is a letter or an index from 0.
-    """
-    if not path.is_file():
-        raise C2CError(f"no file {path}; expected JSON lines with question, options and answer; check the path")
-    with path.open(encoding="utf-8") as lines:
-        return [
-            _own_row(line, f"{path}, line {number}", str(number))
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
-
-
-class _Row(BaseModel):
-    id: str | int | None = None
-    question: str
-    options: tuple[str, ...]
-    answer: StrictInt | str
-    subject: str = ""
-
-
-def _own_row(line: str, where: str, default_id: str) -> Question:
-    try:
-        row = _Row.model_validate_json(line)
-        answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer, -1)
-        return Question(str(row.id or default_id), row.question, row.options, answer, row.subject)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise C2CError(
-            f"{where} is no question ({'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}); "
-            'expected {"question": …, "options": [… , …], "answer": "A" or 0}; mend the row'
-        ) from error
-    except C2CError as error:
-        raise C2CError(f"{where}: {error}; mend the row") from error

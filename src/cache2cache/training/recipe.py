@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from ..config import TrainConfig
 from ..errors import C2CError
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
-    """A recipe with settings such as `epochs=2` or `fuser.hidden_dim=64` put over it.
+    """A recipe with settings such as `epochs=2`, `fuser.hidden_dim=64` or `data.0.limit=100` put over it.
 
     Raises:
         C2CError: an unreadable file, an unknown key (with a suggestion), a value that doesn't fit.
@@ -34,14 +37,8 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
         key, equals, value = setting.partition("=")
         if not equals:
             raise C2CError(f"{setting!r} is no setting; expected KEY=VALUE, such as epochs=2")
-        place = recipe
-        *parents, leaf = key.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise C2CError(f"{parent} of the setting {setting!r} has no keys of its own")
         try:
-            place[leaf] = yaml.safe_load(value)
+            _put(recipe, key.split("."), yaml.safe_load(value), setting)
         except yaml.YAMLError as error:
             raise C2CError(f"the value of the setting {setting!r} is no valid YAML; quote it") from error
     try:
@@ -50,8 +47,80 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
         raise C2CError(f"{path}: {_explain(error)}") from error
 
 
+def _put(recipe: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
+    """Set the value at a path of keys, and of numbers where there is a list: `data.0.limit`."""
+    place: Any = recipe
+    for depth, name in enumerate(path):
+        key: Any = name
+        if isinstance(place, list):
+            if not (name.isascii() and name.isdigit() and int(name) < len(place)):
+                raise C2CError(
+                    f"{'.'.join(path[:depth])} has {len(place)} entries, counted from 0; {name!r} of the setting "
+                    f"{setting!r} is none of them"
+                )
+            key = int(name)
+        elif not isinstance(place, dict):
+            raise C2CError(f"{path[depth - 1]} of the setting {setting!r} has no keys of its own")
+        elif depth + 1 < len(path):
+            place.setdefault(name, {})
+        if depth + 1 == len(path):
+            place[key] = value
+        else:
+            place = place[key]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a recipe as it is written there, `N` being the number of a list's entry.
+
+    Attributes:
+        name: with the keys above it, as `fuser.hidden_dim`.
+        type: as in the source of `TrainConfig`.
+        default: as in YAML; "" for a key that has to be given.
+        description: what it means, with its bounds.
+    """
+
+    name: str
+    type: str
+    default: str
+    description: str
+
+
+def keys(model: type[BaseModel] = TrainConfig, above: str = "") -> Iterator[Key]:
+    """Every key of a recipe, those of nested configurations in the place of the key that holds them."""
+    types = inspect.get_annotations(model)
+    for name, field in model.model_fields.items():
+        kind, entry = _nested(field)
+        if kind is not None:
+            yield from keys(kind, f"{above}{name}.{entry}")
+            continue
+        bounds = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _BOUNDS.items() if hasattr(m, k)]
+        limits = f" ({', '.join(bounds)})" if bounds else ""
+        default = "" if field.is_required() else _as_yaml(field.default)
+        yield Key(above + name, str(types[name]), default, (field.description or "") + limits)
+
+
+_BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
+
+
+def _nested(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
+    """The configuration whose keys a field takes, and "N." where it takes a list of them."""
+    if not field.is_required() and not isinstance(field.default, BaseModel):
+        return None, ""  # one that may be left out altogether, which nobody writes
+    kinds = (field.annotation, *get_args(field.annotation))
+    found = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+    return found, "N." if get_origin(field.annotation) is list else ""
+
+
+def _as_yaml(value: Any) -> str:
+    value = value.as_posix() if isinstance(value, Path) else value
+    return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n").removesuffix("\n...")
+
+
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key comes first: what it leaves unset is an error of its own.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     place = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
         known = _fields(TrainConfig, first["loc"][:-1])
