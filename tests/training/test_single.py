@@ -95,22 +95,34 @@ def test_loss_of_a_batch_is_that_of_its_items(per: str) -> None:
 
 
 @needs_peft
-def test_gradients_flow_through_the_prompt_into_the_adapter_alone() -> None:
-    """The first layer's key projection reaches the response of a prompt only through the prompt's positions."""
-    receiver = lm_of("qwen3")
+def test_gradients_are_those_of_prompt_and_response() -> None:
+    """Against finite differences: a prompt read without gradients would give another slope."""
+    receiver = lm_of("qwen3", dtype=torch.float64)
     objective = SingleObjective(receiver, SPEC)
+    objective.double()
     shake(objective)
-    item = items_of(receiver)[0]
-    objective([Item("one", item.prompt, item.response[:1])], "token")[0].backward()
-    assert all(p.grad is not None for p in objective.trained.parameters())
-    assert all(p.grad is None and not p.requires_grad for p in receiver.model.parameters())
-    # One response token: what is predicted stands at the last prompt token, so the rest of the prompt is read on its own.
-    name = "base_model/model/model/layers/0/self_attn/v_proj/lora_B/default/weight"
-    whole = dict(objective.trained.named_parameters())[name].grad
-    assert whole is not None and whole.abs().max() > 0
+    items, weights = items_of(receiver), list(objective.parameters())
+
+    def loss() -> torch.Tensor:  # in float64, which `loss_of` would round
+        total = torch.zeros((), dtype=torch.float64)
+        for item in items:
+            ids = torch.tensor([[*item.prompt.receiver, *item.response]])
+            logprobs = objective.adapted[0](input_ids=ids).logits[0, :-1].log_softmax(-1)
+            total -= logprobs[-len(item.response) :].gather(1, torch.tensor(item.response)[:, None]).sum()
+        return total / sum(len(item.response) for item in items)
+
+    objective(items, "token")[0].backward()
+    torch.manual_seed(2)
+    directions = [torch.randn_like(p) for p in weights]
+    slope = sum((p.grad * d).sum() for p, d in zip(weights, directions, strict=True) if p.grad is not None)
+    ends = []
     with torch.no_grad():
-        kept = prefill_prompts(receiver, [item.prompt.receiver])
-    assert kept.kv.length == len(item.prompt.receiver) - 1
+        for step in (1e-6, -2e-6):
+            for p, d in zip(weights, directions, strict=True):
+                p += step * d
+            ends.append(loss())
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-5, check_dtype=False)
+    assert all(p.grad is None and not p.requires_grad for p in receiver.model.parameters())
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -262,7 +274,7 @@ def test_the_baselines_need_no_sharer_and_ignore_one(tmp_path: Path) -> None:
         type(named).model_validate({k: v for k, v in base.items() if k != "sharer"})
 
 
-# ---- evaluation and the command line -----------------------------------------------------------------------------------
+# ---- evaluation and the command line ---------------------------------------------------------------------------------
 
 
 @needs_peft

@@ -25,7 +25,7 @@ from ..alignment.chat import render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
 from ..kv import pad_left, positions_of
-from ..models.load import LM
+from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
 from .loop import Item, Objective, Prepared, loss_of, recipe_of, targets, write_ids
 
@@ -58,18 +58,20 @@ class SingleObjective(Objective):
         peft = _peft()
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=receiver.name,
             r=spec.rank,
             lora_alpha=spec.alpha,
             lora_dropout=spec.dropout,
             target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
         )
         try:
-            self.adapted = [peft.get_peft_model(twin(receiver).model, lora)]  # in a list: no submodule of this one
+            with quiet():
+                model = peft.get_peft_model(twin(receiver).model, lora)
         except ValueError as error:
             raise C2CError(
                 f"no adapter for {receiver.name} with target_modules {spec.target_modules}: {error}"
             ) from error
+        lora.base_model_name_or_path = receiver.name
+        self.adapted = [model]  # in a list: no submodule of this one
         self.receiver, self.frozen = receiver, {"receiver": receiver.model}
         self.trained = _Weights(self.adapted[0])
         self.dropouts = [m for name, m in self.adapted[0].named_modules() if name.endswith(".lora_dropout")]
@@ -182,7 +184,8 @@ def load_single(receiver: LM, folder: str | Path) -> LM:
     lm = twin(receiver)
     try:
         # On the meta device first: memory is taken for what the file holds, not for what its configuration says.
-        model = peft.PeftModel.from_pretrained(lm.model, str(folder), low_cpu_mem_usage=True)
+        with quiet():
+            model = peft.PeftModel.from_pretrained(lm.model, str(folder), low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         raise C2CError(f"the adapter in {folder} doesn't fit {receiver.name}: {error}") from error
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
