@@ -34,7 +34,8 @@ PUBLIC: dict[str, list[str]] = {
     "cache2cache.transfer": ["to_bytes", "from_bytes", "save", "load"],
     "cache2cache.fuser": ["VARIANTS", "C2CFuser"],
     "cache2cache.training.loop": ["Trainer"],
-    "cache2cache.config": ["TrainConfig", "DataSource", "ModelIdentity"],
+    "cache2cache.training.single": ["load_single"],
+    "cache2cache.config": ["TrainConfig", "LoraSpec", "DataSource", "ModelIdentity"],
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}

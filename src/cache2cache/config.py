@@ -162,13 +162,33 @@ class DataSource(BaseModel):
         return str(self.task or self.rows or self.jsonl)
 
 
+class LoraSpec(BaseModel):
+    """The adapter of the baseline `single` (LoRA, through PEFT)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32, gt=0, description="the adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="the receiver's layers that have one, as PEFT names them; all-linear: all but its head",
+    )
+
+
 class TrainConfig(BaseModel):
     """A training run, as written in a recipe."""
 
     model_config = ConfigDict(extra="forbid")
 
+    method: Literal["c2c", "single", "identical"] = Field(
+        "c2c",
+        description="c2c: a fuser; and the paper's baselines: single, the receiver alone with a LoRA adapter; "
+        "identical, a fuser with the receiver as its own sharer. Both need no sharer and put the receiver in its place",
+    )
     receiver: ModelSpec = Field(description="the model that answers")
     sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
+    lora: LoraSpec = Field(LoraSpec(), description="the adapter of the method single")
     fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
     data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
@@ -227,6 +247,16 @@ class TrainConfig(BaseModel):
     trackers: list[Literal["tensorboard"]] = Field([], description="who else gets the log, under output")
     seed: int = Field(42, description="of draws, order, first weights and noise")
     weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_sharer(cls, given: Any) -> Any:
+        """The baselines' sharer is the receiver, whatever the recipe names; without a sharer there is no store."""
+        if isinstance(given, dict) and given.get("method") in ("single", "identical") and "receiver" in given:
+            given = {**given, "sharer": given["receiver"]}
+            if given["method"] == "single":
+                given["store"] = given["receiver_store"] = None
+        return given
 
     @model_validator(mode="after")
     def _trainable(self) -> TrainConfig:

@@ -212,12 +212,18 @@ class C2C:
         configs = [f.config for f in fusers]
         overrides = {k: v for k, v in (("dtype", dtype), ("device", device)) if v is not None}
 
+        models: list[tuple[ModelSpec, LM]] = []  # one that is named twice is loaded once
+
         def load(given: ModelSource | None, trained_for: ModelIdentity | None) -> LM:
             assert trained_for is not None  # make_fuser has checked
             if given is None:
                 given = ModelSpec(source=trained_for.name, revision=trained_for.revision)
-            loaded = isinstance(given, (PreTrainedModel, LM)) or is_address(given)
-            return _lm(given) if loaded else load_lm(given, None, **overrides)
+            if isinstance(given, (PreTrainedModel, LM)) or is_address(given):
+                return _lm(given)
+            spec = given if isinstance(given, ModelSpec) else ModelSpec(source=str(given))
+            if (same := next((lm for known, lm in models if known == spec), None)) is None:
+                models.append((spec, same := load_lm(spec, None, **overrides)))
+            return same
 
         others = [None] * len(fusers) if sharers is None else _as_list(sharers)
         if len(others) != len(fusers):

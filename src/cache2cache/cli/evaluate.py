@@ -22,6 +22,9 @@ def evaluate(
         list[str] | None, typer.Option(help="receiver, sharer, c2c, other; repeatable; all by default.")
     ] = None,
     skip: options.Skip = None,
+    single: Annotated[
+        Path | None, typer.Option(help="Also the receiver with this adapter, the baseline of c2c train's single.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="Only the first questions of each set.")] = None,
     batch_size: Annotated[int, typer.Option(min=2, help="Questions at once.")] = 16,
     receiver: Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")] = None,
@@ -35,11 +38,11 @@ def evaluate(
     Run it again after an interruption: what stands in the output folder is not asked again.
     """
     from cache2cache import heap
-    from cache2cache.evaluation.likelihood import METHODS, SKIP
+    from cache2cache.evaluation.likelihood import METHODS, SINGLE, SKIP
     from cache2cache.evaluation.report import run
 
     heap.keep()
-    methods = method or list(METHODS)
+    extra = [name for name, given in ((SKIP, skip), (SINGLE, single)) if given is not None]
     run(
         fuser,
         subfolder=subfolder,
@@ -47,8 +50,9 @@ def evaluate(
         split=split,
         data_dir=data_dir,
         prompt=prompt,
-        methods=methods if skip is None else list(dict.fromkeys([*methods, SKIP])),
+        methods=list(dict.fromkeys([*(method or METHODS), *extra])),
         skip=skip,
+        single=single,
         limit=limit,
         batch_size=batch_size,
         receiver=(receiver, receiver_dtype),

@@ -35,7 +35,7 @@ def precompute(
     heap.keep()
     config = read_recipe(recipe, settings or [])
     folder = store or config.store
-    if folder is None:
+    if folder is None and config.method != "single":
         raise C2CError(f"{recipe} names no store; give --store FOLDER")
     config = config.model_copy(update={"data_dir": data_dir or config.data_dir, "store": folder})
     run(

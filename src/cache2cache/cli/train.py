@@ -53,8 +53,9 @@ def train(
         bool, typer.Option("--dry-run", help="Print what it would take: memory, steps, time, disk; write nothing.")
     ] = False,
 ) -> None:
-    """Train a fuser, or fit one that has a closed form (ridge). Run it again after an interruption: training goes on
-    from the last checkpoint.
+    """Train a fuser, fit one that has a closed form (ridge), or train a baseline (the recipe's method).
+
+    Run it again after an interruption: training goes on from the last checkpoint.
 
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
@@ -72,6 +73,7 @@ def train(
     from cache2cache.training.loop import Trainer, prepare
     from cache2cache.training.plan import plan
     from cache2cache.training.recipe import read_recipe
+    from cache2cache.training.single import Alone, SingleObjective
     from cache2cache.training.store import Store
 
     heap.keep()
@@ -85,16 +87,23 @@ def train(
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store and not config.distill else {}
     as_set = {} if config.precision == "auto" else {"dtype": config.precision}
     receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
-    sharer = load_lm(config.sharer, None, **(as_small or (as_set if config.sharer.dtype == "auto" else {})))
-    torch.manual_seed(config.seed)  # the fuser's first weights
-    pair = C2C.from_models(receiver, sharer, config.fuser)
-    store = Store(config.store, pair.sharers[0]) if config.store else None
-    receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
-    data = prepare(pair, config)
-    parameters = sum(p.numel() for p in pair.fusers.parameters())
+    torch.manual_seed(config.seed)  # the first weights
+    what: C2C | SingleObjective
+    store = receiver_store = None
+    if config.method == "single":
+        what = SingleObjective(receiver, config.lora)
+        data, trained = prepare(Alone(receiver), config), what.trained
+    else:
+        options = as_small or (as_set if config.sharer.dtype == "auto" else {})
+        sharer = receiver if config.sharer == config.receiver else load_lm(config.sharer, None, **options)
+        what = C2C.from_models(receiver, sharer, config.fuser)
+        store = Store(config.store, sharer) if config.store else None
+        receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
+        data, trained = prepare(what, config), what.fusers
+    parameters = sum(p.numel() for p in trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    if isinstance(pair.fusers[0], Fitted):
+    if isinstance(what, C2C) and isinstance(what.fusers[0], Fitted):
         if processes.num_processes > 1:
             raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
         if dry_run:
@@ -102,12 +111,12 @@ def train(
         console.print(about)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
-            folder, rows = fit(pair, config, store, data, lambda n: bar.advance(task, n), receiver_store)
+            folder, rows = fit(what, config, store, data, lambda n: bar.advance(task, n), receiver_store)
         for row in rows:
             console.print(f"{row['kind']} of layer {row['layer']}: R² {row['r2']:.3f}, penalty {row['penalty']:g}")
         print(folder)
         return
-    trainer = Trainer(pair, config, store, data, receiver_store)
+    trainer = Trainer(what, config, store, data, receiver_store)
     if dry_run:
         found = plan(trainer)
         if processes.is_main_process:
@@ -148,7 +157,7 @@ def status(recent: Sequence[Mapping[str, Any]], steps: int) -> Table:
     cells = {
         "step": f"{last['step']} of {steps}",
         "loss": f"{sum(record['loss'] for record in recent) / len(recent):.3f}",
-        "gates open": str(last["gates_open"]),
+        **({"gates open": str(last["gates_open"])} if "gates_open" in last else {}),
         "tokens/s": f"{tokens / seconds:,.0f}" if known else "",
         "left": str(timedelta(seconds=round((steps - last["step"]) * seconds / done))) if known else "",
     }
@@ -167,11 +176,12 @@ def print_plan(found: Plan) -> None:
     print(f"parameters  {found.parameters:,} are trained")
     print(
         f"memory      {size(found.memory)} a process: receiver {size(found.receiver)}, sharer {size(found.sharer)}, "
-        f"fuser with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} (measured)"
+        f"what is trained with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} "
+        "(measured)"
     )
     print(f"steps       {found.steps}, about {found.seconds_per_step:.2f} s each")
     print(f"time        about {timedelta(seconds=round(found.seconds))} with evaluations")
     print(
         f"disk        {size(found.checkpoint + found.weights)}: checkpoint {size(found.checkpoint)} (twice that for a "
-        f"moment), fuser {size(found.weights)}; {size(found.free)} are free"
+        f"moment), result {size(found.weights)}; {size(found.free)} are free"
     )

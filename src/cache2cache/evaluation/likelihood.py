@@ -3,7 +3,7 @@
 Four methods on the same questions: the receiver alone, the sharer alone, C2C, and C2C with the sharer's cache taken
 from another question of like length. The last one separates what the sharer knows of the question from the mere
 presence of a cache: only the rest of a gain is communication. A fifth, with a threshold, is C2C that skips the sharer
-where the receiver is confident (`evaluation.skipping`).
+where the receiver is confident (`evaluation.skipping`); a sixth is the receiver fine-tuned alone (`training.single`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from pathlib import Path
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts
+from ..models.load import LM
 from ..pair import C2C, FusedCache, PromptIds
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 
 METHODS = ("receiver", "sharer", "c2c", "other")
 SKIP = "skip"  # asked for with a threshold
+SINGLE = "single"  # asked for with an adapter
 PROMPTS = {"paper": paper_prompt, "short": short_prompt}
 
 
@@ -57,6 +59,7 @@ def evaluate(
     prompt: str = "paper",
     methods: Sequence[str] = METHODS,
     skip: float | None = None,
+    single: LM | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> list[Answer]:
@@ -68,12 +71,15 @@ def evaluate(
         questions: what to ask.
         samples: JSONL file that a row per answer is added to; what stands there already is not asked again.
         prompt: "paper" or "short".
-        methods: of METHODS, and SKIP.
+        methods: of METHODS, SKIP and SINGLE.
         skip: the threshold of the method skip.
+        single: the fine-tuned receiver of the method single.
         batch_size: questions at once, of like length.
         progress: called with the number of questions of each batch done.
     """
     check_names(prompt, methods, skip)
+    if SINGLE in methods and single is None:
+        raise C2CError("the method single needs a fine-tuned receiver; give one as single")
     if len({q.id for q in questions}) != len(questions):
         raise C2CError(f"two questions of {task} have the same id; give each row its own")
     if len(pair.sharers) != 1:
@@ -93,7 +99,7 @@ def evaluate(
         for batch in _split(encoded, batch_size):
             wanted = [m for m in methods if any((q.id, m) not in have for q, _ in batch)]
             if wanted:
-                for answer in _answer(pair, task, prompt, batch, wanted, skip):
+                for answer in _answer(pair, task, prompt, batch, wanted, skip, single):
                     if (answer.id, answer.method) not in have:
                         row = {name: value for name, value in asdict(answer).items() if value is not None}
                         file.write(json.dumps(row) + "\n")
@@ -107,7 +113,7 @@ def evaluate(
 
 def check_names(prompt: str, methods: Sequence[str], skip: float | None = None) -> None:
     """Raise a C2CError for a prompt or method that doesn't exist, and for skipping without a threshold."""
-    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, (*METHODS, SKIP))):
+    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, (*METHODS, SKIP, SINGLE))):
         if wrong := [g for g in given if g not in known]:
             raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
     if SKIP in methods and skip is None:
@@ -145,11 +151,12 @@ def _answer(
     batch: list[tuple[Question, PromptIds]],
     methods: Sequence[str],
     skip: float | None,
+    single: LM | None,
 ) -> list[Answer]:
     sharer, receiver = pair.sharers[0], pair.receiver
     prompts = [p for _, p in batch]
     cache = None
-    if set(methods) - {"receiver", SKIP}:
+    if set(methods) - {"receiver", SKIP, SINGLE}:
         rows = [p.sharers[0] for p in prompts]
         ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
         cache = prefill(sharer, ids, mask)
@@ -162,6 +169,9 @@ def _answer(
         skipped: Sequence[bool | None] = [None] * len(batch)
         if method == "receiver":
             state, sure = clean, [round(p, 6) for p in confidence(lm, clean)]
+        elif method == SINGLE:
+            assert single is not None
+            lm, state = single, prefill_prompts(single, [p.receiver for p in prompts])
         elif method == SKIP:  # the sharer reads here as it does when answering: only what isn't skipped
             state = fused = pair.fuse(prompts, clean=clean, skip=skip)
             skipped = fused.skipped

@@ -17,12 +17,14 @@ from ..errors import C2CError
 from ..fuser import checkpoint
 from ..pair import C2C, identity
 from ..tasks import load
-from .likelihood import SKIP, Answer, check_names, evaluate, wilson
+from ..training.single import load_single
+from .likelihood import SINGLE, SKIP, Answer, check_names, evaluate, wilson
 
 LABELS = {
     "receiver": "receiver alone",
     "sharer": "sharer alone",
     "c2c": "C2C",
+    "single": "receiver fine-tuned alone",
     "skip": "C2C that skips the sharer",
     "other": "C2C, another question's cache",
 }
@@ -42,6 +44,7 @@ def run(
     sharer: tuple[str | None, str],
     output: Path,
     skip: float | None = None,
+    single: Path | None = None,
     subfolder: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
@@ -71,6 +74,12 @@ def run(
     }
     if SKIP in methods:
         settings["skip"] = skip
+    tuned = None
+    if SINGLE in methods:
+        if single is None:
+            raise C2CError("the method single needs an adapter; give its folder with --single")
+        tuned = load_single(pair.receiver, single)
+        settings["single"] = file_hash(single / "adapter_model.safetensors")
     _claim(output, settings)
     console = Console(stderr=True)
     summary: dict[str, Any] = {"settings": settings, "tasks": {}}
@@ -79,7 +88,7 @@ def run(
         with Progress(*columns, console=console) as bar:
             row = bar.add_task(task, total=len(rows))
             answers = evaluate(
-                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods, skip=skip,
+                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods, skip=skip, single=tuned,
                 batch_size=batch_size, progress=lambda n: bar.advance(row, n),  # noqa: B023
             )  # fmt: skip
         summary["tasks"][task] = summarize(answers, methods)
@@ -95,12 +104,13 @@ def _claim(output: Path, settings: dict[str, Any]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else settings
-    known = {"skip": settings.get("skip"), **before}  # a folder where nothing was skipped so far takes any threshold
+    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter.
+    known = {**{name: settings[name] for name in ("skip", "single") if name in settings}, **before}
     if changed := sorted(k for k in settings if known.get(k) != settings[k]):
         raise C2CError(
             f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
         )
-    if not path.exists() or "skip" in settings.keys() - before.keys():
+    if not path.exists() or settings.keys() - before.keys():
         partial = output / f".settings.{os.getpid()}"
         partial.write_text(json.dumps({**before, **settings}, indent=2) + "\n")
         os.replace(partial, path)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,7 @@ from ..errors import C2CError
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
 from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts
+from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
 from .store import Asked, Store
@@ -75,7 +76,15 @@ class Prepared:
         return ", ".join([f"{self.too_long} too long", *more])
 
 
-def prepare(pair: C2C, config: TrainConfig) -> Prepared:
+class Encoder(Protocol):
+    """What turns prompts into token ids: a pair, or a receiver without sharers (`single.Alone`)."""
+
+    receiver: LM
+
+    def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds: ...
+
+
+def prepare(pair: Encoder, config: TrainConfig) -> Prepared:
     """Encode a recipe's examples and set the hold-out aside, the same ones in every run and for all models.
 
     What is too long is left out behind that split, so the hold-out may be smaller than asked for.
@@ -116,7 +125,7 @@ def prepare(pair: C2C, config: TrainConfig) -> Prepared:
     return Prepared(mix(sources, weights, config.seed) if weights else train, holdout, **counts)
 
 
-def fit_tokens(pair: C2C, example: Example, config: TrainConfig) -> tuple[Item | None, list[str]]:
+def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[Item | None, list[str]]:
     """An example as token ids within `max_tokens`, and the counters of `Prepared` that what was done to it falls under.
 
     A response keeps its first `min_response_tokens` tokens, or all that it has; where the prompt leaves less room, the
@@ -800,10 +809,15 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
     assert isinstance(fuser, C2CFuser)
     training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
     checkpoint.save(fuser, folder, dtype=getattr(torch, config.weights_on_disk), training=training)
+    write_ids(folder, data)
+    return folder
+
+
+def write_ids(folder: Path, data: Prepared) -> None:
+    """Put the ids of the examples trained on into `training_ids.txt`."""
     partial = folder / f".training_ids.{os.getpid()}"
     partial.write_text("".join(f"{item.id}\n" for item in sorted(data.train, key=lambda i: i.id)))
     os.replace(partial, folder / "training_ids.txt")
-    return folder
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -23,11 +23,14 @@ def precompute(
     """Compute every prefill that the recipe's training will read. Returns the sharer's store; None after a dry run."""
     if precision not in ("bfloat16", "int8"):
         raise C2CError(f"unknown precision {precision!r}; expected bfloat16 or int8")
+    if config.method == "single":
+        raise C2CError("method single has no sharer, so there is nothing to precompute; train at once")
     assert config.store is not None
     console = Console(stderr=True)
     sharer = load_lm(config.sharer, None, **({} if dtype == "auto" else {"dtype": dtype}))
     store = Store(config.store, sharer, precision)  # type: ignore[arg-type]
-    pair = C2C.from_models(load_lm(config.receiver), sharer, config.fuser)
+    same = config.receiver == config.sharer  # which reads nothing here, so that the dtype doesn't matter
+    pair = C2C.from_models(sharer if same else load_lm(config.receiver), sharer, config.fuser)
     data = prepare(pair, config)
     # An example that weights repeat counts once.
     prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())

@@ -1,0 +1,209 @@
+"""The baseline without a sharer: the receiver alone, fine-tuned with LoRA on what a fuser would be trained on.
+
+Data, split, loss, batches, schedule, checkpoints and log are those of `loop`; PEFT adds the adapter and its format. The
+prompt is read with gradients here, as it is the receiver that learns.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..alignment.chat import render
+from ..config import LoraSpec, TrainConfig
+from ..errors import C2CError
+from ..kv import pad_left, positions_of
+from ..models.load import LM, quiet
+from ..pair import PromptIds, identity
+from .loop import Item, Objective, Prepared, loss_of, recipe_of, targets, write_ids
+
+
+class Alone:
+    """A receiver without sharers, for `prepare`: prompts are encoded as a pair encodes them."""
+
+    def __init__(self, receiver: LM) -> None:
+        self.receiver = receiver
+
+    def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds:
+        rendered = render(
+            self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs={"enable_thinking": False}
+        )
+        return PromptIds(rendered.ids, [], [])
+
+
+class SingleObjective(Objective):
+    """`single_loss` of a receiver with a new adapter, which alone is trained, in float32.
+
+    Args:
+        receiver: stays as it is.
+        spec: the adapter; its first weights are drawn from torch's generator.
+    """
+
+    folder = "adapter"
+
+    def __init__(self, receiver: LM, spec: LoraSpec) -> None:
+        nn.Module.__init__(self)
+        peft = _peft()
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            lora_dropout=spec.dropout,
+            target_modules=spec.target_modules if isinstance(spec.target_modules, str) else list(spec.target_modules),
+        )
+        try:
+            with quiet():
+                model = peft.get_peft_model(twin(receiver).model, lora)
+        except ValueError as error:
+            raise C2CError(
+                f"no adapter for {receiver.name} with target_modules {spec.target_modules}: {error}"
+            ) from error
+        lora.base_model_name_or_path = receiver.name
+        self.adapted = [model]  # in a list: no submodule of this one
+        self.receiver, self.frozen = receiver, {"receiver": receiver.model}
+        self.trained = _Weights(self.adapted[0])
+        self.dropouts = [m for name, m in self.adapted[0].named_modules() if name.endswith(".lora_dropout")]
+
+    def train(self, mode: bool = True) -> SingleObjective:
+        """Switch the adapter's dropout; the receiver's own layers stay in evaluation mode."""
+        super().train(mode)
+        for dropout in self.dropouts:
+            dropout.train(mode)
+        return self
+
+    def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
+        return single_loss(self.adapted[0], self.receiver, items, per)
+
+    def start(self, config: TrainConfig, data: Prepared) -> None:
+        pass
+
+    def set_progress(self, step: int) -> None:
+        pass
+
+    def after_step(self) -> dict[str, Any]:
+        return {}
+
+    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+        return batches
+
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+        """Put the adapter into `adapter/` of the run in PEFT's format, with a record of what it was made from
+        (`training.json`) and the ids of the examples. Each file appears whole or not at all."""
+        from peft import __version__ as peft_version
+        from peft import get_peft_model_state_dict
+
+        from .. import __version__
+
+        folder, model = config.output / self.folder, self.adapted[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = {k: v for k, v in recipe_of(config).items() if k not in ("sharer", "fuser")}
+        record = {
+            "versions": {"cache2cache": __version__, "torch": torch.__version__, "peft": peft_version},
+            "receiver": identity(self.receiver).model_dump(mode="json"),
+            "training": {"recipe": recipe, "examples": len(data.train), **measured},
+        }
+        dtype = getattr(torch, config.weights_on_disk)
+        tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        with tempfile.TemporaryDirectory(dir=config.output, prefix=".adapter.") as partial:
+            save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
+            model.peft_config["default"].save_pretrained(partial)
+            (Path(partial) / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            for path in sorted(Path(partial).iterdir()):
+                path.chmod(0o644)  # safetensors lets only the owner read
+                os.replace(path, folder / path.name)
+        write_ids(folder, data)
+        return folder
+
+
+def single_loss(model: nn.Module, receiver: LM, items: Sequence[Item], per: str = "token") -> tuple[Tensor, Tensor]:
+    """As `loop.response_loss` without a sharer: prompt and response in one pass, gradients through both.
+
+    Args:
+        model: the receiver's, with an adapter.
+        receiver: what else is to be known of it.
+        items, per: as for `response_loss`.
+    """
+    ids, mask = pad_left([item.prompt.receiver for item in items], receiver.pad_token_id, receiver.device)
+    target = targets(items).to(receiver.device)
+    # The response but its last token; positions behind a response's end are seen by nothing.
+    ids = torch.cat([ids, target[:, :-1].clamp(min=0)], dim=1)
+    mask = torch.cat([mask, (target[:, :-1] >= 0).long()], dim=1)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions_of(mask),
+        use_cache=False,
+        logits_to_keep=target.shape[1],
+    ).logits
+    return loss_of(logits, target, per)
+
+
+class _Weights(nn.Module):
+    """The parameters of a model that are trained, under their own names (with / for dots)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.register_parameter(name.replace(".", "/"), parameter)
+
+
+def twin(lm: LM) -> LM:
+    """A second model with the same weights in the same memory; what is put into its layers, the first doesn't see."""
+    _ = lm.fingerprint  # of the weights as they are, before there is an adapter
+    shared = {id(tensor): tensor for tensor in (*lm.model.parameters(), *lm.model.buffers())}
+    return LM(copy.deepcopy(lm.model, shared), lm.tokenizer, lm.name, lm.revision)
+
+
+def load_single(receiver: LM, folder: str | Path) -> LM:
+    """The receiver with an adapter in PEFT's format, such as `c2c train` writes with `method: single`.
+
+    The receiver itself stays as it is; both share their weights.
+
+    Raises:
+        C2CError: the folder holds no adapter, or one that doesn't fit; PEFT is missing.
+    """
+    peft, folder = _peft(), Path(folder)
+    if not all((folder / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise C2CError(
+            f"{folder} holds no adapter (adapter_config.json, adapter_model.safetensors); give the folder adapter/ of "
+            "a run with method: single"
+        )
+    lm = twin(receiver)
+    try:
+        # On the meta device first: memory is taken for what the file holds, not for what its configuration says.
+        with quiet():
+            model = peft.PeftModel.from_pretrained(lm.model, str(folder), low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise C2CError(f"the adapter in {folder} doesn't fit {receiver.name}: {error}") from error
+    if left := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise C2CError(f"the adapter in {folder} has no weights for {left[0]} of {receiver.name}")
+    record = folder / "training.json"
+    made_for = json.loads(record.read_text())["receiver"]["fingerprint"] if record.exists() else receiver.fingerprint
+    if made_for != receiver.fingerprint:
+        warnings.warn(
+            f"the adapter in {folder} was trained for weights {made_for[:12]}, but {receiver.name} has weights "
+            f"{receiver.fingerprint[:12]}; answers may be worse",
+            stacklevel=2,
+        )
+    return LM(model.base_model.model.eval().requires_grad_(False), lm.tokenizer, lm.name, lm.revision)
+
+
+def _peft() -> Any:
+    if importlib.util.find_spec("peft") is None:
+        raise C2CError("the baseline single needs PEFT, which is not installed; pip install 'cache2cache[lora]'")
+    import peft
+
+    return peft
