@@ -111,7 +111,7 @@ def test_other_settings_in_the_same_folder(tiny_pair_folder: Path, tmp_path: Pat
     ("changes", "words"),
     [
         ({"prompt": "long"}, "unknown prompt 'long'"),
-        ({"methods": ["text"]}, "unknown method 'text'"),
+        ({"methods": ["words"]}, "unknown method 'words'"),
         ({"tasks": ["arc-hard"]}, "unknown task 'arc-hard'"),
         ({"tasks": ["none.jsonl"]}, "no file none.jsonl"),
         ({"tasks": ["empty.jsonl"]}, "empty.jsonl holds no questions"),

@@ -17,7 +17,8 @@ from ..errors import C2CError
 from ..fuser import checkpoint
 from ..pair import C2C, identity
 from ..tasks import load
-from .likelihood import SKIP, Answer, check_names, evaluate, wilson
+from .likelihood import SKIP, Answer, check_names, evaluate
+from .statistics import wilson
 
 LABELS = {
     "receiver": "receiver alone",
