@@ -152,6 +152,7 @@ def batches_of(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 def sharer_caches(pair: C2C, prompts: Sequence[PromptIds], store: Store | None, *, alone: bool = True) -> KV:
     """The sharer's caches of whole prompts, from a store that is given them first where they are missing, or computed.
 
+    From a store they are as training reads them, in float32 where it holds int8.
     `alone`: the sharer is to answer from them; otherwise only the layers that the fuser reads are sure to be there.
     """
     sharer, fuser = pair.sharers[0], pair.fusers[0]
@@ -162,14 +163,14 @@ def sharer_caches(pair: C2C, prompts: Sequence[PromptIds], store: Store | None, 
     if store.missing(rows):
         store.fill(sharer, rows, batch_tokens=len(rows) * max(map(len, rows)))
     layers = None if alone else (int(fuser.sharer_layers.min()), int(fuser.sharer_layers.max()) + 1)
-    return store.read(rows, dtype=sharer.dtype, layers=layers).to(sharer.device)
+    return store.read(rows, layers=layers).to(sharer.device)
 
 
 def sharer_prompt(pair: C2C, prompts: Sequence[PromptIds], cache: KV) -> Prefilled:
     """The prompts as the sharer alone goes on from them: its last token is read again on top of the others' cache."""
     sharer = pair.sharers[0]
     ids, mask = pad_left([p.sharers[0] for p in prompts], sharer.pad_token_id, sharer.device)
-    return Prefilled(ids, mask, KV(cache.keys[:, :, :, :-1], cache.values[:, :, :, :-1]))
+    return Prefilled(ids, mask, KV(cache.keys[:, :, :, :-1], cache.values[:, :, :, :-1]).to(sharer.dtype))
 
 
 def _answer(
