@@ -304,7 +304,7 @@ def test_bad_evaluations(trained: Path, models: Path, tmp_path: Path, refused: R
     assert "unknown task 'arc-hard'; expected one of" in refused(*common, "arc-hard")
     assert "no file none.jsonl" in refused(*common, "none.jsonl")
     assert "unknown prompt 'long'" in refused(*common, questions, "--prompt", "long")
-    assert "unknown method 'text'" in refused(*common, questions, "--method", "text")
+    assert "unknown method 'words'" in refused(*common, questions, "--method", "words")
     assert "has no split 'train' under" in refused(*common, "arc-easy", "--data-dir", tmp_path, "--split", "train")
     assert not output.exists()
     (tmp_path / "bad.jsonl").write_text('{"question": "?", "options": ["x"], "answer": 0}\n')

@@ -11,13 +11,20 @@ import pytest
 import torch
 
 from cache2cache import C2C, C2CError
+from cache2cache.alignment.chat import render
+from cache2cache.decode import score
 from cache2cache.evaluation import likelihood
-from cache2cache.evaluation.likelihood import Answer, evaluate, fuse_others, wilson, with_others_cache
+from cache2cache.evaluation.likelihood import WRITTEN, Answer, evaluate, fuse_others, with_others_cache
+from cache2cache.evaluation.writing import Written
 from cache2cache.kv import CACHE, KV, pad_left, prefill, prefill_prompts
+from cache2cache.methods import METHODS as streaming
+from cache2cache.methods import Ask, text_to_text
+from cache2cache.methods.text_to_text import BACKGROUND
 from cache2cache.models import LM
 from cache2cache.pair import FusedCache, PromptIds
 from cache2cache.tasks import Question, load
-from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
+from cache2cache.tasks.prompts import ANSWER_PREFIX, extract_letter, paper_prompt, short_prompt
+from cache2cache.training.store import Store
 from training.runs import pair_of, write_questions
 
 
@@ -183,7 +190,7 @@ def test_no_batch_holds_a_single_question() -> None:
     for count in range(2, 70):
         items: list[Any] = list(range(count))
         for size in range(2, 20):
-            made = likelihood._split(items, size)
+            made = likelihood.batches_of(items, size)
             assert [i for batch in made for i in batch] == items
             assert all(2 <= len(batch) <= max(size, 3) for batch in made)
             assert max(map(len, made)) - min(map(len, made)) <= 1
@@ -267,8 +274,8 @@ def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
     pair, path = pair_of(), tmp_path / "samples.jsonl"
     with pytest.raises(C2CError, match="unknown prompt 'long'; expected one of paper, short"):
         evaluate(pair, "own", questions, path, prompt="long")
-    with pytest.raises(C2CError, match="unknown method 'text'; expected one of receiver, sharer, c2c, other"):
-        evaluate(pair, "own", questions, path, methods=["c2c", "text"])
+    with pytest.raises(C2CError, match="unknown method 'words'; expected one of receiver, sharer, c2c, other"):
+        evaluate(pair, "own", questions, path, methods=["c2c", "words"])
     with pytest.raises(C2CError, match="the method skip needs a threshold"):
         evaluate(pair, "own", questions, path, methods=["skip"])
     with pytest.raises(C2CError, match="expected a confidence from 0"):
@@ -288,24 +295,152 @@ def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
         assert path.read_text() == content
 
 
-# ---- the interval ---------------------------------------------------------------------------------------------------
-
-
-def test_wilson() -> None:
-    """The examples of Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3."""
-    for right, total, low, high in (
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-        (20, 20, 1 - 0.1611, 1.0),
-    ):
-        assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
-    with pytest.raises(C2CError, match="nothing was measured"):
-        wilson(0, 0)
-
-
 def test_a_published_token_map_is_refused(questions: list[Question], tmp_path: Path) -> None:
     pair = pair_of("qwen3", "qwen2", token_map="first")
     with pytest.raises(C2CError, match="token map 'first' doesn't let the sharer read its own tokens"):
         evaluate(pair, "own", questions, tmp_path / "samples.jsonl")
+
+
+# ---- from a store ---------------------------------------------------------------------------------------------------
+
+
+def lengths_read(lm: LM) -> list[int]:
+    """A list that every pass through the model adds its number of tokens to."""
+    seen: list[int] = []
+    lm.decoder.layers[0].register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1]))  # type: ignore[union-attr, index]
+    return seen
+
+
+@pytest.mark.parametrize(("precision", "close"), [("bfloat16", 0.05), ("int8", 0.2)])
+def test_a_store_is_filled_once_and_then_read(
+    precision: Any, close: float, questions: list[Question], tmp_path: Path
+) -> None:
+    pair = pair_of(gate_init=1.0)
+    live = evaluate(pair, "own", questions, tmp_path / "live.jsonl", batch_size=4)
+    store = Store(tmp_path / "store", pair.sharers[0], precision)
+    seen = lengths_read(pair.sharers[0])
+    first = evaluate(pair, "own", questions, tmp_path / "1.jsonl", batch_size=4, store=store)
+    assert any(n > 1 for n in seen) and len(store.index) == 9
+    seen.clear()
+    # Another process, a fuser with other weights: the sharer reads its last token and a letter's first, for its own
+    # answers, and nothing else.
+    other = pair_of(gate_init=1.0, hidden_dim=16)
+    for lm in other.sharers:
+        seen = lengths_read(lm)
+    again = Store(tmp_path / "store", other.sharers[0])
+    second = evaluate(other, "own", questions, tmp_path / "2.jsonl", batch_size=4, store=again)
+    assert seen == [2, 2, 2]
+    shards = sorted((tmp_path / "store").glob("shard-*"))
+    assert sorted(set(again.index)) == sorted(store.index) and len(shards) == 3
+    assert by_method(second, "sharer") == by_method(first, "sharer")
+    assert by_method(second, "c2c") != by_method(first, "c2c")
+    for method in ("receiver", "sharer", "c2c", "other"):
+        exact = by_method(live, method)
+        for i, answer in by_method(first, method).items():
+            assert answer.logprobs == pytest.approx(exact[i].logprobs, abs=0 if method == "receiver" else close)
+    assert by_method(first, "c2c") != by_method(live, "c2c")  # it was read from what was rounded
+
+
+def test_layers_that_only_the_sharer_needs_are_left(questions: list[Question], tmp_path: Path) -> None:
+    """Without the method sharer only the fuser's layers are read from the store, and that changes nothing."""
+    pair = pair_of()
+    store = Store(tmp_path / "store", pair.sharers[0], "bfloat16")
+    every = evaluate(pair, "own", questions, tmp_path / "1.jsonl", store=store)
+    asked: list[Any] = []
+    read = store.read
+
+    def reading(*args: Any, **kwargs: Any) -> KV:
+        asked.append(kwargs["layers"])
+        return read(*args, **kwargs)
+
+    store.read = reading  # type: ignore[method-assign]
+    few = evaluate(pair, "own", questions, tmp_path / "2.jsonl", store=store, methods=["c2c", "other"])
+    assert asked == [(1, 4)]
+    for method in ("c2c", "other"):
+        assert by_method(few, method) == by_method(every, method)
+
+
+def test_skipping_reads_the_store(questions: list[Question], tmp_path: Path) -> None:
+    pair = pair_of()
+    store = Store(tmp_path / "store", pair.sharers[0], "bfloat16")
+    alone = evaluate(pair, "own", questions, tmp_path / "1.jsonl", store=store, methods=["receiver", "c2c"])
+    sure = sorted(a.confidence for a in alone if a.confidence is not None)
+    seen = lengths_read(pair.sharers[0])
+    options: dict[str, Any] = {"methods": ["skip"], "skip": (sure[4] + sure[5]) / 2, "store": store}
+    skipped = by_method(evaluate(pair, "own", questions, tmp_path / "2.jsonl", **options), "skip")
+    assert seen == [] and sum(bool(a.skipped) for a in skipped.values()) == 4
+    for i, answer in skipped.items():
+        same = by_method(alone, "receiver" if answer.skipped else "c2c")[i]
+        assert answer.logprobs == pytest.approx(same.logprobs, abs=1e-4)
+
+
+def test_a_store_that_would_grow_too_large(questions: list[Question], tmp_path: Path) -> None:
+    pair = pair_of()
+    store = Store(tmp_path / "store", pair.sharers[0], "bfloat16")
+    with pytest.raises(C2CError, match=r"GB, the limit is 0\.0 GB"):
+        evaluate(pair, "own", questions, tmp_path / "s.jsonl", store=store, max_bytes=1000)
+    assert not (tmp_path / "store").exists() and not (tmp_path / "s.jsonl").exists()
+    alone = evaluate(pair, "own", questions, tmp_path / "s.jsonl", store=store, max_bytes=0, methods=["receiver"])
+    assert len(alone) == 9 and not (tmp_path / "store").exists()
+
+
+# ---- methods that write ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models hardly ever come to an end."""
+    for module in (likelihood, text_to_text):
+        monkeypatch.setattr(module, "MAX_MESSAGE_TOKENS", 12)
+    monkeypatch.setattr(likelihood, "MAX_NEW_TOKENS", 16)
+
+
+@pytest.mark.usefixtures("brief")
+def test_written_answers_are_those_of_one_by_one(questions: list[Question], tmp_path: Path) -> None:
+    """As the streaming methods of `cache2cache.methods` write, question by question."""
+    pair, questions = pair_of(), questions[:5]
+    answers = evaluate(pair, "own", questions, tmp_path / "s.jsonl", methods=WRITTEN, prompt="short", batch_size=4)
+    for question in questions:
+        ask = Ask.of(question)
+        mine = by_method(answers, "receiver-generate")[question.id]
+        *_, alone = streaming["receiver"](pair, ask, 16)
+        assert mine.text == alone.text and mine.logprobs == []
+        letter = extract_letter(alone.text, len(question.options))
+        assert mine.choice == (-1 if letter is None else question.letters.index(letter))
+        assert mine.correct == (mine.choice == question.answer)
+        relayed = by_method(answers, "text")[question.id]
+        *_, told = streaming["text"](pair, ask, 1)
+        assert relayed.text == told.message
+        chat = [
+            {"role": "user", "content": BACKGROUND.format(question=question.question)},
+            {"role": "assistant", "content": told.message},
+            {"role": "user", "content": short_prompt(question)},
+        ]
+        ids = render(pair.receiver.need_tokenizer(), chat, prefix=ANSWER_PREFIX).ids
+        letters = [pair.receiver.continuation_ids(f" {letter}") for letter in question.letters]
+        ((*scores,),) = score(pair.receiver, prefill_prompts(pair.receiver, [ids]), [letters])
+        assert relayed.logprobs == pytest.approx([s.logprob for s in scores], abs=1e-3)
+
+
+def test_an_answer_in_words_is_right_or_wrong(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = iter(["The correct answer is A.", "No idea.", "C"] * 3)
+    monkeypatch.setattr(likelihood, "write", lambda lm, rows, n: [Written([], next(texts), True) for _ in rows])
+    answers = evaluate(pair_of(), "own", questions, tmp_path / "s.jsonl", methods=["receiver-generate"], batch_size=9)
+    assert [a.choice for a in answers] == [0, -1, 2] * 3
+    right = {q.id: q.answer for q in questions}
+    assert [a.correct for a in answers] == [a.choice == right[a.id] for a in answers]
+    assert not any(a.correct for a in answers if a.choice == -1) and any(a.correct for a in answers)
+
+
+@pytest.mark.usefixtures("brief")
+def test_written_answers_are_completed(questions: list[Question], tmp_path: Path) -> None:
+    pair, path = pair_of(), tmp_path / "samples.jsonl"
+    once = evaluate(pair, "own", questions[:4], path, batch_size=2, methods=WRITTEN)
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 8
+    for cut in (len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        again = evaluate(pair, "own", questions[:4], path, batch_size=2, methods=WRITTEN)
+        assert path.read_bytes() == whole and sorted(again, key=str) == sorted(once, key=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from cache2cache import C2CError
 from cache2cache.evaluation.likelihood import METHODS, Answer, read_answers
-from cache2cache.evaluation.report import file_hash, run, summarize, table
+from cache2cache.evaluation.report import file_hash, run, summarize, summarize_all, table
 from training.runs import write_questions
 
 
@@ -31,21 +32,57 @@ def test_summary_by_hand() -> None:
     assert {m: summary[m]["accuracy"] for m in METHODS} == {"receiver": 20, "sharer": 90, "c2c": 60, "other": 30}
     assert summary["gain"] == 40 and summary["presence"] == 10
     assert (summary["rescued"], summary["harmed"]) == (5, 1)
+    assert summary["presence_share"] == 25 and summary["recovered"] == pytest.approx(57.14)
+    assert summary["paired"] == {
+        "receiver": {"only_first": 5, "only_second": 1, "p": 0.219},
+        "sharer": {"only_first": 0, "only_second": 3, "p": 0.25},
+        "other": {"only_first": 4, "only_second": 1, "p": 0.375},
+    }
     assert summary["sharer"] == {"questions": 10, "accuracy": 90.0, "interval": [59.58, 98.21]}
 
 
 def test_summary_without_all_methods() -> None:
     answers = answers_of(receiver="10", c2c="01")
-    assert set(summarize(answers, ["receiver", "c2c"])) == {"receiver", "c2c", "gain", "rescued", "harmed"}
-    assert set(summarize(answers, ["c2c"])) == {"c2c"}
+    assert set(summarize(answers, ["receiver", "c2c"])) == {*("receiver", "c2c", "gain", "paired", "rescued", "harmed")}
+    assert set(summarize(answers, ["c2c"])) == {"c2c", "paired"}
     with pytest.raises(C2CError, match="nothing was measured"):
         summarize(answers, ["sharer"])
 
 
+def test_the_gap_starts_at_the_better_of_the_receivers_answers() -> None:
+    answers = answers_of(**{"receiver": "1000", "receiver-generate": "1100", "sharer": "1111", "c2c": "1110"})
+    assert summarize(answers, ["receiver", "sharer", "c2c"])["recovered"] == pytest.approx(66.67)
+    summary = summarize(answers, ["receiver", "receiver-generate", "sharer", "c2c"])
+    assert summary["recovered"] == 50 and summary["gain"] == 50
+    worse = summarize(answers_of(receiver="1100", sharer="1000", c2c="0100", other="1100"), METHODS)
+    assert worse["recovered"] is None and worse["presence_share"] is None and worse["gain"] == -25
+
+
+def test_several_tasks_averaged_and_pooled() -> None:
+    """Every task counts alike in the average, every question in the pool, whose ids may be the same in two tasks."""
+    one = answers_of(receiver="10", sharer="11", c2c="11")
+    two = [replace(a, task="two") for a in answers_of(receiver="11110000", sharer="11111111", c2c="11110001")]
+    summary = summarize_all({"own": one, "two": two}, ["receiver", "sharer", "c2c"])
+    assert summary["tasks"] == {t: summarize(a, ["receiver", "sharer", "c2c"]) for t, a in (("own", one), ("two", two))}
+    average, pooled = summary["average"], summary["pooled"]
+    assert average["receiver"] == {"accuracy": 50} and average["c2c"] == {"accuracy": 81.25}
+    assert average["gain"] == 31.25 and average["recovered"] == 62.5
+    assert pooled["c2c"]["questions"] == 10 and pooled["c2c"]["accuracy"] == 70 and pooled["recovered"] == 40
+    assert pooled["paired"]["receiver"] == {"only_first": 2, "only_second": 0, "p": 0.5}
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table({"settings": {"split": "validation", "prompt": "short"}, **summary}))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 5}
+    assert rows["C2C"][2] == "81.2" and rows["C2C"][3].startswith("70.0  [")
+    assert rows["% of the gap to the sharer"] == ["+100.0", "+25.0", "+62.5", "+40.0"]
+    assert rows["p, C2C against receiver alone"] == ["1.000", "1.000", "", "0.500"]
+
+
 def test_table() -> None:
-    tasks = {"arc-easy": summarize(answers_of(receiver="1000", c2c="1110", other="1100"), ["receiver", "c2c", "other"])}
+    found = {"arc-easy": answers_of(receiver="1000", c2c="1110", other="1100")}
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table({"settings": {"split": "validation", "prompt": "short"}, "tasks": tasks}))
+    summary = summarize_all(found, ["receiver", "c2c", "other"])
+    console.print(table({"settings": {"split": "validation", "prompt": "short"}, **summary}))
     lines = console.export_text().splitlines()
     assert "validation, short prompt" in " ".join(" ".join(lines).split()) and any(
         "arc-easy (4)" in line for line in lines
@@ -111,7 +148,7 @@ def test_other_settings_in_the_same_folder(tiny_pair_folder: Path, tmp_path: Pat
     ("changes", "words"),
     [
         ({"prompt": "long"}, "unknown prompt 'long'"),
-        ({"methods": ["text"]}, "unknown method 'text'"),
+        ({"methods": ["words"]}, "unknown method 'words'"),
         ({"tasks": ["arc-hard"]}, "unknown task 'arc-hard'"),
         ({"tasks": ["none.jsonl"]}, "no file none.jsonl"),
         ({"tasks": ["empty.jsonl"]}, "empty.jsonl holds no questions"),
@@ -127,6 +164,28 @@ def test_wrong_input_leaves_no_folder(
     with pytest.raises(C2CError, match=words):
         run(**options(tiny_pair_folder, tmp_path / "out", task, **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_store_is_part_of_the_settings(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    task = write_questions(tmp_path / "own.jsonl")
+    kept = {"store": (tmp_path / "store", "int8")}
+    live = run(**options(tiny_pair_folder, tmp_path / "live", task))
+    first = run(**options(tiny_pair_folder, tmp_path / "out", task, **kept))
+    assert live["settings"]["store"] is None and first["settings"]["store"] == "int8"
+    shards = {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()}
+    again = options(tiny_pair_folder, tmp_path / "again", task, store=(tmp_path / "store", None))
+    assert run(**again)["tasks"] == first["tasks"]  # the store says what it is made of, and has everything
+    assert {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()} == shards
+    for changes, words in (
+        ({}, "another store; choose another --output"),
+        ({"store": (tmp_path / "store", "bfloat16")}, "holds int8, bfloat16 was asked for"),
+        ({"store": (tmp_path / "store", "int4")}, "unknown precision 'int4'"),
+        ({"store": (None, "int8")}, "was given without a store"),
+    ):
+        with pytest.raises(C2CError, match=words):
+            run(**options(tiny_pair_folder, tmp_path / "out", task, **changes))
+    run(**options(tiny_pair_folder, tmp_path / "new", task, store=(tmp_path / "other", None), methods=["c2c"]))
+    assert json.loads((tmp_path / "other" / "store.json").read_text())["precision"] == "bfloat16"
 
 
 def test_file_hash(tmp_path: Path) -> None:

@@ -15,7 +15,20 @@ import typer
 from typer.core import TyperGroup
 
 from cache2cache import __version__
-from cache2cache.cli import ask, calibrate, chat, evaluate, fuser, models, precompute, rewrite, sharer, train
+from cache2cache.cli import (
+    ask,
+    calibrate,
+    chat,
+    chat_quality,
+    compare,
+    evaluate,
+    fuser,
+    models,
+    precompute,
+    rewrite,
+    sharer,
+    train,
+)
 from cache2cache.errors import C2CError
 
 
@@ -42,6 +55,8 @@ app.command()(precompute.precompute)
 app.command()(rewrite.rewrite)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
+app.command()(chat_quality.chat_quality)
+app.command()(compare.compare)
 app.command()(calibrate.calibrate)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")

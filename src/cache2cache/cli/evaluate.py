@@ -1,4 +1,4 @@
-"""c2c evaluate [FUSER]: accuracy by option likelihood of receiver, sharer, C2C (also skipping) and the control."""
+"""c2c evaluate [FUSER]: accuracy of receiver, sharer, C2C (also skipping), the control and text-to-text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def evaluate(
     data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
     prompt: Annotated[str, typer.Option(help="paper or short.")] = "paper",
     method: Annotated[
-        list[str] | None, typer.Option(help="receiver, sharer, c2c, other; repeatable; all by default.")
+        list[str] | None,
+        typer.Option(
+            help="receiver, sharer, c2c, other, all by default; receiver-generate, text: these write, which takes "
+            "longer. Repeatable."
+        ),
     ] = None,
     skip: options.Skip = None,
     single: Annotated[
@@ -31,6 +35,9 @@ def evaluate(
     sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
     receiver_dtype: Annotated[str, typer.Option(help="What the receiver computes in.")] = "auto",
     sharer_dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
+    store: options.Prefills = None,
+    store_precision: options.StorePrecision = None,
+    max_gb: Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")] = 20.0,
     output: Annotated[Path, typer.Option(help="Folder for samples.jsonl and summary.json.")] = Path("runs/evaluation"),
 ) -> None:
     """Accuracy on question sets, and how much of the gain another question's cache would give as well.
@@ -58,4 +65,6 @@ def evaluate(
         receiver=(receiver, receiver_dtype),
         sharer=(sharer, sharer_dtype),
         output=output,
+        store=(store, store_precision),
+        max_bytes=int(max_gb * 1e9),
     )

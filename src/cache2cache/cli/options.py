@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,11 @@ Skip = Annotated[
         help="Leave out the sharer where the receiver alone is at least this confident; see c2c calibrate.",
     ),
 ]
+Prefills = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a prefill store: the sharer's caches are read from it, missing ones put there first."),
+]
+StorePrecision = Annotated[str | None, typer.Option(help="Of a new store, bfloat16 or int8.  [default: bfloat16]")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 

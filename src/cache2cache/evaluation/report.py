@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,31 @@ from rich.table import Table
 from ..config import ModelIdentity, ModelSpec
 from ..errors import C2CError
 from ..fuser import checkpoint
+from ..models.load import LM
 from ..pair import C2C, identity
 from ..tasks import load
 from ..training.single import load_single
-from .likelihood import SINGLE, SKIP, Answer, check_names, evaluate, wilson
+from ..training.store import Store
+from .likelihood import SINGLE, SKIP, Answer, check_names, evaluate
+from .statistics import mcnemar, recovered, wilson
+from .writing import replace_text
 
 LABELS = {
     "receiver": "receiver alone",
+    "receiver-generate": "receiver alone, in words",
     "sharer": "sharer alone",
+    "text": "text-to-text",
     "c2c": "C2C",
     "single": "receiver fine-tuned alone",
     "skip": "C2C that skips the sharer",
     "other": "C2C, another question's cache",
 }
+EFFECTS = {
+    "gain": "gain of C2C over the receiver",
+    "presence": "… of it with another question's cache",
+    "recovered": "% of the gap to the sharer",
+}
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def run(
@@ -46,28 +57,18 @@ def run(
     skip: float | None = None,
     single: Path | None = None,
     subfolder: str | None = None,
+    store: tuple[Path | None, str | None] = (None, None),
+    max_bytes: int = 20 * 10**9,
 ) -> dict[str, Any]:
     """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
     check_names(prompt, methods, skip)
     questions = {task: load(task, split, data_dir)[:limit] for task in tasks}
     if empty := [task for task, rows in questions.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
-    folder = checkpoint.resolve(fuser, subfolder=subfolder)
-    config = checkpoint.read_config(folder)[0]
-
-    def spec(given: tuple[str | None, str], trained_for: ModelIdentity | None) -> ModelSpec:
-        source, dtype = given
-        if source is not None:
-            return ModelSpec(source=source, dtype=dtype)
-        assert trained_for is not None  # a saved fuser names its models
-        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
-
-    pair = C2C.from_pretrained(folder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
-    settings: dict[str, Any] = {
-        "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
-        "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
-        "fuser": "/".join([fuser or checkpoint.DEFAULT, *([subfolder] if subfolder else [])]),
-        "fuser_hash": fuser_hash(folder),
+    pair, settings = load_pair(fuser, subfolder, receiver, sharer)
+    prefills = open_store(*store, pair.sharers[0])
+    settings |= {
+        "store": prefills.config["precision"] if prefills else None,
         "split": split,
         "prompt": prompt,
         "limit": limit,
@@ -80,93 +81,191 @@ def run(
             raise C2CError("the method single needs an adapter; give its folder with --single")
         tuned = load_single(pair.receiver, single)
         settings["single"] = file_hash(single / "adapter_model.safetensors")
-    _claim(output, settings)
-    console = Console(stderr=True)
-    summary: dict[str, Any] = {"settings": settings, "tasks": {}}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    claim(output, settings)
+    found: dict[str, list[Answer]] = {}
     for task, rows in questions.items():
-        with Progress(*columns, console=console) as bar:
+        with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
             row = bar.add_task(task, total=len(rows))
-            answers = evaluate(
+            found[task] = evaluate(
                 pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods, skip=skip, single=tuned,
-                batch_size=batch_size, progress=lambda n: bar.advance(row, n),  # noqa: B023
+                batch_size=batch_size, store=prefills, max_bytes=max_bytes,
+                progress=lambda n: bar.advance(row, n),  # noqa: B023
             )  # fmt: skip
-        summary["tasks"][task] = summarize(answers, methods)
-    partial = output / f".summary.{os.getpid()}"
-    partial.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(partial, output / "summary.json")
+    summary = {"settings": settings, **summarize_all(found, methods)}
+    replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
     Console().print(table(summary))
     return summary
 
 
-def _claim(output: Path, settings: dict[str, Any]) -> None:
+def load_pair(
+    fuser: str | None, subfolder: str | None, receiver: tuple[str | None, str], sharer: tuple[str | None, str]
+) -> tuple[C2C, dict[str, Any]]:
+    """A trained pair, its models given as source (None: the fuser's own) and dtype, and what identifies it."""
+    folder = checkpoint.resolve(fuser, subfolder=subfolder)
+    config = checkpoint.read_config(folder)[0]
+
+    def spec(given: tuple[str | None, str], trained_for: ModelIdentity | None) -> ModelSpec:
+        source, dtype = given
+        if source is not None:
+            return ModelSpec(source=source, dtype=dtype)
+        assert trained_for is not None  # a saved fuser names its models
+        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
+
+    pair = C2C.from_pretrained(folder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
+    return pair, {
+        "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
+        "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
+        "fuser": "/".join([fuser or checkpoint.DEFAULT, *([subfolder] if subfolder else [])]),
+        "fuser_hash": fuser_hash(folder),
+    }
+
+
+def open_store(folder: Path | None, precision: str | None, sharer: LM) -> Store | None:
+    """The store in a folder, a new one being of bfloat16 unless `precision` says otherwise; None without a folder."""
+    if folder is None:
+        if precision is not None:
+            raise C2CError(f"a precision, {precision}, was given without a store; name its folder too")
+        return None
+    if precision not in (None, "bfloat16", "int8"):
+        raise C2CError(f"unknown precision {precision!r}; expected bfloat16 or int8")
+    new = precision is None and not (folder / "store.json").exists()
+    return Store(folder, sharer, "bfloat16" if new else precision)  # type: ignore[arg-type]
+
+
+def claim(output: Path, settings: dict[str, Any]) -> None:
     """Refuse to mix the answers of two settings in one folder."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "settings.json"
     before = json.loads(path.read_text()) if path.exists() else settings
-    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter.
-    known = {**{name: settings[name] for name in ("skip", "single") if name in settings}, **before}
+    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter; earlier versions knew of
+    # no store.
+    known = {**{name: settings[name] for name in ("skip", "single") if name in settings}, "store": None, **before}
     if changed := sorted(k for k in settings if known.get(k) != settings[k]):
         raise C2CError(
             f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
         )
     if not path.exists() or settings.keys() - before.keys():
-        partial = output / f".settings.{os.getpid()}"
-        partial.write_text(json.dumps({**before, **settings}, indent=2) + "\n")
-        os.replace(partial, path)
+        replace_text(path, json.dumps({**before, **settings}, indent=2) + "\n")
+
+
+def summarize_all(found: Mapping[str, Sequence[Answer]], methods: Sequence[str]) -> dict[str, Any]:
+    """Each task's summary; the average, in which every task counts alike; and all questions pooled."""
+    tasks = {task: summarize(answers, methods) for task, answers in found.items()}
+    mean = {m: sum(accuracy(answers, m) for answers in found.values()) / len(found) for m in methods}
+    average = {m: {"accuracy": round(value, 2)} for m, value in mean.items()}
+    pooled = summarize([a for answers in found.values() for a in answers], methods)
+    return {"tasks": tasks, "average": {**average, **effects(mean)}, "pooled": pooled}
 
 
 def summarize(answers: Sequence[Answer], methods: Sequence[str]) -> dict[str, Any]:
-    """Accuracy with its 95% Wilson interval per method, and the parts of C2C's gain over the receiver, in points."""
+    """Accuracy with its 95% Wilson interval per method, what `effects` says, and C2C against every other method.
+
+    `paired`: the questions that C2C alone answers right, those that the other method alone does, and McNemar's exact p.
+    """
+    right = {m: right_of(answers, m) for m in methods}
     result: dict[str, Any] = {}
-    for method in methods:
-        mine = [a.correct for a in answers if a.method == method]
-        low, high = wilson(sum(mine), len(mine))
+    for method, marks in right.items():
+        low, high = wilson(sum(marks.values()), len(marks))
         result[method] = {
-            "questions": len(mine),
-            "accuracy": round(100 * sum(mine) / len(mine), 2),
+            "questions": len(marks),
+            "accuracy": round(accuracy(answers, method), 2),
             "interval": [round(100 * low, 2), round(100 * high, 2)],
         }
     if SKIP in methods:
         skipped = [bool(a.skipped) for a in answers if a.method == SKIP]
         result[SKIP]["skipped"] = round(100 * sum(skipped) / len(skipped), 2)
-    if {"receiver", "c2c"} <= set(methods):
-        result["gain"] = round(result["c2c"]["accuracy"] - result["receiver"]["accuracy"], 2)
-        right = {m: {a.id for a in answers if a.method == m and a.correct} for m in ("receiver", "c2c")}
-        result["rescued"], result["harmed"] = (
-            len(right["c2c"] - right["receiver"]),
-            len(right["receiver"] - right["c2c"]),
-        )
-        if "other" in methods:
-            result["presence"] = round(result["other"]["accuracy"] - result["receiver"]["accuracy"], 2)
+    result |= effects({m: accuracy(answers, m) for m in methods})
+    if "c2c" in methods:
+        result["paired"] = {m: paired(right["c2c"], right[m]) for m in methods if m != "c2c"}
+        if "receiver" in methods:
+            against = result["paired"]["receiver"]
+            result["rescued"], result["harmed"] = against["only_first"], against["only_second"]
     return result
 
 
+def right_of(answers: Sequence[Answer], method: str) -> dict[tuple[str, str], bool]:
+    """Per question (task, id), whether a method is right."""
+    return {(a.task, a.id): a.correct for a in answers if a.method == method}
+
+
+def accuracy(answers: Sequence[Answer], method: str) -> float:
+    """In %."""
+    right = right_of(answers, method)
+    return 100 * sum(right.values()) / max(1, len(right))
+
+
+def paired(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> dict[str, Any]:
+    """How often each of two methods alone is right, on the questions that both answered, and McNemar's exact p."""
+    both = [(first[key], second[key]) for key in first.keys() & second.keys()]
+    counts = both.count((True, False)), both.count((False, True))
+    return {"only_first": counts[0], "only_second": counts[1], "p": float(f"{mcnemar(*counts):.3g}")}
+
+
+def effects(accuracies: Mapping[str, float]) -> dict[str, Any]:
+    """What C2C gains, from accuracies in %, rounded. Only what the measured methods allow.
+
+    gain, presence: of C2C, and of C2C with another question's cache, over the receiver, in points.
+    presence_share: the latter in % of the former; None where there is no gain.
+    recovered: % of the gap between the receiver (by likelihood or in words, whichever is better) and the sharer that
+        C2C closes; None where the sharer isn't better.
+    """
+    result: dict[str, Any] = {}
+    if not {"receiver", "c2c"} <= accuracies.keys():
+        return result
+    receiver, c2c = accuracies["receiver"], accuracies["c2c"]
+    result["gain"] = round(c2c - receiver, 2)
+    if "other" in accuracies:
+        result["presence"] = round(accuracies["other"] - receiver, 2)
+        result["presence_share"] = _percent(recovered(accuracies["other"], receiver, c2c))
+    if "sharer" in accuracies:
+        baseline = max(receiver, accuracies.get("receiver-generate", receiver))
+        result["recovered"] = _percent(recovered(c2c, baseline, accuracies["sharer"]))
+    return result
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else round(100 * share, 2)
+
+
 def table(summary: dict[str, Any]) -> Table:
-    """The summary as a table: a row per method, a column per task."""
-    tasks = summary["tasks"]
+    """The summary as a table: a row per method, a column per task, and of several tasks the average and the pool."""
+    columns = dict(summary["tasks"])
+    if len(columns) > 1:
+        columns |= {"average": summary["average"], "all": summary["pooled"]}
     made = Table(
         title="accuracy by option likelihood, % [95% interval]; {split}, {prompt} prompt".format(**summary["settings"])
     )
     made.add_column("")
-    for task, result in tasks.items():
-        made.add_column(f"{task} ({next(iter(result.values()))['questions']})", justify="right")
+    for name, result in columns.items():
+        count = next(iter(result.values())).get("questions")
+        made.add_column(name if count is None else f"{name} ({count})", justify="right")
     for method, label in LABELS.items():
-        if all(method in result for result in tasks.values()):
-            made.add_row(label, *(_cell(result[method]) for result in tasks.values()))
-    for key, label in (
-        ("gain", "gain of C2C over the receiver"),
-        ("presence", "… of it with another question's cache"),
-    ):
-        if all(key in result for result in tasks.values()):
-            made.add_row(label, *(f"{result[key]:+.1f}" for result in tasks.values()), style="bold")
+        if all(method in result for result in columns.values()):
+            made.add_row(label, *(_cell(result[method]) for result in columns.values()))
+    for key, label in EFFECTS.items():
+        if all(key in result for result in columns.values()):
+            cells = (_signed(result[key]) for result in columns.values())
+            made.add_row(label, *cells, style="bold")
+    for method, label in LABELS.items():
+        if all(method in result.get("paired", {}) for result in summary["tasks"].values()):
+            cells = (_p(result["paired"][method]["p"]) if "paired" in result else "" for result in columns.values())
+            made.add_row(f"p, C2C against {label}", *cells)
     return made
 
 
 def _cell(measured: dict[str, Any]) -> str:
-    low, high = measured["interval"]
-    cell = f"{measured['accuracy']:.1f}  [{low:.1f}, {high:.1f}]"
+    cell = f"{measured['accuracy']:.1f}"
+    if "interval" in measured:
+        cell += "  [{:.1f}, {:.1f}]".format(*measured["interval"])
     return f"{measured['skipped']:.1f} skipped: {cell}" if "skipped" in measured else cell
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.1f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
 def fuser_hash(folder: Path) -> str:

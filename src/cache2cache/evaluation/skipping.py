@@ -16,7 +16,8 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .likelihood import Answer, read_answers, wilson
+from .likelihood import Answer, read_answers
+from .statistics import wilson
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from cache2cache.methods.base import Answer, Ask, grow, stream_lm
 from cache2cache.pair import C2C
 
 MAX_MESSAGE_TOKENS = 256
-_BACKGROUND = (
+BACKGROUND = (
     "In one clear sentence, describe the most essential background knowledge needed to answer the question: {question} "
     "Do NOT directly solve or give answer to the question."
 )
@@ -25,12 +25,12 @@ _ANSWER = (
 
 def published(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """As published: background knowledge for the question without its options (arXiv 2510.03215)."""
-    return _relay("text", _BACKGROUND.format(question=ask.stem), pair, ask, max_new_tokens)
+    return _relay("text", BACKGROUND.format(question=ask.stem), pair, ask, max_new_tokens)
 
 
 def with_options(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """The sharer sees the options too."""
-    return _relay("text-options", _BACKGROUND.format(question=ask.full), pair, ask, max_new_tokens)
+    return _relay("text-options", BACKGROUND.format(question=ask.full), pair, ask, max_new_tokens)
 
 
 def with_answer(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:

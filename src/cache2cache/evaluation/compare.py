@@ -1,0 +1,141 @@
+"""Several evaluations of the same questions side by side: fusers trained with other seeds, and their baselines."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ..errors import C2CError
+from .likelihood import METHODS, Answer, read_answers
+from .report import paired, right_of, summarize_all
+
+AVERAGE, POOLED = "average", "all"
+
+
+def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any]:
+    """C2C's accuracy in each run, per task, averaged over tasks and on all questions, and McNemar's p of any two runs.
+
+    Args:
+        runs: output folders of `c2c evaluate`; mean and spread are theirs.
+        against: more such folders, of baselines, which are compared with but not part of the mean.
+
+    Returns:
+        `runs`: per run its columns, each with accuracy and recovered (see `report.effects`; None where the run doesn't
+        say), and whether it is a baseline; `mean`: per column mean and spread, the standard deviation of the runs;
+        `paired`: per two runs the questions that one of them alone answers right, and p.
+
+    Raises:
+        C2CError: fewer than two runs, or answers to other questions.
+    """
+    folders = [*runs, *against]
+    if len(folders) < 2 or not runs:
+        raise C2CError(f"{len(folders)} runs were given; expected two or more, at least one of them not a baseline")
+    if len({f.resolve() for f in folders}) != len(folders):
+        raise C2CError("a run was given twice; name each once")
+    answers, settings = {}, {}
+    for folder in folders:
+        path = folder / "settings.json"
+        if not path.is_file():
+            raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate")
+        settings[folder] = json.loads(path.read_text())
+        answers[folder] = read_answers(folder / "samples.jsonl")
+    first = folders[0]
+    for folder in folders:
+        if changed := [k for k in ("split", "prompt") if settings[folder].get(k) != settings[first].get(k)]:
+            raise C2CError(f"{folder} was made with another {', '.join(changed)} than {first}; give runs of the same")
+        mine, theirs = (right_of(answers[f], "c2c").keys() for f in (folder, first))
+        if not mine or mine != theirs:
+            raise C2CError(
+                f"{folder} has {len(mine)} answers of C2C and {first} {len(theirs)}, {len(mine ^ theirs)} of them to "
+                "other questions; give runs of the same questions that went to their ends"
+            )
+    tasks = list(dict.fromkeys(a.task for a in answers[first]))
+    rows = [
+        {
+            "run": str(folder),
+            "baseline": folder in against,
+            "fuser": settings[folder]["fuser"],
+            "fuser_hash": settings[folder]["fuser_hash"],
+            "columns": _columns(answers[folder], tasks),
+        }
+        for folder in folders
+    ]
+    mean: dict[str, Any] = {}
+    for column in rows[0]["columns"]:
+        mean[column] = {}
+        for key in ("accuracy", "recovered"):
+            values = [row["columns"][column][key] for row in rows if not row["baseline"]]
+            known = [v for v in values if v is not None]
+            mean[column][key] = round(statistics.mean(known), 2) if len(known) == len(values) else None
+            mean[column][f"{key}_spread"] = round(statistics.stdev(known), 2) if len(known) == len(values) > 1 else None
+    pairs = [
+        {"runs": [str(a), str(b)], "columns": _pairs(answers[a], answers[b], tasks)}
+        for a, b in combinations(folders, 2)
+    ]
+    return {"runs": rows, "mean": mean, "paired": pairs}
+
+
+def _columns(answers: Sequence[Answer], tasks: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Per task and over all of them, C2C's accuracy and the share of the gap that is recovered."""
+    asked = right_of(answers, "c2c").keys()
+    methods = [m for m in (*METHODS, "receiver-generate") if right_of(answers, m).keys() >= asked]
+    found = {task: [a for a in answers if a.task == task] for task in tasks}
+    summary = summarize_all(found, methods)
+    columns = {**summary["tasks"], AVERAGE: summary["average"], POOLED: summary["pooled"]}
+    return {name: {"accuracy": c["c2c"]["accuracy"], "recovered": c.get("recovered")} for name, c in columns.items()}
+
+
+def _pairs(first: Sequence[Answer], second: Sequence[Answer], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    one, two = right_of(first, "c2c"), right_of(second, "c2c")
+    each = {task: paired({k: v for k, v in one.items() if k[0] == task}, two) for task in tasks}
+    return {**each, POOLED: paired(one, two)}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Accuracies, with % of the gap that is recovered behind them, and p-values."""
+    columns = list(result["mean"])
+    names = _short([row["run"] for row in result["runs"]])
+    accuracies = Table(title="C2C, accuracy in % (% of the gap from the receiver to the sharer)")
+    for heading in ("", *columns):
+        accuracies.add_column(heading, justify="right" if heading else "left")
+    for baseline in (False, True):
+        for row in (r for r in result["runs"] if r["baseline"] is baseline):
+            cells = (_cell(row["columns"][c]) for c in columns)
+            accuracies.add_row(names[row["run"]], *cells, style="dim" if baseline else None)
+        if not baseline and sum(not row["baseline"] for row in result["runs"]) > 1:
+            accuracies.add_row("mean ± spread", *(_cell(result["mean"][c]) for c in columns), style="bold")
+    tests = Table(title="right where the other is wrong, each way, and p (McNemar, exact)")
+    tested = [c for c in columns if c != AVERAGE]
+    for heading in ("", *tested):
+        tests.add_column(heading, justify="right" if heading else "left")
+    for pair in result["paired"]:
+        label = " / ".join(names[run] for run in pair["runs"])
+        cells = ("{only_first}:{only_second}  {p:.2g}".format(**pair["columns"][c]) for c in tested)
+        tests.add_row(label, *cells)
+    return [accuracies, tests]
+
+
+def _short(runs: Sequence[str]) -> dict[str, str]:
+    """Each folder by as much of its end as tells it from the others."""
+    parts = {run: Path(run).parts for run in runs}
+    for length in range(1, max(map(len, parts.values())) + 1):
+        short = {run: str(Path(*p[-length:])) for run, p in parts.items()}
+        if len(set(short.values())) == len(runs):
+            return short
+    return {run: run for run in runs}
+
+
+def _cell(column: dict[str, float | None]) -> str:
+    def with_spread(key: str) -> str:
+        value, spread = column[key], column.get(f"{key}_spread")
+        if value is None:
+            return "–"
+        return f"{value:.1f}" if spread is None else f"{value:.1f} ± {spread:.1f}"
+
+    return f"{with_spread('accuracy')} ({with_spread('recovered')})"

@@ -1,0 +1,54 @@
+"""How far a measured difference can be trusted: intervals, a paired test, and the part of a gap that is recovered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import C2CError
+
+RESAMPLES = 2000
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """The 95% Wilson interval of a share, as shares."""
+    if total == 0:
+        raise C2CError("nothing was measured; give at least one question")
+    z, p = 1.959964, right / total
+    middle = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar(only_one: int, only_other: int) -> float:
+    """The exact two-sided p of McNemar's test: how likely a split at least as uneven is if neither method is better.
+
+    Only the questions count that one of two methods alone answers right; each is then a fair coin's throw.
+    """
+    n, fewer = only_one + only_other, min(only_one, only_other)
+    ways = choose = 1
+    for i in range(fewer):
+        choose = choose * (n - i) // (i + 1)
+        ways += choose
+    return min(1.0, 2 * ways / 2**n)
+
+
+def recovered(reached: float, baseline: float, ceiling: float) -> float | None:
+    """The share of the gap from a baseline to a ceiling that is closed; None where the ceiling isn't above."""
+    return None if ceiling <= baseline else (reached - baseline) / (ceiling - baseline)
+
+
+def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of a statistic over `count` rows that are drawn anew, with replacement.
+
+    Args:
+        count: how many rows there are.
+        statistic: from (RESAMPLES, count), how often each row is in each draw, to (RESAMPLES,). What it compares is
+            computed from the same draw, so the interval is that of a paired comparison.
+        seed: of the draws.
+    """
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    low, high = np.quantile(statistic(times), [0.025, 0.975])
+    return float(low), float(high)

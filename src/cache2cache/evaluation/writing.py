@@ -1,0 +1,79 @@
+"""Greedy answers in batches, and the files that rows of an evaluation go to."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from .. import decode
+from ..errors import C2CError
+from ..kv import prefill_prompts
+from ..models.load import LM
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer's tokens without the one that ends it, its text, and whether it came to that end by itself."""
+
+    ids: list[int]
+    text: str
+    ended: bool
+
+
+def write(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Written]:
+    """What one model alone answers to prompts given as token ids, greedily."""
+    prompt = prefill_prompts(lm, rows)
+    sequences = decode.generate(lm, prompt, do_sample=False, max_new_tokens=max_new_tokens)
+    return written(lm, sequences[:, prompt.input_ids.shape[1] :])
+
+
+def written(lm: LM, new: Tensor) -> list[Written]:
+    """Each row of what `generate` added (B, new), up to its first end token: padding follows behind that."""
+    ends = lm.model.generation_config.eos_token_id
+    stops = set(ends if isinstance(ends, list) else [ends])
+    made = []
+    for row in new.tolist():
+        length = next((i for i, token in enumerate(row) if token in stops), len(row))
+        text = str(lm.need_tokenizer().decode(row[:length], skip_special_tokens=True))
+        made.append(Written(row[:length], text, length < len(row)))
+    return made
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, make: Callable[..., Row]) -> list[Row]:
+    """The rows of a JSONL file, if there is one; a last line that a kill cut short is dropped from the file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    if lines.pop():
+        replace_text(path, "".join(f"{line}\n" for line in lines))
+    try:
+        return [make(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise C2CError(f"{path} holds other rows than answers ({error}); choose another output") from error
+
+
+def add_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Add dataclass rows to a JSONL file, without what is None in them, and see them on the disk."""
+    lines = [json.dumps({name: value for name, value in asdict(row).items() if value is not None}) for row in rows]
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{line}\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

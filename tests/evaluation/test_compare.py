@@ -1,0 +1,95 @@
+"""Runs side by side: numbers by hand, and runs that don't go together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cache2cache import C2CError
+from cache2cache.evaluation.compare import compare, tables
+from cache2cache.evaluation.likelihood import Answer
+from cache2cache.evaluation.writing import add_rows
+
+
+def run_of(folder: Path, tasks: dict[str, dict[str, str]], **settings: Any) -> Path:
+    """run_of(folder, {"arc": {"c2c": "110"}}): a run in which C2C is right on the first two of three questions."""
+    folder.mkdir(parents=True)
+    made = {"split": "validation", "prompt": "paper", "fuser": folder.name, "fuser_hash": "0", **settings}
+    (folder / "settings.json").write_text(json.dumps(made))
+    add_rows(
+        folder / "samples.jsonl",
+        [
+            Answer(task, "paper", f"q{n}", method, 0, mark == "1", [0.0])
+            for task, right in tasks.items()
+            for method, marks in right.items()
+            for n, mark in enumerate(marks)
+        ],
+    )
+    return folder
+
+
+ALONE = {"receiver": "10000000", "sharer": "11111000"}
+FEW = {"receiver": "10", "sharer": "11"}
+
+
+def test_by_hand(tmp_path: Path) -> None:
+    seeds = [
+        run_of(tmp_path / "seeds" / str(seed), {"one": {**ALONE, "c2c": one}, "two": {**FEW, "c2c": two}})
+        for seed, one, two in ((1, "11100000", "11"), (2, "11111000", "10"), (3, "11110000", "00"))
+    ]
+    base = run_of(tmp_path / "identical", {"one": {"c2c": "10000000"}, "two": {"c2c": "11"}})
+    result = compare(seeds, [base])
+    assert [row["columns"]["one"] for row in result["runs"]] == [
+        {"accuracy": 37.5, "recovered": 50.0},
+        {"accuracy": 62.5, "recovered": 100.0},
+        {"accuracy": 50.0, "recovered": 75.0},
+        {"accuracy": 12.5, "recovered": None},
+    ]
+    assert [row["baseline"] for row in result["runs"]] == [False, False, False, True]
+    assert result["mean"]["one"] == {
+        **{"accuracy": 50.0, "accuracy_spread": 12.5},
+        **{"recovered": 75.0, "recovered_spread": 25.0},
+    }
+    assert result["mean"]["two"] == {
+        **{"accuracy": 50.0, "accuracy_spread": 50.0},
+        **{"recovered": 0.0, "recovered_spread": 100.0},
+    }
+    assert result["mean"]["average"]["recovered"] == 37.5  # (75 + 50 - 12.5) / 3
+    assert [row["columns"]["average"]["accuracy"] for row in result["runs"]] == [68.75, 56.25, 25.0, 56.25]
+    assert [row["columns"]["all"]["accuracy"] for row in result["runs"]] == [50.0, 60.0, 40.0, 30.0]
+    pairs = {tuple(Path(run).name for run in p["runs"]): p["columns"] for p in result["paired"]}
+    assert len(pairs) == 6
+    assert pairs["2", "identical"]["one"] == {"only_first": 4, "only_second": 0, "p": 0.125}
+    assert pairs["2", "identical"]["all"] == {"only_first": 4, "only_second": 1, "p": 0.375}
+    assert pairs["1", "2"]["all"] == {"only_first": 1, "only_second": 2, "p": 1.0}
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for table in tables(result):
+        console.print(table)
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
+    rows = {line[0]: line[1:] for line in lines if len(line) > 1}
+    assert rows["3"] == ["50.0 (75.0)", "0.0 (-100.0)", "25.0 (-12.5)", "40.0 (40.0)"]
+    assert rows["mean ± spread"][0] == "50.0 ± 12.5 (75.0 ± 25.0)"
+    assert rows["identical"][0] == "12.5 (–)" and rows["2 / identical"] == ["4:0  0.12", "0:1  1", "4:1  0.38"]
+
+
+def test_runs_that_do_not_go_together(tmp_path: Path) -> None:
+    first = run_of(tmp_path / "first", {"one": {"c2c": "110"}})
+    fewer = run_of(tmp_path / "fewer", {"one": {"c2c": "11"}})
+    none = run_of(tmp_path / "none", {"one": {"receiver": "110"}})
+    short = run_of(tmp_path / "short", {"one": {"c2c": "110"}}, prompt="short")
+    for runs, words in (
+        ([first], "1 runs were given; expected two or more"),
+        ([first, tmp_path / "." / "first"], "a run was given twice"),
+        ([first, tmp_path], "holds no evaluation"),
+        ([first, fewer], "2 answers of C2C and .*first 3, 1 of them to other questions"),
+        ([none, first], "none has 0 answers of C2C"),
+        ([first, short], "short was made with another prompt than .*first"),
+    ):
+        with pytest.raises(C2CError, match=words):
+            compare(runs)
+    with pytest.raises(C2CError, match="at least one of them not a baseline"):
+        compare([], [first, fewer])
