@@ -160,16 +160,16 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    receiver: ModelSpec
+    sharer: ModelSpec
+    fuser: FuserConfig = FuserConfig()
+    data: list[DataSource] = Field(min_length=1)
     method: Literal["c2c", "single", "identical"] = Field(
         "c2c",
         description="c2c: a fuser; and the paper's baselines: single, the receiver alone with a LoRA adapter; "
         "identical, a fuser with the receiver as its own sharer. Both need no sharer and put the receiver in its place",
     )
-    receiver: ModelSpec
-    sharer: ModelSpec
     lora: LoraSpec = Field(LoraSpec(), description="the adapter of the method single")
-    fuser: FuserConfig = FuserConfig()
-    data: list[DataSource] = Field(min_length=1)
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
     store: Path | None = Field(
         None, description="sharer prefills made by c2c precompute; without it they are computed live"
