@@ -167,9 +167,9 @@ class LoraSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, description="of the two matrices' product")
     alpha: float = Field(32, gt=0, description="the adapter's output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's input")
     target_modules: str | list[str] = Field(
         "all-linear",
         description="the receiver's layers that have one, as PEFT names them; all-linear: all but its head",
@@ -181,16 +181,16 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    receiver: ModelSpec = Field(description="the model that answers")
+    sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
+    fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
+    data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     method: Literal["c2c", "single", "identical"] = Field(
         "c2c",
         description="c2c: a fuser; and the paper's baselines: single, the receiver alone with a LoRA adapter; "
         "identical, a fuser with the receiver as its own sharer. Both need no sharer and put the receiver in its place",
     )
-    receiver: ModelSpec = Field(description="the model that answers")
-    sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
     lora: LoraSpec = Field(LoraSpec(), description="the adapter of the method single")
-    fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
-    data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
     store: Path | None = Field(
         None, description="sharer prefills made by c2c precompute; without it they are computed live"

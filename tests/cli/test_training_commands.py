@@ -121,7 +121,7 @@ def test_precision_is_that_of_models_which_name_none(recipe: Path, monkeypatch: 
     seen = []
 
     def look(self: Trainer, *arguments: Any) -> None:
-        pair = self.pair
+        pair = self.objective.pair
         seen.append((pair.receiver.dtype, pair.sharers[0].dtype, pair.fusers[0].dtype))
         raise C2CError("seen")
 

@@ -115,7 +115,9 @@ class SingleObjective(Objective):
             "training": {"recipe": recipe, "examples": len(data.train), **measured},
         }
         dtype = getattr(torch, config.weights_on_disk)
-        tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in get_peft_model_state_dict(model).items()}
+        # By itself PEFT asks the hub whether the embedding, which isn't trained, has changed.
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
         with tempfile.TemporaryDirectory(dir=config.output, prefix=".adapter.") as partial:
             save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
             model.peft_config["default"].save_pretrained(partial)
