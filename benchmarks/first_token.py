@@ -212,13 +212,13 @@ def void(_: Any) -> None:
 def text_to_text(pair: C2C, options: argparse.Namespace) -> dict[str, Any]:
     """Text-to-text over C2C, whole answers: 128 prompt tokens, 64 tokens of message, 10 of answer."""
     from cache2cache.methods import Ask
-    from cache2cache.methods.text_to_text import _BACKGROUND
+    from cache2cache.methods.text_to_text import BACKGROUND
 
     receiver, sharer = pair.receiver, pair.sharers[0]
     tokens, message, answer = options.prompt_tokens, options.message_tokens, options.answer_tokens
     chat = measure.chat(receiver.need_tokenizer(), 0, tokens, pair.chat_template_kwargs)
     ask = Ask.of(chat[-1]["content"])
-    instruction = _BACKGROUND.format(question=ask.stem)
+    instruction = BACKGROUND.format(question=ask.stem)
 
     def write(lm: LM, messages: list[dict[str, str]], count: int) -> str:
         ids = render(lm.need_tokenizer(), messages, chat_template_kwargs=pair.chat_template_kwargs).ids
