@@ -13,7 +13,7 @@ from cache2cache.decode import generate
 from cache2cache.fuser import C2CFuser
 from cache2cache.kv import KV, prefill_prompts
 from cache2cache.models import LM
-from cache2cache.training.loop import Item, Objective, Trainer, prepare, response_loss
+from cache2cache.training.loop import FuserObjective, Item, Trainer, prepare, response_loss
 from cache2cache.transfer import from_bytes, to_bytes
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
 from training.runs import config_of, write_rows
@@ -135,7 +135,7 @@ def test_training_computes_in_bfloat16_and_goes_on_where_it_was(tmp_path: Path) 
             config = config_of(tmp_path, output=tmp_path / name)
             pair = pair_of("llama", "qwen3", (GPU, GPU), torch.bfloat16, dropout=0.1, normalize=True)
             trainer = Trainer(pair, config, None, prepare(pair, config))
-            assert isinstance(trainer.objective, Objective) and trainer.objective.in_half
+            assert isinstance(trainer.objective, FuserObjective) and trainer.objective.in_half
 
             def cut(record: dict[str, Any], cuts: list[int] = cuts) -> None:
                 if cuts and record["step"] == cuts[0]:

@@ -400,6 +400,13 @@ class Prefilled:
         return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
 
+def prefilled(lm: LM, rows: Sequence[Sequence[int]], kv: KV) -> Prefilled:
+    """Prompts whose cache is known, padded on the left: that of all their tokens, or of all but the last."""
+    ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
+    before = ids.shape[1] - 1
+    return Prefilled(ids, mask, KV(kv.keys[:, :, :, :before], kv.values[:, :, :, :before]).to(lm.device, lm.dtype))
+
+
 def prefill_prompts(
     lm: LM,
     rows: Sequence[Sequence[int]],

@@ -301,7 +301,7 @@ def test_a_start_from_ridge_lowers_the_first_loss_of_a_model_with_itself(tmp_pat
     assert before != pytest.approx(own, abs=1e-2)
 
 
-def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path) -> None:
+def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     receiver, sharer = lm_of("qwen2"), lm_of("qwen3", 7)
     torch.manual_seed(0)
     pair = C2C.from_models(receiver, sharer, FuserConfig(**FUSER))
@@ -321,8 +321,20 @@ def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path) -> Non
     store.fill(sharer, [list(item.prompt.sharers[0]) for item in items])
     stored = response_loss(pair, items, store, "sum", distill=2.0)[0].item()
     assert stored == pytest.approx(both, rel=2e-2)
-    objective = loop.Objective(pair, None, False, distill=2.0)
-    assert objective.eval()(items, "sum")[0].item() == pytest.approx(plain, rel=1e-6)  # not when watching the hold-out
+    # What the fuser reads and what the sharer goes on from is one prefill, or one read ahead from the store.
+    calls: list[int] = []
+    compute = loop.prefill
+    monkeypatch.setattr(loop, "prefill", lambda *a: calls.append(1) or compute(*a))
+    response_loss(pair, items, None, "sum", distill=2.0)
+    assert len(calls) == 1
+    objective = loop.FuserObjective(pair, store, False, distill=2.0)
+    read = store._read
+    monkeypatch.setattr(store, "_read", lambda *a: calls.append(1) or read(*a))
+    for batch in objective.read_ahead(iter([items])):
+        objective(batch, "sum")
+    assert len(calls) == 2
+    alone = response_loss(pair, items, store, "sum")[0].item()
+    assert objective.eval()(items, "sum")[0].item() == pytest.approx(alone, rel=1e-6)  # not when watching the hold-out
 
 
 def _logits_behind(lm: LM, state: Any, item: Item) -> torch.Tensor:
@@ -682,7 +694,7 @@ def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
     pair, fuser, items = trainer.objective.pair, trainer.trained, trainer.data.train[:5]
-    loop.calibrate(pair, items, None, batch_size=2)
+    loop.calibrate(fuser, loop.fused_inputs(pair, items, None, 2))
     keys: list[torch.Tensor] = []
     for item in items:
         mine, other, index = item.prompt.receiver[:-1], item.prompt.sharers[0], item.prompt.maps[0][:-1]

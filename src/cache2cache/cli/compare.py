@@ -21,10 +21,11 @@ def compare(
 
     from cache2cache.evaluation.compare import compare as of
     from cache2cache.evaluation.compare import tables
+    from cache2cache.files import replace_text
 
     result = of(runs, against or [])
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        replace_text(output, json.dumps(result, indent=2) + "\n")
     for table in tables(result):
         Console().print(table)

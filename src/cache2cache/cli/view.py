@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -18,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from cache2cache.files import replace_text
 from cache2cache.methods import Answer
 
 Runs = Mapping[str, Iterator[Answer]]
@@ -117,9 +117,7 @@ def picture(path: Path, shown: list[Shown], labels: Mapping[str, str]) -> None:
         answers = {answer.method: answer for answer in one.answers}
         console.print(_grid(answers, answers, None, labels, console.width))
         console.print(table(one.answers, one.letters, one.right, labels))
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(console.export_svg(title="c2c ask"), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, console.export_svg(title="c2c ask"))
 
 
 def table(answers: list[Answer], letters: list[str | None], right: str | None, labels: Mapping[str, str]) -> Table:

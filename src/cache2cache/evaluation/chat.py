@@ -24,16 +24,17 @@ from rich.table import Table
 from ..config import DataSource, TrainConfig
 from ..decode import score
 from ..errors import C2CError
+from ..files import replace_text
 from ..fuser import checkpoint
-from ..kv import Prefilled, prefill_prompts
+from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
 from ..training.data import Example, draw, examples, split
 from ..training.loop import response_ids
 from ..training.store import Store
-from .likelihood import batches_of, check_pair, fuse_others, sharer_caches, sharer_prompt
+from .likelihood import batches_of, check_pair, fuse_others, sharer_caches
 from .report import COLUMNS, claim, load_pair, open_store
 from .statistics import bootstrap
-from .writing import Written, add_rows, read_rows, replace_text, write, written
+from .writing import Written, add_rows, read_rows, write, written
 
 SCORED = {
     "receiver": "receiver alone",
@@ -247,7 +248,7 @@ def _score(pair: C2C, batch: Sequence[Case], store: Store | None) -> list[Scored
     known = [(cache, [len(p.sharers[0]) for p in prompts])]
     states: dict[str, Callable[[], Prefilled]] = {  # made one by one, so that one at a time takes memory
         "receiver": lambda: clean,
-        "sharer": lambda: sharer_prompt(pair, prompts, cache),
+        "sharer": lambda: prefilled(pair.sharers[0], [p.sharers[0] for p in prompts], cache),
         "c2c": lambda: pair.fuse(prompts, clean=clean, sharers=known),
         "other": lambda: fuse_others(pair, prompts, clean, cache),
     }

@@ -21,7 +21,7 @@ from ..alignment.chat import render
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
-from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts
+from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import BACKGROUND, MAX_MESSAGE_TOKENS
 from ..models.load import LM
@@ -174,13 +174,6 @@ def sharer_caches(pair: C2C, prompts: Sequence[PromptIds], store: Store | None, 
     return store.read(rows, layers=layers).to(sharer.device)
 
 
-def sharer_prompt(pair: C2C, prompts: Sequence[PromptIds], cache: KV) -> Prefilled:
-    """The prompts as the sharer alone goes on from them: its last token is read again on top of the others' cache."""
-    sharer = pair.sharers[0]
-    ids, mask = pad_left([p.sharers[0] for p in prompts], sharer.pad_token_id, sharer.device)
-    return Prefilled(ids, mask, KV(cache.keys[:, :, :, :-1], cache.values[:, :, :, :-1]).to(sharer.dtype))
-
-
 def _answer(
     pair: C2C,
     task: str,
@@ -221,7 +214,8 @@ def _answer(
             lm, state = single, prefill_prompts(single, [p.receiver for p in prompts])
         elif method == "sharer":
             assert cache is not None
-            lm, state = pair.sharers[0], sharer_prompt(pair, prompts, cache)
+            lm = pair.sharers[0]
+            state = prefilled(lm, [p.sharers[0] for p in prompts], cache)
         else:
             assert clean is not None
             if method == "receiver":

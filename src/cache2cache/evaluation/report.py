@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..config import ModelIdentity, ModelSpec
 from ..errors import C2CError
+from ..files import replace_text
 from ..fuser import checkpoint
 from ..models.load import LM
 from ..pair import C2C, identity
@@ -21,7 +22,6 @@ from ..training.single import load_single
 from ..training.store import Store
 from .likelihood import SINGLE, SKIP, Answer, check_names, evaluate
 from .statistics import mcnemar, recovered, wilson
-from .writing import replace_text
 
 LABELS = {
     "receiver": "receiver alone",
@@ -126,10 +126,8 @@ def open_store(folder: Path | None, precision: str | None, sharer: LM) -> Store 
         if precision is not None:
             raise C2CError(f"a precision, {precision}, was given without a store; name its folder too")
         return None
-    if precision not in (None, "bfloat16", "int8"):
-        raise C2CError(f"unknown precision {precision!r}; expected bfloat16 or int8")
     new = precision is None and not (folder / "store.json").exists()
-    return Store(folder, sharer, "bfloat16" if new else precision)  # type: ignore[arg-type]
+    return Store(folder, sharer, "bfloat16" if new else precision)
 
 
 def claim(output: Path, settings: dict[str, Any]) -> None:

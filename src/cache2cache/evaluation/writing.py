@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import decode
 from ..errors import C2CError
+from ..files import replace_text
 from ..kv import prefill_prompts
 from ..models.load import LM
 
@@ -70,10 +71,3 @@ def add_rows(path: Path, rows: Iterable[Any]) -> None:
         file.write("".join(f"{line}\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import C2CError
+from ..files import replace_text
 from ..fuser.ridge import Pairs
 from ..pair import C2C
 from .loop import Prepared, fused_inputs, start_run, write_fuser
@@ -57,8 +57,6 @@ def fit(
             progress(min(config.batch_size, len(items) - begin * config.batch_size))
 
     rows = fuser.fit(pieces(data.train), pieces(data.holdout))
-    partial = config.output / f".log.{os.getpid()}"
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(partial, config.output / "log.jsonl")
+    replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     measured = {"seconds": round(time.perf_counter() - began, 1), "r2": sum(row["r2"] for row in rows) / len(rows)}  # type: ignore[misc]
     return write_fuser(pair, config, data, measured), rows

@@ -1,6 +1,6 @@
 """Training a fuser: next-token loss on the response, gradients into the fuser alone (paper section 3.3).
 
-What is learned is an `Objective`; `training.single` has the one that trains the receiver itself and no fuser.
+What is learned is an `Objective`: here a fuser, in `training.single` an adapter of the receiver itself.
 
 Several processes (`torchrun`, `accelerate launch`) share every batch, and each process works through its share in
 `accumulate` parts. Gradients are those of the whole batch whatever the number of processes and parts.
@@ -17,10 +17,10 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +30,10 @@ from torch.nn import functional as F
 
 from ..config import TrainConfig
 from ..errors import C2CError
+from ..files import replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
-from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts
+from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
@@ -187,30 +188,39 @@ def response_loss(
     assert isinstance(fuser, C2CFuser)
     prompts = [item.prompt for item in items]
     clean = receiver_prefill(pair, prompts, receiver_store)
-    lengths = sharer_lengths(prompts, 0)
-    known = sharer_prefill(pair, prompts, store)
-    where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, lengths)
+    known = sharer_prefill(pair, what_is_read(pair, prompts, whole=distill > 0), store)
+    where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, read_lengths(prompts, whole=distill > 0))
     with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
         fused = fuser(clean.kv, known, where.to(receiver.device))
 
     target = targets(items).to(receiver.device)
-    # The last prompt token, then the response but its last token; positions behind a response's end see nothing.
-    ids = torch.cat([clean.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
-    mask = torch.cat([clean.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
-    logits = receiver.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(mask)[:, -target.shape[1] :],
-        use_cache=True,
-        **{CACHE: fused.to_cache()},
-    ).logits
+    logits = expected(receiver, replace(clean, kv=fused), target)
     if not distill:
         return loss_of(logits, target, per)
-    theirs = sharer_logits(pair, prompts, target, store).to(logits.device)
+    with torch.no_grad():
+        sharer = pair.sharers[0]
+        alone = prefilled(sharer, [p.sharers[0] for p in prompts], known)
+        theirs = expected(sharer, alone, target.to(sharer.device)).to(logits.device)
     shared = min(theirs.shape[-1], logits.shape[-1])  # the rest are rows without a token
     ours, theirs = (x[..., :shared].float().log_softmax(-1) for x in (logits, theirs))
     divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
     return loss_of(logits, target, per, distill * divergence)
+
+
+def expected(lm: LM, prompt: Prefilled, target: Tensor) -> Tensor:
+    """What a model expects at each token of `targets` (B, R), having read the prompt and the tokens before: its logits
+    (B, R, vocabulary)."""
+    # The last prompt token, then the response but its last token; positions behind a response's end see nothing.
+    ids = torch.cat([prompt.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
+    mask = torch.cat([prompt.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
+    logits: Tensor = lm.model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions_of(mask)[:, -target.shape[1] :],
+        use_cache=True,
+        **{CACHE: prompt.kv.to_cache()},
+    ).logits
+    return logits
 
 
 def targets(items: Sequence[Item]) -> Tensor:
@@ -242,34 +252,7 @@ def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | Non
     rows = [p.receiver for p in prompts]
     if store is None:
         return prefill_prompts(pair.receiver, rows)
-    ids, mask = pad_left(rows, pair.receiver.pad_token_id, pair.receiver.device)
-    kv = store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype)
-    return Prefilled(ids, mask, kv.to(pair.receiver.device))
-
-
-@torch.no_grad()
-def sharer_logits(pair: C2C, prompts: Sequence[PromptIds], target: Tensor, store: Store | None) -> Tensor:
-    """What the sharer expects at each token of the responses (B, R), having read its own prompt and the tokens before:
-    (B, R, vocabulary), float32. Its tokens are the receiver's, see `check_one_vocabulary`."""
-    sharer = pair.sharers[0]
-    rows = [p.sharers[0] for p in prompts]
-    if store is None:
-        known = prefill_prompts(sharer, rows)
-    else:
-        ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
-        kv = store.read(rows, [len(row) - 1 for row in rows], sharer.dtype)
-        known = Prefilled(ids, mask, kv.to(sharer.device))
-    target = target.to(sharer.device)
-    ids = torch.cat([known.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
-    mask = torch.cat([known.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
-    logits: Tensor = sharer.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(mask)[:, -target.shape[1] :],
-        use_cache=True,
-        **{CACHE: known.kv.to_cache()},
-    ).logits
-    return logits.float()
+    return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
 
 
 def check_one_vocabulary(pair: C2C) -> None:
@@ -284,29 +267,27 @@ def check_one_vocabulary(pair: C2C) -> None:
         )
 
 
-def sharer_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> KV:
-    """The sharer's caches of prompts up to their last mapped token, from a store or computed."""
-    sharer = pair.sharers[0]
-    if store is not None:
-        return store.read(*from_store(pair, prompts)).to(sharer.device)
-    rows = [p.sharers[0][:n] for p, n in zip(prompts, sharer_lengths(prompts, 0), strict=True)]
-    ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
-    return prefill(sharer, ids, mask)
-
-
-def from_store(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
-    """What training reads from the store: the layers that the fuser reads, up to the last mapped token."""
+def what_is_read(pair: C2C, prompts: Sequence[PromptIds], whole: bool = False) -> Asked:
+    """What training reads of the sharer: the layers that the fuser reads, up to the last mapped token; or `whole`."""
     layers = pair.fusers[0].sharer_layers
     assert isinstance(layers, Tensor)
-    reads = int(layers.min()), int(layers.max()) + 1
-    return Asked([p.sharers[0] for p in prompts], sharer_lengths(prompts, 0), layers=reads)
+    reads = None if whole else (int(layers.min()), int(layers.max()) + 1)
+    return Asked([p.sharers[0] for p in prompts], read_lengths(prompts, whole), layers=reads)
 
 
-def read_ahead(pair: C2C, store: Store | None, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-    """The batches, with the next ones' caches being read from the store meanwhile."""
-    if store is None:
-        return batches
-    return store.ahead(batches, lambda items: from_store(pair, [item.prompt for item in items]))
+def read_lengths(prompts: Sequence[PromptIds], whole: bool = False) -> list[int]:
+    """How many tokens of each prompt are read of the sharer's cache."""
+    return [len(p.sharers[0]) for p in prompts] if whole else list(sharer_lengths(prompts, 0))
+
+
+def sharer_prefill(pair: C2C, asked: Asked, store: Store | None) -> KV:
+    """The sharer's caches, from a store or computed."""
+    sharer = pair.sharers[0]
+    if store is not None:
+        return store.read(*asked).to(sharer.device)
+    assert asked.lengths is not None
+    rows = [row[:n] for row, n in zip(asked.rows, asked.lengths, strict=True)]
+    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device))
 
 
 @torch.no_grad()
@@ -320,23 +301,16 @@ def fused_inputs(
     for begin in range(0, len(items), batch_size):
         prompts = [item.prompt for item in items[begin : begin + batch_size]]
         clean = receiver_prefill(pair, prompts, receiver_store)
-        known = sharer_prefill(pair, prompts, store).to(pair.receiver.device)
-        where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, sharer_lengths(prompts, 0))
+        known = sharer_prefill(pair, what_is_read(pair, prompts), store).to(pair.receiver.device)
+        where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, read_lengths(prompts))
         yield fuser.inputs(clean.kv, known, where.to(pair.receiver.device))
 
 
 @torch.no_grad()
-def calibrate(
-    pair: C2C,
-    items: Sequence[Item],
-    store: Store | None,
-    batch_size: int = 16,
-    receiver_store: Store | None = None,
-) -> None:
-    """Set a normalising fuser's statistics: mean and deviation of each channel over the positions that are fused."""
-    fuser = pair.fusers[0]
+def calibrate(fuser: C2CFuser, pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Set a normalising fuser's statistics: mean and deviation of each channel over what `fused_inputs` gives."""
     sums: dict[str, list[Tensor]] = {"sharer": [], "receiver": []}
-    for inputs in fused_inputs(pair, items, store, batch_size, receiver_store):
+    for inputs in pieces:
         for name, x in zip(("sharer", "receiver"), inputs, strict=True):
             sums[name].append(x.float())
     for name, parts in sums.items():
@@ -403,23 +377,52 @@ def rate(step: int, steps: int, warmup: float, schedule: str = "linear") -> floa
 
 
 class Objective(nn.Module):
-    """What a `Trainer` trains: a loss as a module, which is what DDP wraps. This one is `response_loss` of a fuser.
-
-    Args:
-        pair, store, half, receiver_store, distill: as for `response_loss`; the last one counts in training only.
+    """What a `Trainer` trains: a loss as a module, which is what DDP wraps.
 
     Attributes:
         folder: where in the run's output it is put at the end.
+        trained: the module whose parameters are trained and whose state is kept.
         frozen: the models that it takes besides, by what they are.
-        trained: the module whose parameters are trained and whose state is kept; here the pair's fuser.
+    """
+
+    folder: ClassVar[str]
+    trained: nn.Module
+    frozen: dict[str, nn.Module]
+
+    def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
+        """The loss () of a batch, and which examples' tokens were all greedy, (B,) bool, as `response_loss` gives."""
+        raise NotImplementedError
+
+    def start(self, config: TrainConfig, data: Prepared) -> None:
+        """What comes before the first step of a new run."""
+
+    def set_progress(self, step: int) -> None:
+        """Called before each step with the number of those done."""
+
+    def after_step(self) -> dict[str, Any]:
+        """What the log says of a step besides its loss."""
+        return {}
+
+    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
+        """The batches, while what the next ones need is fetched."""
+        return batches
+
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+        """Put what was trained into `folder` of the run, with what it was made from."""
+        raise NotImplementedError
+
+
+class FuserObjective(Objective):
+    """`response_loss` of a pair's fuser.
+
+    Args:
+        pair, store, half, receiver_store, distill: as for `response_loss`; the last one counts in training only.
 
     Raises:
         C2CError: several sharers; distillation between models of unlike vocabularies.
     """
 
     folder = "fuser"
-    trained: nn.Module
-    frozen: dict[str, nn.Module]
 
     def __init__(
         self,
@@ -441,6 +444,11 @@ class Objective(nn.Module):
         self.pair, self.store, self.in_half = pair, store, half
         self.receiver_store, self.distill = receiver_store, distill
 
+    @property
+    def fuser(self) -> C2CFuser:
+        assert isinstance(self.trained, C2CFuser)
+        return self.trained
+
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         distill = self.distill if self.training else 0.0
         loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half, self.receiver_store, distill)
@@ -449,32 +457,28 @@ class Objective(nn.Module):
         return loss, greedy
 
     def start(self, config: TrainConfig, data: Prepared) -> None:
-        """What comes before the first step of a new run."""
-        fuser, prompts = self.pair.fusers[0], data.train[: config.calibration_prompts]
-        assert isinstance(fuser, C2CFuser)
-        if fuser.config.normalize:
-            calibrate(self.pair, prompts, self.store, receiver_store=self.receiver_store)
-        if fuser.config.projection_init == "ridge":
-            train, watched = (
-                fused_inputs(self.pair, some, self.store, 16, self.receiver_store)
-                for some in ([p for i, p in enumerate(prompts) if i % 5], prompts[::5])
-            )
-            start_from_ridge(fuser, train, watched)
+        prompts, ridge = data.train[: config.calibration_prompts], self.fuser.config.projection_init == "ridge"
+        if not (ridge or self.fuser.config.normalize):
+            return
+        groups = [[p for i, p in enumerate(prompts) if i % 5], prompts[::5]] if ridge else [prompts]
+        read = [list(fused_inputs(self.pair, some, self.store, 16, self.receiver_store)) for some in groups]
+        if self.fuser.config.normalize:
+            calibrate(self.fuser, (piece for pieces in read for piece in pieces))
+        if ridge:
+            start_from_ridge(self.fuser, *read)
 
     def set_progress(self, step: int) -> None:
-        """Called before each step with the number of those done."""
-        self.pair.fusers[0].set_progress(step)  # type: ignore[operator]
+        self.fuser.set_progress(step)
 
     def after_step(self) -> dict[str, Any]:
-        """What the log says of a step besides its loss."""
-        return {"gates_open": int(self.pair.fusers[0].open_gates.sum())}  # type: ignore[operator]
+        return {"gates_open": int(self.fuser.open_gates.sum())}
 
     def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-        """The batches, while what the next ones need is fetched."""
-        return read_ahead(self.pair, self.store, batches)
+        if self.store is None:
+            return batches
+        return self.store.ahead(batches, lambda b: what_is_read(self.pair, [i.prompt for i in b], self.distill > 0))
 
     def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
-        """Put what was trained on disk, see `write_fuser`."""
         return write_fuser(self.pair, config, data, measured)
 
 
@@ -519,7 +523,7 @@ class Trainer:
         """`what` is trained: the fuser of a pair, whose models' prefills may be read from stores, or an objective of
         its own."""
         if isinstance(what, C2C):
-            what = Objective(what, store, in_half(config, what.receiver.device), receiver_store, config.distill)
+            what = FuserObjective(what, store, in_half(config, what.receiver.device), receiver_store, config.distill)
         self.objective, self.trained, self.config, self.data = what, what.trained, config, data
         self.output = config.output
         self.device = next(self.trained.parameters()).device
@@ -617,8 +621,10 @@ class Trainer:
         loss, exact = (self._sum(sums) / len(holdout)).tolist()
         self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
         if self.best is None or loss < self.best.evaluation["holdout_loss"]:
-            state = {name: tensor.detach().cpu().clone() for name, tensor in self.trained.state_dict().items()}
-            self.best = Best(self.last_evaluation, self.step, state if self.config.keep == "best" else None)
+            kept = None
+            if self.config.keep == "best":
+                kept = {name: tensor.detach().cpu().clone() for name, tensor in self.trained.state_dict().items()}
+            self.best = Best(self.last_evaluation, self.step, kept)
         else:
             self.best.since += 1
         return {**self.last_evaluation, "best_step": self.best_step}
@@ -735,9 +741,7 @@ class Trainer:
         path = self.output / "log.jsonl"
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _is_up_to(line, self.step)]
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text("".join(line + "\n" for line in lines))
-            os.replace(partial, path)
+            replace_text(path, "".join(line + "\n" for line in lines))
 
     def save_trained(self) -> Path:
         """Write what was trained, as it is now or (`keep: best`) as it was at its best, and what it was trained on."""
@@ -797,9 +801,7 @@ def start_run(config: TrainConfig) -> bool:
         if json.loads(path.read_text()) != recipe_of(config):
             raise C2CError(f"{config.output} holds a run of another recipe; choose another output, or remove it")
         return True
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(recipe_of(config), indent=2) + "\n")
-    os.replace(partial, path)
+    replace_text(path, json.dumps(recipe_of(config), indent=2) + "\n")
     return False
 
 
@@ -815,9 +817,8 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
 
 def write_ids(folder: Path, data: Prepared) -> None:
     """Put the ids of the examples trained on into `training_ids.txt`."""
-    partial = folder / f".training_ids.{os.getpid()}"
-    partial.write_text("".join(f"{item.id}\n" for item in sorted(data.train, key=lambda i: i.id)))
-    os.replace(partial, folder / "training_ids.txt")
+    rows = "".join(f"{item.id}\n" for item in sorted(data.train, key=lambda i: i.id))
+    replace_text(folder / "training_ids.txt", rows)
 
 
 def _is_up_to(line: str, step: int) -> bool:

@@ -21,14 +21,12 @@ def precompute(
     config: TrainConfig, *, precision: str, dtype: str, max_bytes: int, batch_tokens: int, dry_run: bool = False
 ) -> Store | None:
     """Compute every prefill that the recipe's training will read. Returns the sharer's store; None after a dry run."""
-    if precision not in ("bfloat16", "int8"):
-        raise C2CError(f"unknown precision {precision!r}; expected bfloat16 or int8")
     if config.method == "single":
         raise C2CError("method single has no sharer, so there is nothing to precompute; train at once")
     assert config.store is not None
     console = Console(stderr=True)
     sharer = load_lm(config.sharer, None, **({} if dtype == "auto" else {"dtype": dtype}))
-    store = Store(config.store, sharer, precision)  # type: ignore[arg-type]
+    store = Store(config.store, sharer, precision)
     same = config.receiver == config.sharer  # which reads nothing here, so that the dtype doesn't matter
     pair = C2C.from_models(sharer if same else load_lm(config.receiver), sharer, config.fuser)
     data = prepare(pair, config)
@@ -37,7 +35,7 @@ def precompute(
     console.print(f"{len(prompts)} prompts, {data.truncation}")
     work = [(store, sharer, [list(p.sharers[0]) for p in prompts])]
     if config.receiver_store is not None:
-        own = Store(config.receiver_store, pair.receiver, precision)  # type: ignore[arg-type]
+        own = Store(config.receiver_store, pair.receiver, precision)
         work.append((own, pair.receiver, [list(p.receiver) for p in prompts]))
     for place, lm, rows in work:
         _fill(console, place, lm, rows, max_bytes=max_bytes, batch_tokens=batch_tokens, dry_run=dry_run)

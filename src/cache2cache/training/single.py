@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class SingleObjective(Objective):
     folder = "adapter"
 
     def __init__(self, receiver: LM, spec: LoraSpec) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         peft = _peft()
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -85,18 +85,6 @@ class SingleObjective(Objective):
 
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         return single_loss(self.adapted[0], self.receiver, items, per)
-
-    def start(self, config: TrainConfig, data: Prepared) -> None:
-        pass
-
-    def set_progress(self, step: int) -> None:
-        pass
-
-    def after_step(self) -> dict[str, Any]:
-        return {}
-
-    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-        return batches
 
     def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
         """Put the adapter into `adapter/` of the run in PEFT's format, with a record of what it was made from

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,7 +52,7 @@ PROMPTS_PER_SHARD = 64  # at most,
 TOKENS_PER_SHARD = 16384  # or fewer long ones: a shard is in memory while it is made
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AHEAD = 2
-Precision = Literal["bfloat16", "int8"]
+PRECISIONS = ("bfloat16", "int8")
 T = TypeVar("T")
 
 
@@ -79,7 +79,9 @@ class Store:
         precision: "bfloat16" or "int8"; a store that holds the other one is refused.
     """
 
-    def __init__(self, folder: str | Path, sharer: LM, precision: Precision | None = None) -> None:
+    def __init__(self, folder: str | Path, sharer: LM, precision: str | None = None) -> None:
+        if precision not in (None, *PRECISIONS):
+            raise C2CError(f"unknown precision {precision!r}; expected {' or '.join(PRECISIONS)}")
         self.folder = Path(folder)
         self.config = self._settings(sharer, precision)
         self.index: dict[str, tuple[Path, int, int, int]] = {}
@@ -88,7 +90,7 @@ class Store:
         self._coming: tuple[Asked, Future[KV]] | None = None
         self._look()
 
-    def _settings(self, sharer: LM, precision: Precision | None) -> dict[str, Any]:
+    def _settings(self, sharer: LM, precision: str | None) -> dict[str, Any]:
         """What `store.json` says, or will say of a new store; refused where it is not of this sharer and precision."""
         try:
             config: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
