@@ -42,6 +42,37 @@ class Question:
         return self.letters[self.answer]
 
 
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A question that is answered in words and scored against references: `metrics.score`.
+
+    Attributes:
+        id: unique in its task and split.
+        prompt: the whole user turn.
+        references: right answers; the one that fits best counts.
+        metric: a name of `metrics.METRICS`.
+        max_new_tokens: how long an answer may be.
+        subject: what results are broken down by; of LongBench the name of the data set.
+        classes: what the metric `classification` chooses from.
+        length: words (Chinese: characters) as the data set states them, for LongBench's length buckets; 0 for none.
+        first_line: score only the first line of the answer.
+    """
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    subject: str = ""
+    classes: tuple[str, ...] = ()
+    length: int = 0
+    first_line: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            raise C2CError(f"question {self.id!r} has no reference answer; expected at least one")
+
+
 def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
     """The rows of one split of a hub data set, with the fields it has there.
 
