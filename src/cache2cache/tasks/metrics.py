@@ -28,8 +28,10 @@ def score(question: Question | OpenQuestion, text: str) -> float:
     """
     if isinstance(question, Question):
         return float(extract_letter(text, len(question.options)) == question.letter)
+    metric = METRICS.get(question.metric)
+    if metric is None:
+        raise C2CError(f"unknown metric {question.metric!r}; expected one of {', '.join(METRICS)}")
     answer = text.lstrip("\n").split("\n")[0] if question.first_line else text
-    metric = METRICS[question.metric]
     return max(metric(answer, reference, question.classes) for reference in question.references)
 
 

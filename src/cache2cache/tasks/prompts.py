@@ -100,14 +100,13 @@ _SEVERAL = "§"
 # A letter that may be an option's: no part of a word, a formula ("A + B", "C = 2"), an abbreviation ("B.C.") or a name
 # ("C++"), and neither pronoun nor, as a rule, article ("A plant").
 _FREE = r"(?<![\w'/+*^°])(?<!\w[.-])(?<![+*=^] )"
-_ENDED = r"(?![\w'’/+*#^°%]|-\w|\.\w|[ ]*[=+*^<>])"
-_OPTION = (
-    rf"{_FREE}(?:[B-HJ-Z]|[AI](?![ \t]+[A-Za-z])|A(?=[ ](?:is|was|because|since|as|and|or|but|for|with)\b)){_ENDED}"
-)
+_ENDED = r"(?![\w'/+*#^°%]|-\w|\.[A-Z](?![a-z])|[ ]*[=+*^<>])"
+_WORD = r"(?:[AI] (?!(?:is|because|since|as|and|or|but|for|with)\b)[A-Za-z]|I, [a-z])"
+_OPTION = rf"{_FREE}(?!{_WORD})[A-Z]{_ENDED}"
 _MENTION = rf"({_OPTION}|{_SEVERAL})"
 
-_JOIN = r"\s*(?:(?:[,/&、]|\band\b|\bor\b|和|或|与)\s*)+\(?"
-_LIST = re.compile(rf"{_FREE}[A-Z]\)?(?:{_JOIN}(?![AI][ ][a-z])[A-Z](?![\w'])\)?)+", re.A)
+_JOIN = r"\s*(?:(?:[,/|&、]|\b(?:and|or|maybe|possibly|perhaps|even|also)\b|和|或|与)\s*)+\(?"
+_LIST = re.compile(rf"{_FREE}[A-Z]\)?(?:{_JOIN}(?!{_WORD})[A-Z](?![\w'])\)?)+", re.A)
 _KIND = r"(?:the\s+)?(?:(?i:options?|choices?|answers?|letters?)|选项)?\s*\(?"
 _DENIED = re.compile(
     rf"(?:(?i:\b(?:not|isn't|neither|nor|never|eliminated?|exclude|reject|rule\s+out|rather\s+than|instead\s+of))\b"
@@ -126,25 +125,28 @@ def _plain(text: str) -> str:
     """Without what is thought and markup, full-width letters as plain ones, and a boxed letter as a stated one."""
     text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].replace("’", "'")
     text = re.sub(r"\\(?:boxed|fbox)\b|<answer>", " answer: ", text)
-    return re.sub(
-        r"\\(?:text|textbf|mathrm|mathbf)\b|</?\w+>|\\[()\[\]]|[*`$\"“”{}\[\]]|(?<!\w)_+|_+(?!\w)|(?<!\w)'|'(?!\w)",
+    text = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf)\b|</?\w+>|\\[()\[\]]|[*`$\"“”{}\[\]§]|(?<!\w)_+|_+(?!\w)|(?<!\w)'|'(?!\w)",
         " ",
         text,
     )
+    text = re.sub(r"(?s)(\bQ\d*\s?:.*?)\bA\d*\s?:", r"\1", text)  # "Q: … A: …"
+    return re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text))  # long runs of space would take long
 
 
 _STATES = (
     r"(?:(?i:\b(?:answer|ans\b\.?|solution|(?:correct|right|best|final|true)\s+(?:choice|option|one|statement|letter))"
-    r"(?:(?:\s+(?!is\b)[\w'-]+){0,6}?\s+(?:is|was|(?:would|should|must|will|may|might|could)\s+be))?"
-    r"|\b(?:choose|chose|pick|select|selected|go(?:ing)?\s+with|opt\s+for))\b|答案|选择?|正确的)"
+    r"(?:(?:\s+(?!is\b)[\w'-]+){0,6}?\s+(?:is|was|(?:would|should|must|will)\s+be))?"
+    r"|\b(?:choose|chose|pick|select|selected|say|go(?:ing)?\s+with|opt\s+for))\b|答案|选(?![项出])择?|正确的)"
 )
 _BETWEEN = (
-    r"(?:[^\w.!?;§]|\b(?i:is|are|be|the|option|choice|letter|answer|most|likely|probably|clearly|definitely|indeed"
-    r"|therefore|thus|simply|only|correct|best|that)\b|选项|项|应该|应|为|是|选)*"
+    r"(?:[^\w.!?;。§]|\b(?i:is|are|be|the|option|choice|letter|answer|most|likely|probably|clearly|definitely|indeed"
+    r"|therefore|thus|simply|only|correct|best|that)\b)*"
 )
 _LOWER = r"\(([a-z])\)|\b([a-z])(?=[.):]?\s*(?:\n|$)|[.):]\s)"  # only where it can be no word
+_NO_WORD = rf"(?!(?:(?<=[:\n])|(?<=[:\n] )|(?=I)){_WORD})"  # "is A plant" means the letter, "Answer: A plant" doesn't
 _STATED = re.compile(
-    rf"{_STATES}{_BETWEEN}(?<![\w'/])(?:((?!I[ '][a-z])[A-Z]|{_SEVERAL}){_ENDED}|{_LOWER})",
+    rf"{_STATES}{_BETWEEN}(?<![\w'/])(?:({_NO_WORD}[A-Z]|{_SEVERAL}){_ENDED}|{_LOWER})",
     re.A,
 )
 _TURNS = re.compile(
@@ -172,10 +174,10 @@ def _own_line(text: str) -> str:
 
 def _called_right(text: str) -> str:
     right = (
-        rf"{_MENTION}\)?(?:[,.:]\s[^.!?\n]{{1,40}}?)?\s+(?:is|are|was|must\s+be|would\s+be)\s+(?:\w+\s+){{0,2}}?"
-        r"(?:correct|right|best|true|answer)\b"
+        rf"{_MENTION}\)?(?:(?:[,.:]\s[^.!?\n]{{1,40}}?)?\s+(?:is|are|was|must\s+be|would\s+be)\s+(?:\w+\s+){{0,2}}?"
+        r"(?i:correct|right|best|true|answer)\b|\s*[:-]\s*(?i:correct|right|true)\b|(?:选项|项)?(?:是|为)?(?:正确|对))"
     )
-    return _one(re.findall(right, text, re.A) + re.findall(rf"{_MENTION}(?:选项|项)?(?:是|为)?(?:正确|对)", text, re.A))
+    return _one(re.findall(right, text, re.A))
 
 
 def _opening(text: str) -> str:
@@ -188,8 +190,8 @@ def _opening(text: str) -> str:
 def _standing_alone(text: str) -> str:
     """The letter mentioned behind nothing, a sign, or a word that points at it: not the one of "Vitamin C"."""
     pointing = (
-        r"(?:^|[^\w\s]|\n|(?<![A-Za-z])(?i:option|choice|letter|is|be|so|thus|therefore|hence|then|because|since|as|to|with"
-        r"|only|it's|say|of|for|that|select)|[\u4e00-\u9fff])\s*"
+        r"(?:^|[^\w\s]|\n|(?<![A-Za-z])(?i:option|choice|letter|is|be|so|thus|hence|then|because|since|as|to|with|it's|of"
+        r"|for|that|maybe|perhaps|yes|think|believe|guess|therefore|[a-z]+ly))\s*"
     )
     return _one(re.findall(rf"{pointing}{_MENTION}", text, re.A))
 
