@@ -351,7 +351,7 @@ def test_real_mirror_with_references(data_dir: Path, name: str, split: str, rows
         ("arc-challenge-paper", "validation", 294),
         ("c-eval", "val", 695),
         ("c-eval", "dev", 260),
-        ("mmlu-redux/anatomy", "test", 98),
+        ("mmlu-redux/anatomy", "test", 100),
         ("arc-challenge", "validation", 299),
         ("openbookqa", "validation", 500),
         ("commonsenseqa", "train", 9741),
