@@ -257,7 +257,7 @@ def check_pip(arguments: list[str], place: str) -> None:
     named = re.fullmatch(r"(?:\.|cache2cache)(?:\[([\w,-]+)\])?", arguments[1])
     assert named, f"{place}: {arguments[1]} is not this package"
     declared = re.findall(
-        r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+        r"^([\w-]+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
     )
     assert set((named[1] or "").split(",")) - {""} <= set(declared), f"{place}: {arguments[1]} has an unknown extra"
 
