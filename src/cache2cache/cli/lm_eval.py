@@ -11,9 +11,9 @@ from cache2cache.cli import options
 
 
 def lm_eval(
+    tasks: Annotated[str, typer.Option(help="Tasks, groups or tags of the harness, with commas between.")],
     fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
     subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
-    tasks: Annotated[str, typer.Option(help="Tasks, groups or tags of the harness, with commas between.")] = "arc_easy",
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of a question.")] = None,

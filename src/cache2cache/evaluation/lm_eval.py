@@ -124,7 +124,7 @@ class HarnessLM(HarnessBase):
 
     @property
     def eot_token_id(self) -> int | None:
-        return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
+        return self.tokenizer.eos_token_id
 
     @property
     def max_length(self) -> int:
@@ -146,18 +146,17 @@ class HarnessLM(HarnessBase):
         if context.startswith(_CHAT):
             chat, end = json.JSONDecoder().raw_decode(context)
             prompt, start = chat["chat"], context[end:]
-        count = len(self.pair.sharers)
+        sharers = self.pair.sharers if self.method == "c2c" else []
         if not context:  # the likelihood of a text by itself: there is nothing that a sharer could tell of
             first = self.tokenizer.bos_token_id
             alone = [self.eot_token_id or 0 if first is None else first]
-            ids = PromptIds(alone, [[0]] * count, [[-1]] * count)
+            ids = PromptIds(alone, [[0]] * len(sharers), [[-1]] * len(sharers))
         elif self.method == "c2c":
             ids = self.pair.encode(prompt, prefix=start)
         else:
             kwargs = self.pair.chat_template_kwargs
             rendered = render(self.tokenizer, prompt, prefix=start, chat_template_kwargs=kwargs)  # type: ignore[arg-type]
             ids = PromptIds(rendered.ids, (), ())
-        sharers = self.pair.sharers if self.method == "c2c" else []
         return shortened(ids, self.max_length - room, [lm.context_length for lm in sharers])
 
     def _prefill(self, prompts: Sequence[PromptIds]) -> Prefilled:
@@ -222,7 +221,7 @@ class HarnessLM(HarnessBase):
                 options = dict(normalize_gen_kwargs(requests[places[0]].args[1], MAX_NEW_TOKENS))
                 until, new = options.pop("until"), options.pop("max_gen_toks")
                 if not options["do_sample"]:
-                    options.pop("temperature")
+                    options.pop("temperature", None)
                 read = [(self._read(requests[place].args[0], new), place) for place in places]
                 for batch in self._batches(read):
                     texts = self._generate([prompt for prompt, _ in batch], until, max_new_tokens=new, **options)
