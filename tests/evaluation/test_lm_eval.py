@@ -242,12 +242,8 @@ def test_generation_stops_with_the_last_row_that_needs_more(monkeypatch: pytest.
         return ids
 
     monkeypatch.setattr(pair, "generate", generate)
-    assert answers(
-        HarnessLM(pair), *[("Plants need light", {"until": ["<|start|>"]}), ("A", {"until": ["<|start|>"]})]
-    ) == [
-        "ABC",
-        "ABCDE",
-    ]
+    stop = {"until": ["<|start|>"]}
+    assert answers(HarnessLM(pair), ("Plants need light", stop), ("A", stop)) == ["ABC", "ABCDE"]
     assert steps == [0, 0, 0, 1, 1, 2]
 
 
@@ -430,4 +426,4 @@ def test_arc_easy_with_smollm2(data_dir: Path, tmp_path: Path) -> None:
         raise
     torch.manual_seed(0)
     pair = C2C.from_models(lm, lm, FuserConfig(hidden_dim=8, intermediate_dim=8, gate_init=1.0))
-    compare(pair, load("arc-easy", "validation", data_dir)[:12], tmp_path, ["receiver", "c2c"], 1e-2)
+    compare(pair, load("arc-easy", "validation", data_dir)[:6], tmp_path, ["receiver", "c2c"], 1e-2)

@@ -124,6 +124,7 @@ class HarnessLM(HarnessBase):
 
     @property
     def eot_token_id(self) -> int | None:
+        """What ends an answer of that model."""
         return self.tokenizer.eos_token_id
 
     @property

@@ -1,10 +1,10 @@
 """One model alone behind our adapter to the lm-evaluation-harness, against the harness's own model `hf`.
 
-    python benchmarks/lm_eval.py
-    python benchmarks/lm_eval.py --requests 64 --batch-size 8
+    python benchmarks/harness.py
+    python benchmarks/harness.py --requests 64 --batch-size 8
 
-The same requests, made up here: questions with four options each, answered by the letter (one token) and by the option's
-text (several), and short greedy answers. Both models take turns in one run; a ratio above 1 says that ours is faster.
+The same requests, made up here: questions with four options each, scored by the letter (one token) and by the option's
+text (several), and short greedy answers. Both take turns in one run; a ratio above 1 says that ours is faster.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def main() -> None:
             same = f"largest difference {max(abs(a[0] - b[0]) for a, b in pairs):.1e}"
         else:
             same = f"{sum(a == b for a, b in zip(found['ours'], found['theirs'], strict=True))} alike"
-        print(
-            f"{kind:13}{len(requests):4} requests  ours {mine:6.2f} s  hf {other:6.2f} s  ratio {other / mine:5.2f}  {same}"
-        )
+        seconds = f"ours {mine:6.2f} s  hf {other:6.2f} s  ratio {other / mine:5.2f}"
+        print(f"{kind:13}{len(requests):4} requests  {seconds}  {same}")
 
 
 if __name__ == "__main__":
