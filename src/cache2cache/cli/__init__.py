@@ -23,6 +23,7 @@ from cache2cache.cli import (
     compare,
     evaluate,
     fuser,
+    lm_eval,
     models,
     precompute,
     rewrite,
@@ -56,6 +57,7 @@ app.command()(rewrite.rewrite)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
+app.command()(lm_eval.lm_eval)
 app.command()(compare.compare)
 app.command()(calibrate.calibrate)
 app.add_typer(models.app, name="models")
