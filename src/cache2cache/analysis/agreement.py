@@ -232,6 +232,7 @@ def _against_receiver(rows: Sequence[Judged]) -> dict[str, Any]:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 Results = Sequence[tuple[str, dict[str, Any]]]
+SHADES = ("#444444", "#999999", "#c8c8c8", "#707070")  # of several runs
 
 
 def draw_venn(results: Results, output: Path) -> None:
@@ -248,15 +249,21 @@ def draw_venn(results: Results, output: Path) -> None:
         counts = [r["questions"] for r in _merged(found, methods)]
         share = [100 * c / found["questions"] for c in counts]
         places = [i + (index - (len(results) - 1) / 2) * width for i in range(len(sets))]
-        bars = axis.bar(places, share, width, label=name, alpha=0.9)
+        bars = axis.bar(places, share, width, label=name, color=SHADES[index % len(SHADES)])
         if len(results) == 1:
             axis.bar_label(bars, [str(c) for c in counts], fontsize=7)
     axis.set_xlim(-0.6, len(sets) - 0.4)
+    axis.set_xticks([])
     axis.set_ylabel("% of the questions")
     axis.set_title("exactly these are right", fontsize=9)
-    axis.set_xticks(range(len(sets)), ["\n".join("●" if m in who else "○" for m in methods) for who in sets])
-    axis.text(-0.02, -0.045, "\n".join(_label(m) for m in methods), transform=axis.transAxes, ha="right", va="top",
-              fontsize=8, linespacing=1.22)  # fmt: skip
+    below = axis.get_xaxis_transform()  # x as in the bars, y in heights of the axis
+    for row, method in enumerate(methods):
+        y = -0.06 * (row + 1)
+        colour = plots.COLOURS[method]
+        axis.text(-0.7, y, _label(method), transform=below, ha="right", va="center", fontsize=8, color=colour)
+        for x, who in enumerate(sets):
+            face = colour if method in who else "none"
+            axis.scatter(x, y, s=36, transform=below, clip_on=False, facecolors=face, edgecolors=colour, linewidths=0.8)
     if len(results) > 1:
         axis.legend(fontsize=7)
     plots.save(made, output, "venn")
@@ -336,14 +343,15 @@ def draw_subjects(results: Results, output: Path) -> None:
             known = [(y, s) for y, s in enumerate(subjects) if method in found["by_subject"].get(s, {})]
             if not known:
                 continue
+            lower = 0.25 * (index - (len(results) - 1) / 2)
             shifts = [found["by_subject"][s]["shift"][method] for _, s in known]
             filled = {} if marker in "|x" else {"markerfacecolor": plots.COLOURS[method] if index == 0 else "none"}
-            axis.plot(shifts, [y + 0.15 * index for y, _ in known], marker, color=plots.COLOURS[method], markersize=6,
+            axis.plot(shifts, [y + lower for y, _ in known], marker, color=plots.COLOURS[method], markersize=6,
                       label=plots.titled(results, index, _label(method)), **filled)  # fmt: skip
     axis.axvline(0, color=plots.COLOURS["receiver"], linewidth=1)
     labels = [f"{Path(s).name} ({first[s]['c2c']['questions']})" for s in subjects]
     axis.set_yticks(range(len(subjects)), labels, fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(subjects) - 0.5, -0.5)
     axis.set_xlabel("accuracy less the receiver's, in points")
     axis.legend(fontsize=7)
     plots.save(made, output, "subjects")

@@ -320,16 +320,17 @@ def draw(results: Sequence[tuple[str, dict[str, Any]]], output: Path) -> None:
 
 def _draw_gates(axis: Any, result: dict[str, Any], style: str, results: Any, index: int) -> None:
     layers = result["receiver_layers"]
-    for kind, marker in zip(KINDS, "os", strict=True):
+    for kind, marker, aside in zip(KINDS, "os", (-0.15, 0.15), strict=True):
         logits, is_open = result[kind]["logit"], result[kind]["open"]
         height = [1.0 if one else 0.0 for one in is_open] if logits is None else logits
         colour = plots.COLOURS[kind]
         faces = [colour if one else "none" for one in is_open]
         label = plots.titled(results, index, f"{kind}, {sum(is_open)} of {len(is_open)} open")
-        axis.plot(layers, height, style, color=colour, linewidth=0.8, alpha=0.6)
-        axis.scatter(layers, height, s=18, marker=marker, facecolors=faces, edgecolors=colour, label=label)
+        places = [layer + aside for layer in layers]
+        axis.plot(places, height, style, color=colour, linewidth=0.8, alpha=0.6)
+        axis.scatter(places, height, s=18, marker=marker, facecolors=faces, edgecolors=colour, label=label)
     axis.axhline(0, color="grey", linewidth=0.8)
-    axis.set_ylabel("gate logit")
+    axis.set_ylabel("gate logit" if logits is not None else "open (without gates)")
     axis.set_title("gates (filled: open)", fontsize=9)
 
 
