@@ -115,9 +115,7 @@ def judged(answers: Sequence[Answer], folder: Path, subjects: dict[tuple[str, st
         raise C2CError(f"{folder} holds answers to several prompts; give runs of one")
     by_method = {m: {(a.task, a.id): a for a in answers if a.method == m} for m in METHODS}
     if absent := [m for m in NEEDED if not by_method[m]]:
-        raise C2CError(
-            f"{folder} holds no answers of {', '.join(absent)}; run c2c evaluate with these methods into it"
-        )
+        raise C2CError(f"{folder} holds no answers of {', '.join(absent)}; run c2c evaluate with these methods into it")
     methods = [m for m in METHODS if by_method[m]]
     common = [key for key in by_method["c2c"] if all(key in by_method[m] for m in methods)]
     if not common:
@@ -318,7 +316,9 @@ def draw_confidence(results: Results, output: Path) -> None:
             colour = plots.COLOURS[method]
             label = plots.titled(results, index, _label(method))
             style = plots.DASHES[index % len(plots.DASHES)]
-            axis.plot(middles, [p["accuracy"] for p in points], style, marker="o", markersize=3, color=colour, label=label)
+            axis.plot(
+                middles, [p["accuracy"] for p in points], style, marker="o", markersize=3, color=colour, label=label
+            )
             if len(results) == 1 and method in ("receiver", "c2c"):
                 low, high = zip(*(p["interval"] for p in points), strict=True)
                 axis.fill_between(middles, low, high, color=colour, alpha=0.12, linewidth=0)

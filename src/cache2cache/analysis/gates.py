@@ -306,7 +306,9 @@ def worth(fuser: C2CFuser, state: dict[str, Tensor]) -> dict[str, Any]:
 def draw(results: Sequence[tuple[str, dict[str, Any]]], output: Path) -> None:
     """Against the receiver's layers: gate logits; weights; what closing a layer does. One dash style a run."""
     panels = ["gates"]
-    panels += ["weights"] * any("weights" in r for _, r in results) + ["size"] * any("keys_size" in r for _, r in results)
+    panels += ["weights"] * any("weights" in r for _, r in results) + ["size"] * any(
+        "keys_size" in r for _, r in results
+    )
     panels += ["closing"] * any("closing" in r for _, r in results)
     made, axes = plots.figure(len(panels), 1, (7.5, 1 + 2.1 * len(panels)), sharex=True)
     for axis, panel in zip(axes[:, 0], panels, strict=True):

@@ -147,4 +147,6 @@ def page(data: dict[str, Any]) -> str:
 
 def _bytes(shares: Tensor) -> str:
     """Numbers from 0 to 1 as one byte each, base64."""
-    return base64.b64encode((shares * 255).round().clamp(0, 255).to(torch.uint8).contiguous().numpy().tobytes()).decode()
+    return base64.b64encode(
+        (shares * 255).round().clamp(0, 255).to(torch.uint8).contiguous().numpy().tobytes()
+    ).decode()

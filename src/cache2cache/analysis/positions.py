@@ -44,9 +44,7 @@ class Placed:
     length: int
 
 
-def run(
-    setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Sequence[float] = SHARES
-) -> dict[str, Any]:
+def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Sequence[float] = SHARES) -> dict[str, Any]:
     """Measure, and write `answers.jsonl`, `result.json` and `positions.png|svg`; goes on where it was stopped.
 
     Args:
