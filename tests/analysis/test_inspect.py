@@ -130,11 +130,11 @@ def large(tokens: int) -> dict[str, Any]:
     return data | {"weights": torch.rand(2 * n, fused, heads).tolist(), "change": torch.rand(2 * n, fused).tolist()}
 
 
-def test_size() -> None:
+def test_size(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(page(large(200)).encode()) < 300_000
     assert inside(page(large(200)))["heads"] == 8
-    longest = page(large(8000))
-    assert inside(longest)["heads"] == 1 and len(longest.encode()) < 3_000_000
+    monkeypatch.setattr(inspect, "PAGE_WEIGHTS", 10_000)  # a longer prompt's page has means over heads
+    assert inside(page(large(40)))["heads"] == 1
 
 
 # ---- a browser -------------------------------------------------------------------------------------------------------
@@ -182,7 +182,8 @@ def test_in_a_browser(browser: Any, file: Path, tmp_path: Path, width: int, sche
     shown = tab.inner_text("#receiver-tokens").replace("\n", "").replace("⏎", "\n")
     assert "</script><script>alert('x')</script>" in shown and '& "quotes" <!--' in shown
     assert tab.locator("#next .bar").count() == 30
-    assert tab.locator("#readout").is_hidden()
+    hint = tab.inner_text("#readout")
+    assert "Point at a token" in hint
 
     # Pointing at a token shows its partner; pointing elsewhere lets go.
     chip = tab.locator("#receiver-tokens span").nth(12)
@@ -194,7 +195,7 @@ def test_in_a_browser(browser: Any, file: Path, tmp_path: Path, width: int, sche
     said = tab.inner_text("#readout")
     assert "receiver token 12" in said and f"sharer token {partner}" in said and "means over open layers" in said
     tab.locator("h1").hover()
-    assert tab.locator("#readout").is_hidden() and tab.locator(".chips .on").count() == 0
+    assert tab.inner_text("#readout") == hint and tab.locator(".chips .on").count() == 0
 
     # A click holds it; a layer is then pointed at and the two meet.
     chip.click()
@@ -210,7 +211,7 @@ def test_in_a_browser(browser: Any, file: Path, tmp_path: Path, width: int, sche
     assert (tmp_path / "held.png").stat().st_size > 10_000
     chip.click()
     tab.locator("h1").hover()
-    assert tab.locator("#readout").is_hidden()
+    assert tab.inner_text("#readout") == hint
 
     # A sharer token that several receiver tokens read, or one; and a cell of the heat map, whose number is the data's.
     s = tab.evaluate("[...readers.keys()][5]")

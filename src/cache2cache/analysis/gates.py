@@ -109,7 +109,7 @@ def gates(fuser: C2CFuser) -> dict[str, Any]:
     for kind, one, logit in zip(KINDS, is_open, logits, strict=True):
         found[kind] = {"open": one.tolist(), "logit": logit}
     found["open_share"] = is_open.float().mean().item()
-    return runs.rounded(found)  # type: ignore[no-any-return]
+    return runs.rounded(found)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def weights_of(fuser: C2CFuser, state: dict[str, Tensor]) -> dict[str, Any]:
     for k, kind in enumerate(KINDS):
         found[f"{kind}_size"] = size[k].tolist()
     if not fuser.config.weighting or not positions:
-        return runs.rounded(found)  # type: ignore[no-any-return]
+        return runs.rounded(found)
     histogram = state["histogram"]
     heads = histogram.shape[1]
     mean = state["sum"] / positions
@@ -206,7 +206,7 @@ def weights_of(fuser: C2CFuser, state: dict[str, Tensor]) -> dict[str, Any]:
     open_counts = histogram.sum(1)[fuser.open_gates.cpu()]
     found["weights"]["large_of_open"] = share_above(open_counts.sum(0, keepdim=True))[0] if len(open_counts) else None
     found["weights"]["probabilities"] = list(QUANTILES)
-    return runs.rounded(found)  # type: ignore[no-any-return]
+    return runs.rounded(found)
 
 
 def quantiles(counts: Tensor) -> list[float]:
@@ -297,7 +297,7 @@ def worth(fuser: C2CFuser, state: dict[str, Tensor]) -> dict[str, Any]:
         for (what, layer), one in measured.items():
             if what == kind and ("both", layer) not in measured:
                 found["both"][place[layer]] = one
-    return runs.rounded(found)  # type: ignore[no-any-return]
+    return runs.rounded(found)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def look(pair: C2C, messages: Messages, *, prefix: str = "") -> dict[str, Any]:
             "c2c": likeliest(receiver, next_token(receiver, replace(clean, kv=fused.kv))[0]),
         },
     }
-    return runs.rounded(found, 5)  # type: ignore[no-any-return]
+    return runs.rounded(found, 5)
 
 
 def texts(lm: LM, ids: Sequence[int]) -> list[str]:

@@ -108,7 +108,7 @@ def summarize(pair: C2C, state: dict[str, Tensor]) -> dict[str, Any]:
                 for name, r in ranks.items():
                     found[name]["mean_open"] = r[fused].mean().item()
             result[who][kind] = found
-    return runs.rounded(result)  # type: ignore[no-any-return]
+    return runs.rounded(result)
 
 
 def open_layers(fuser: C2CFuser) -> dict[str, list[int]]:
