@@ -303,7 +303,9 @@ class TrainConfig(BaseModel):
         if several > 1 and self.distill:
             raise ValueError(f"distill is towards one sharer, {several} are given; leave it out")
         if several > 1 and not self.fuser.residual:
-            raise ValueError("several sharers' changes are summed; residual: false replaces, so that only one would last")
+            raise ValueError(
+                "several sharers' changes are summed; residual: false replaces, so that only one would last"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
         if self.holdout == 0 and (self.patience is not None or self.keep == "best"):

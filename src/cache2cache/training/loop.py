@@ -198,10 +198,8 @@ def response_loss(
     for j, (fuser, own) in enumerate(zip(pair.fusers, one_each(pair, store), strict=True)):
         known = sharer_prefill(pair, what_is_read(pair, prompts, whole, j), own, j)
         where, _ = where_to_fuse(prompts, j, clean.kv.length, known.length, read_lengths(prompts, whole, j))
-        # The caches lie on their models' devices.
-        theirs, where = known.to(receiver.device), where.to(receiver.device)
         with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
-            fused = fuser(clean.kv, theirs, where, fused)
+            fused = fuser(clean.kv, known.to(receiver.device), where.to(receiver.device), fused)
     assert fused is not None
 
     target = targets(items).to(receiver.device)
@@ -260,7 +258,9 @@ def loss_of(logits: Tensor, target: Tensor, per: str, more: Tensor | None = None
 
 def one_each(pair: C2C, store: Stores) -> list[Store | None]:
     """A store, or None, for each of the pair's sharers."""
-    stores = [store] if isinstance(store, Store) else [None] * len(pair.sharers) if store is None else list(store)
+    stores: list[Store | None] = [None] * len(pair.sharers)
+    if store is not None:
+        stores = [store] if isinstance(store, Store) else list(store)
     if len(stores) != len(pair.sharers):
         raise C2CError(f"{len(stores)} stores for {len(pair.sharers)} sharers; give one for each, in the same order")
     return stores
@@ -380,7 +380,7 @@ def optimizer_for(trained: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices only; a fuser's gates may have a rate of their own."""
     groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
     for name, parameter in trained.named_parameters():
-        kind = "gates" if name.rpartition(".")[2] == "gate_logit" else "matrices" if name.endswith("weight") else "vectors"
+        kind = "gates" if name.endswith("gate_logit") else "matrices" if name.endswith("weight") else "vectors"
         groups[kind].append(parameter)
     return torch.optim.AdamW(
         [
@@ -499,7 +499,7 @@ class FuserObjective(Objective):
             if fuser.config.normalize:
                 calibrate(fuser, (piece for pieces in read for piece in pieces))
             if ridge:  # each predicts the receiver's cache, so each goes its part of the way there
-                start_from_ridge(fuser, *read, share=1 / len(self.fusers))
+                start_from_ridge(fuser, read[0], read[1], share=1 / len(self.fusers))
 
     def set_progress(self, step: int) -> None:
         for fuser in self.fusers:

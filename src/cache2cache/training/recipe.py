@@ -104,7 +104,7 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _nested(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
-    """The configuration whose keys a field takes; and ".N" where it takes a list of them, "[.N]" where one or a list."""
+    """The configuration whose keys a field takes; ".N" where it takes a list of them, "[.N]" where one or a list."""
     if not field.is_required() and not isinstance(field.default, BaseModel):
         return None, ""  # one that may be left out altogether, which nobody writes
     found = next(_models(field), None)
