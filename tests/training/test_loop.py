@@ -801,13 +801,6 @@ def test_a_damaged_checkpoint(runs: Run, tmp_path: Path, monkeypatch: pytest.Mon
     runs.trainer(epochs=1).run()  # as the message says
 
 
-def test_several_sharers_are_refused(tmp_path: Path) -> None:
-    one = pair_of()
-    both = C2C(one.receiver, [one.sharers[0]] * 2, [one.fusers[0]] * 2)  # type: ignore[list-item]
-    with pytest.raises(C2CError, match="one sharer at a time, 2 were given"):
-        Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
-
-
 def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
     """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
     settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
