@@ -51,6 +51,16 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer.run(records.append)
         found[f"{case} losses"] = torch.tensor([row["loss"] for row in records])
         found[f"{case} hold-out"] = torch.tensor([row["holdout_loss"] for row in records if "holdout_loss" in row])
+    # Two sharers; in the batch of one a process has no part of its own.
+    config = config_of(folder, output=folder / name / "two", sharer=[{"source": "a"}, {"source": "b"}], **changes)
+    pair = pair_of(sharer=["qwen3", "qwen2"], gate_noise="none", dropout=0.0, normalize=True)
+    trainer = Trainer(pair, config, None, prepare(pair, config))
+    trainer._start()
+    for size in (1, 4):
+        trainer.optimizer.zero_grad()
+        found[f"two sharers loss of {size}"] = trainer.backward(trainer.data.train[:size])
+        gradients = [p.grad.clone() for p in trainer.trained.parameters() if p.grad is not None]
+        found[f"two sharers gradient of {size}"] = torch.cat([g.flatten() for g in gradients])
     for again in ("", " again", " cut"):
         config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, save_every=2, **changes)
         pair = pair_of(dropout=0.1)
