@@ -1016,6 +1016,16 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launchers_that_shard_are_refused(runs: Run, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Before anything is written: they would take the fuser apart behind the optimizer's back."""
+    launched = SimpleNamespace(distributed_type=accelerate.DistributedType[kind], num_processes=2, is_main_process=True)
+    monkeypatch.setattr(loop, "_accelerator", lambda config: launched)
+    with pytest.raises(C2CError, match=f"the launcher asks for {kind}, which would shard what is trained"):
+        runs.trainer()
+    assert not (runs.folder / "run").exists()
+
+
 def test_more_parts_than_examples(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch of 4 can't be computed in 5 parts"):
         config_of(tmp_path, accumulate=5)

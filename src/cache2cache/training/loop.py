@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -709,7 +709,12 @@ class Trainer:
     # ---- several processes --------------------------------------------------------------------------------------
 
     def _check_processes(self) -> None:
-        processes = self.accelerator.num_processes
+        processes, kind = self.accelerator.num_processes, self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise C2CError(
+                f"the launcher asks for {kind.value}, which would shard what is trained, the small part, and leave the "
+                "frozen models whole; start it with --multi_gpu alone, see docs/training.md"
+            )
         if processes > 1 and self.accelerator.device.type != self.device.type:
             raise C2CError(
                 f"{processes} processes train on {self.accelerator.device.type}, the receiver is on "
