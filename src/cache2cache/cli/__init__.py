@@ -25,6 +25,7 @@ from cache2cache.cli import (
     evaluate,
     fuser,
     inspect,
+    lm_eval,
     models,
     precompute,
     rewrite,
@@ -58,6 +59,7 @@ app.command()(rewrite.rewrite)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
+app.command()(lm_eval.lm_eval)
 app.command()(compare.compare)
 app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
