@@ -18,7 +18,7 @@ from rich.console import Console
 from cache2cache.cli import main
 from cache2cache.cli.train import status
 from cache2cache.errors import C2CError
-from cache2cache.evaluation.likelihood import read_answers
+from cache2cache.evaluation.answers import read_answers
 from cache2cache.kv import KV
 from cache2cache.pair import C2C
 from cache2cache.training import store

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache2cache import C2CError
-from cache2cache.evaluation.likelihood import Answer, read_answers
+from cache2cache.evaluation.answers import Answer, read_answers
 from cache2cache.evaluation.report import run
 from cache2cache.evaluation.skipping import Case, Outcome, apply, calibrate, calibration, cases_of, summarize, table
 from evaluation.test_report import options

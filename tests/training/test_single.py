@@ -16,7 +16,7 @@ from cache2cache import C2C, C2CError
 from cache2cache.cli import main
 from cache2cache.config import LoraSpec
 from cache2cache.decode import score
-from cache2cache.evaluation.likelihood import evaluate
+from cache2cache.evaluation.runner import evaluate
 from cache2cache.kv import prefill_prompts
 from cache2cache.tasks import load
 from cache2cache.training.loop import Item, Trainer, loss_of, prepare, targets

@@ -25,6 +25,7 @@ from cache2cache.cli import (
     fuser,
     models,
     precompute,
+    report,
     rewrite,
     sharer,
     train,
@@ -57,6 +58,7 @@ app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(calibrate.calibrate)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
