@@ -303,7 +303,7 @@ def test_single_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     evaluation = ["evaluate", tmp_path / "run" / "fuser", "--task", questions, "--output", tmp_path / "scores"]
     main_ok(*evaluation, "--method", "receiver")
     main_ok(*evaluation, "--method", "receiver", "--single", tmp_path / "alone" / "adapter")
-    result = json.loads((tmp_path / "scores" / "summary.json").read_text())["tasks"][str(questions)]
+    result = json.loads((tmp_path / "scores" / "summary.json").read_text())["likelihood"]["tasks"][str(questions)]
     assert set(result) == {"receiver", "single"} and "receiver fine-tuned alone" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["precompute", str(recipe), "--set", "method=single"])

@@ -61,10 +61,10 @@ def run(config: EvalConfig) -> dict[str, Any]:
     questions = {task.label: questions_of(task, config) for task in config.tasks}
     setup, settings = load(config)
     samples = config.output / SAMPLES
-    if processes.is_main_process:
-        claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
     plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
     training = router_plans(config, setup) if routing.LEARNED in config.methods else {}
+    if processes.is_main_process:
+        claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
     do(setup, training, config.output / ROUTER_ROWS, config, processes, console)
     answers = do(setup, plans, samples, config, processes, console)
     summary: dict[str, Any] = {}
@@ -305,7 +305,7 @@ def load(config: EvalConfig) -> tuple[Setup, dict[str, Any]]:
     }
     for task in config.tasks:
         about = task.model_dump(mode="json", exclude={"name", "limit", "limits"}, exclude_none=True)
-        settings[_TASK + task.label] = {**about, "split": task.split or config.split}
+        settings[_TASK + task.label] = about
     if SKIP in config.methods:
         settings["skip"] = config.skip
     if FEW_SHOT in config.methods:

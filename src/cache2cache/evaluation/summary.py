@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +12,7 @@ from ..errors import C2CError
 from .answers import GENERATION, WAYS, Answer
 from .asking import ROUTED, SKIP
 from .routing import at_random
-from .statistics import bootstrap, mcnemar, recovered, wilson
+from .statistics import bootstrap, draws, mcnemar, recovered, wilson
 
 AVERAGE, POOLED = "average", "pooled"
 Marks = dict[tuple[str, str], float]  # per question (task, id) what an answer is worth, from 0 to 1
@@ -210,8 +209,8 @@ def _against_random(answers: Sequence[Answer], method: str, seed: int) -> dict[s
 def _recovered_interval(
     marks: Mapping[str, Marks], receiver: float, baseline: float | None, seed: int
 ) -> list[float] | None:
-    """The 95% interval of the recovered gap, in %; None where the sharer is not clearly better, as a draw may then have
-    no gap. What the better baseline has above the receiver is taken as certain."""
+    """The 95% interval of the recovered gap, in %; None where the sharer is so little better that a draw has no gap.
+    What the better baseline has above the receiver is taken as certain."""
     keys = [k for k in marks["c2c"] if k in marks["receiver"] and k in marks["sharer"]]
     c2c, own, ceiling = (np.array([100 * marks[m][k] for k in keys]) for m in ("c2c", "receiver", "sharer"))
     above = max(0.0, (baseline or 0.0) - receiver)
@@ -222,7 +221,7 @@ def _recovered_interval(
     def share(times: np.ndarray) -> Any:
         return 100 * (times @ (c2c - own) / len(keys) - above) / gap(times)
 
-    if bootstrap(len(keys), partial(gap), seed)[0] <= 0:
+    if gap(draws(len(keys), seed)).min() <= 0:
         return None
     return [round(x, 2) for x in bootstrap(len(keys), share, seed)]
 
