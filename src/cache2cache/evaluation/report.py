@@ -365,9 +365,9 @@ def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _md(text: str) -> str:
     """Text that Markdown shows as it is."""
     text = " ".join(str(text).split())
-    for sign in "\\|`*_<[]":
+    for sign in "\\|`*_[]":
         text = text.replace(sign, "\\" + sign)
-    return text
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
