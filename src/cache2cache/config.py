@@ -334,7 +334,7 @@ class EvalConfig(BaseModel):
     )
     split: str = Field("validation", description="of the question sets")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
-    prompt: str = Field("paper", description="how a question with options is put: paper, short, cot")
+    prompt: str = Field("paper", description="how a question with options is put: paper, short, chinese, cot")
     methods: list[str] = Field(
         ["receiver", "sharer", "c2c", "other"], min_length=1, description="who answers, see docs/evaluation.md"
     )

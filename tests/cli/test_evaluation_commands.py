@@ -29,7 +29,18 @@ def test_evaluations_on_one_store_are_compared(
     for task in tasks:
         common += ["--task", task]
     assert c2c(*common, "--output", tmp_path / "a", "--store-precision", "int8") == 0
-    more = ["--set", "max_new_tokens=4", "--method", "receiver-generate", "--method", "text", "--method", "c2c", "--method", "receiver"]
+    more = [
+        "--set",
+        "max_new_tokens=4",
+        "--method",
+        "receiver-generate",
+        "--method",
+        "text",
+        "--method",
+        "c2c",
+        "--method",
+        "receiver",
+    ]
     assert c2c(*common, "--output", tmp_path / "b", *more) == 0
     printed = capsys.readouterr().out
     assert "text-to-text" in printed and "accuracy by generation" in printed and "average" in printed

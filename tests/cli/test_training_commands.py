@@ -160,7 +160,14 @@ def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "gain of C2C over the receiver" in capsys.readouterr().out
     assert len(read_answers(tmp_path / "out" / "samples.jsonl")) == 36
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["likelihood"]["tasks"][str(questions)]) >= {"receiver", "sharer", "c2c", "other", "gain", "presence"}
+    assert set(summary["likelihood"]["tasks"][str(questions)]) >= {
+        "receiver",
+        "sharer",
+        "c2c",
+        "other",
+        "gain",
+        "presence",
+    }
 
     before = files(tmp_path)
     for again in (("precompute", recipe), ("train", recipe), command):

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from cache2cache import C2CError
-from cache2cache.evaluation.compare import compare, tables
 from cache2cache.evaluation.answers import Answer
+from cache2cache.evaluation.compare import compare, tables
 from cache2cache.evaluation.writing import add_rows
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from cache2cache import C2CError
-from cache2cache.evaluation import asking
 from cache2cache.evaluation.answers import Answer
 from cache2cache.evaluation.controls import gaussian, starts_of, zeroed
 from cache2cache.evaluation.runner import evaluate
@@ -35,7 +34,13 @@ def letters(answers: list[Answer], method: str, way: str = "likelihood") -> str:
 
 def ask(path: Path, methods: list[str], pair: Any = None, **options: Any) -> list[Answer]:
     return evaluate(
-        pair or scripted_pair(), "own", marked(BELIEFS, RIGHT), path / "s.jsonl", methods=methods, batch_size=8, **options
+        pair or scripted_pair(),
+        "own",
+        marked(BELIEFS, RIGHT),
+        path / "s.jsonl",
+        methods=methods,
+        batch_size=8,
+        **options,
     )
 
 
@@ -84,7 +89,9 @@ def test_noise_has_the_moments_of_the_cache() -> None:
     assert torch.equal(again.keys[:, 0], noise.keys[:, 0]) and not torch.equal(again.keys[:, 1], noise.keys[:, 1])
     flat = KV(torch.full_like(cache.keys, 2.0), torch.full_like(cache.values, 3.0))
     ((same, _),) = gaussian([(flat, [400, 500])], ["x", "y"])
-    assert torch.equal(same.values[:, 1], flat.values[:, 1]) and torch.equal(same.keys[:, 0, :, 100:], flat.keys[:, 0, :, 100:])
+    assert torch.equal(same.values[:, 1], flat.values[:, 1]) and torch.equal(
+        same.keys[:, 0, :, 100:], flat.keys[:, 0, :, 100:]
+    )
     ((nothing, _),) = zeroed(known)
     assert not nothing.keys.any() and not nothing.values.any()
 
@@ -119,11 +126,6 @@ def test_examples_in_front(tmp_path: Path) -> None:
     assert letters(answers, "few-shot") == letters(answers, "few-shot", "generation") == "B" * 8
     with pytest.raises(C2CError, match="few-shot needs examples for own"):
         ask(tmp_path, ["few-shot"])
-    turn = asking.few_shot_turn(Question("q", "Is it?", ("no", "yes"), 1, "some_law"), examples[:1])
-    assert turn == (
-        "The following are single choice questions (with answers) about some law.\n\n"
-        "q0 $\nA. w\nB. x\nC. y\nD. z\nAnswer: B\n\nIs it?\nA. no\nB. yes\nAnswer:"
-    )
 
 
 def test_single_self_and_skip(tmp_path: Path) -> None:
@@ -140,6 +142,14 @@ def test_single_self_and_skip(tmp_path: Path) -> None:
     for method, options in (("single", {}), ("self", {}), ("skip", {})):
         with pytest.raises(C2CError, match=f"the method {method} needs"):
             ask(tmp_path, [method], pair, **options)
+
+
+def test_the_prompt_in_chinese(tmp_path: Path) -> None:
+    """Behind its own start of an answer, a letter without a space."""
+    answers = ask(tmp_path, ["receiver", "c2c"], prompt="chinese", answers="both")
+    assert letters(answers, "receiver") == MINE and letters(answers, "c2c") == FUSED
+    likely = next(a for a in answers if a.id == "q0" and a.method == "receiver")
+    assert max(likely.logprobs) > -0.1  # it is what the model says next
 
 
 def test_several_sharers(tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_the_gap_starts_at_the_better_of_the_receivers_answers() -> None:
 def test_scores_and_subjects() -> None:
     """Scores have means and bootstrap intervals; LongBench's figure is the mean over its data sets."""
     rows = [
-        Answer(task, "paper", f"q{n}", method, -1, score == 1, [], answers="generation", subject="ab"[n > 2], score=score)
+        Answer(
+            task, "paper", f"q{n}", method, -1, score == 1, [], answers="generation", subject="ab"[n > 2], score=score
+        )
         for task in ("own", "minilongbench@1k")
         for method, scores in {"receiver": (0, 0.5, 0.1, 0.4), "c2c": (1, 0.5, 0.3, 0.2)}.items()
         for n, score in enumerate(scores)

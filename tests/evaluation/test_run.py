@@ -41,7 +41,8 @@ def config_of(fuser: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     rows = [{"id": f"o{n}", "question": f"What is {'so ' * n}it?", "references": ["A", "it"]} for n in range(5)]
     (folder / "open.jsonl").write_text("".join(json.dumps({**r, "max_new_tokens": 3}) + "\n" for r in rows))
     return {
-        "fuser": str(fuser), "tasks": [{"task": str(task), "name": "own"}, {"task": str(folder / "open.jsonl"), "name": "open"}],
+        "fuser": str(fuser),
+        "tasks": [{"task": str(task), "name": "own"}, {"task": str(folder / "open.jsonl"), "name": "open"}],
         "methods": ALL, "answers": "both", "max_new_tokens": 4, "batch_size": 4, "limits": {"text": 5},
         "output": str(folder / "out"), **changes,
     }  # fmt: skip
@@ -51,7 +52,9 @@ def start(config: dict[str, Any], *arguments: object, processes: int = 1) -> sub
     path = Path(config["output"]).parent / "config.json"
     path.write_text(json.dumps(config))
     script = Path(__file__).with_name("several.py")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    )
     command = [sys.executable, *launcher, str(script), str(path), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -211,7 +214,9 @@ def test_a_folder_takes_more_questions(tiny_pair_folder: Path, tmp_path: Path) -
 
 def test_folders_of_earlier_versions(tiny_pair_folder: Path, tmp_path: Path) -> None:
     """Their rows are read as they were meant, and not asked again; where they took the first questions, refused."""
-    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "text", "receiver-generate"], answers="likelihood")
+    config = config_of(
+        tiny_pair_folder, tmp_path, methods=["receiver", "text", "receiver-generate"], answers="likelihood"
+    )
     config["tasks"], config["limits"], config["max_new_tokens"] = config["tasks"][:1], {}, 64
     run(EvalConfig.model_validate(config))
     rows = read_answers(tmp_path / "out" / "samples.jsonl")
@@ -255,9 +260,19 @@ def answers_of(receiver: str, sharer: str, confidence: list[float]) -> list[Answ
 def test_routers_by_hand() -> None:
     answers = answers_of("1100", "0110", [0.9, 0.2, 0.1, 0.8])
     made = routed(answers, "route-confidence", 0.5)
-    assert [a.sent for a in made] == [False, True, True, False] and [a.correct for a in made] == [True, True, True, False]
+    assert [a.sent for a in made] == [False, True, True, False] and [a.correct for a in made] == [
+        True,
+        True,
+        True,
+        False,
+    ]
     learned = routed(answers, "route", 0.25, {"q0": 3.0, "q1": 1.0, "q2": 2.0, "q3": -1.0})
-    assert [a.sent for a in learned] == [True, False, False, False] and [a.correct for a in learned] == [False, True, False, False]
+    assert [a.sent for a in learned] == [True, False, False, False] and [a.correct for a in learned] == [
+        False,
+        True,
+        False,
+        False,
+    ]
     assert [a.sent for a in routed(answers, "route-confidence", 0.0)] == [False] * 4
     random = at_random([*answers, *learned], "route")
     assert random == {("own", "q0"): 0.75, ("own", "q1"): 1, ("own", "q2"): 0.25, ("own", "q3"): 0}
@@ -291,18 +306,28 @@ def test_a_router_learns_what_tells_the_questions_apart(tmp_path: Path) -> None:
 def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scripted models: where the receiver believes nothing the sharer is right, and the marks say so."""
     pair = scripted_pair()
-    train = marked([("A", ""), ("", "B"), ("C", ""), ("", "D"), ("B", ""), ("", "C"), ("D", ""), ("", "B")] * 4, "ABCDBCDB" * 4)
+    train = marked(
+        [("A", ""), ("", "B"), ("C", ""), ("", "D"), ("B", ""), ("", "C"), ("D", ""), ("", "B")] * 4, "ABCDBCDB" * 4
+    )
     test = marked([("A", ""), ("", "B"), ("", "C"), ("D", "")], "ABCD")
-    monkeypatch.setattr(running, "load_pair", lambda *_: (pair, {"receiver": {}, "sharer": {}, "fuser_hash": "", "fuser": ""}))
+    monkeypatch.setattr(
+        running, "load_pair", lambda *_: (pair, {"receiver": {}, "sharer": {}, "fuser_hash": "", "fuser": ""})
+    )
     monkeypatch.setattr(running.sets, "load", lambda name, split, data: train if split == "train" else test)
     monkeypatch.setattr(running.report, "write", lambda *_: None)
     config = EvalConfig.model_validate(
-        {"tasks": ["arc-easy"], "methods": ["receiver", "sharer", "route", "route-confidence"], "output": tmp_path / "out"}
+        {
+            "tasks": ["arc-easy"],
+            "methods": ["receiver", "sharer", "route", "route-confidence"],
+            "output": tmp_path / "out",
+        }
     )
     summary = run(config)
     made = summary["likelihood"]["tasks"]["arc-easy"]
     assert (made["receiver"]["accuracy"], made["sharer"]["accuracy"], made["route"]["accuracy"]) == (50, 75, 100)
-    assert made["route"]["sent"] == 50 and made["route"]["random"] == 62.5 and made["route-confidence"]["accuracy"] == 100
+    assert (
+        made["route"]["sent"] == 50 and made["route"]["random"] == 62.5 and made["route-confidence"]["accuracy"] == 100
+    )
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())["router"]
     assert recorded["hash"] == Router.load(tmp_path / "out" / "router.json").hash and recorded["examples"] > 20
     assert len((tmp_path / "out" / "routed.jsonl").read_text().splitlines()) == 8
@@ -373,7 +398,13 @@ EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>`|*"
 
 def test_the_page_escapes_everything(tiny_pair_folder: Path, tmp_path: Path) -> None:
     rows = [
-        {"id": f"{EVIL}{n}", "question": f"{EVIL} {n}?", "options": [EVIL, "b", "c"], "answer": n % 3, "subject": EVIL + "xy"[n % 2]}
+        {
+            "id": f"{EVIL}{n}",
+            "question": f"{EVIL} {n}?",
+            "options": [EVIL, "b", "c"],
+            "answer": n % 3,
+            "subject": EVIL + "xy"[n % 2],
+        }
         for n in range(8)
     ]
     (tmp_path / "evil.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -392,7 +423,10 @@ def test_the_page_escapes_everything(tiny_pair_folder: Path, tmp_path: Path) -> 
     made = read_run(tmp_path / "out")
     for way in ("likelihood", "generation"):
         worse = regressions(made.answers, EVIL, way)
-        by = {m: {a.id for a in made.answers if a.answers == way and a.method == m and a.correct} for m in ("receiver", "c2c")}
+        by = {
+            m: {a.id for a in made.answers if a.answers == way and a.method == m and a.correct}
+            for m in ("receiver", "c2c")
+        }
         assert {a.id for a, _ in worse} == by["receiver"] - by["c2c"]
 
 
@@ -404,7 +438,11 @@ def test_right_answers_in_regions() -> None:
 
 
 def test_several_runs_in_one_report(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = {"methods": ["receiver", "sharer", "c2c", "other"], "answers": "likelihood", "results": str(tmp_path / "results")}
+    few = {
+        "methods": ["receiver", "sharer", "c2c", "other"],
+        "answers": "likelihood",
+        "results": str(tmp_path / "results"),
+    }
     for name in ("a", "b"):
         run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / name, **few)))
     with pytest.raises(SystemExit) as leaving:
@@ -428,7 +466,11 @@ def summary_of(sharer: tuple[float, float], cheaper: int | None) -> dict[str, An
     def against(low: float, high: float) -> dict[str, Any]:
         return {"difference": (low + high) / 2, "interval": [low, high], "p": 0.5, "only_first": 1, "only_second": 1}
 
-    task = {"paired": {"sharer": against(*sharer), "receiver": against(2, 6), "other": against(-1, 3)}, "gain": 4.0, "content": 1.0}
+    task = {
+        "paired": {"sharer": against(*sharer), "receiver": against(2, 6), "other": against(-1, 3)},
+        "gain": 4.0,
+        "content": 1.0,
+    }
     clock = {"c2c": timed(1, 0.1), "sharer": timed(0.5, 0.2), "cheaper_from": cheaper}
     return {"likelihood": {"tasks": {"own": task}}, "timing": clock}
 
@@ -436,13 +478,16 @@ def summary_of(sharer: tuple[float, float], cheaper: int | None) -> dict[str, An
 def test_plain_words() -> None:
     said = " ".join(verdict(summary_of((-8, -2), 7)))
     assert "C2C is better than the receiver alone by 4.0 points [+2.0, +6.0]" in said
-    assert "no content is shown: another question’s cache may do as well" in said
+    assert "no content is shown: another question's cache may do as well" in said
     assert "C2C is worse than the sharer alone by 5.0 points" in said
     assert "C2C is not worth it here for answers below 7 tokens: the sharer alone is better, and quicker" in said
     assert "An answer of 8 tokens takes C2C 1.70 s and the sharer alone 1.90 s" in said
     assert "cheaper than the sharer alone from 7 tokens of answer on" in said
     never = " ".join(verdict(summary_of((-1, 2), None)))
-    assert "C2C is not worth it here: the sharer alone is as good, as far as can be told, and takes less time at any length" in never
+    assert (
+        "C2C is not worth it here: the sharer alone is as good, as far as can be told, and takes less time at any len"
+        in never
+    )
     better = " ".join(verdict(summary_of((1, 2), 1)))
     assert "not worth" not in better and "C2C is better than the sharer alone by 1.5 points" in better
 
@@ -468,7 +513,18 @@ def test_a_recipe_and_options_are_one_definition(
     summary = json.loads((tmp_path / "r" / "summary.json").read_text())
     assert summary["asked"] == {"own": 3, "open": 2}
     questions = config["tasks"][0]["task"]
-    c2c("evaluate", tiny_pair_folder, "--task", questions, "--limit", 3, "--method", "receiver", "--output", tmp_path / "f")
+    c2c(
+        "evaluate",
+        tiny_pair_folder,
+        "--task",
+        questions,
+        "--limit",
+        3,
+        "--method",
+        "receiver",
+        "--output",
+        tmp_path / "f",
+    )
     flags = read_answers(tmp_path / "f" / "samples.jsonl")
     assert [(a.id, a.logprobs) for a in flags] == [
         (a.id, a.logprobs) for a in read_answers(tmp_path / "r" / "samples.jsonl") if a.task == "own"
@@ -483,7 +539,9 @@ def test_a_recipe_and_options_are_one_definition(
 
 
 def test_the_receiver_as_its_own_sharer_needs_its_fuser(tiny_pair_folder: Path, tmp_path: Path) -> None:
-    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "c2c"], answers="likelihood", identical=str(tiny_pair_folder))
+    config = config_of(
+        tiny_pair_folder, tmp_path, methods=["receiver", "c2c"], answers="likelihood", identical=str(tiny_pair_folder)
+    )
     with pytest.raises(C2CError, match=r"the method self needs a fuser trained with the receiver as its own sharer"):
         run(EvalConfig.model_validate(config))
     own = lm_of("llama")
@@ -491,7 +549,9 @@ def test_the_receiver_as_its_own_sharer_needs_its_fuser(tiny_pair_folder: Path, 
     from cache2cache import FuserConfig
 
     llama = tiny_pair_folder.parent / "llama"
-    C2C.from_models(llama, llama, FuserConfig(hidden_dim=8, intermediate_dim=6, gate_init=1.0)).save_pretrained(tmp_path / "same")
+    C2C.from_models(llama, llama, FuserConfig(hidden_dim=8, intermediate_dim=6, gate_init=1.0)).save_pretrained(
+        tmp_path / "same"
+    )
     made = run(EvalConfig.model_validate({**config, "identical": str(tmp_path / "same")}))
     assert made["likelihood"]["tasks"]["own"]["self"]["questions"] == 9 and own is not None
     with pytest.raises(C2CError, match="the method self needs a fuser that was trained"):
@@ -501,7 +561,11 @@ def test_the_receiver_as_its_own_sharer_needs_its_fuser(tiny_pair_folder: Path, 
 def test_a_published_token_map(tmp_path: Path) -> None:
     """The sharer then doesn't read its own tokens in the pair; alone it does, as without that map."""
     questions = [Question(f"q{n}", f"What is {'so ' * n}it?", ("a", "b", "c"), 0) for n in range(4)]
-    options: dict[str, Any] = {"methods": ["receiver", "sharer", "c2c", "other", "zeroed"], "answers": "both", "max_new_tokens": 4}
+    options: dict[str, Any] = {
+        "methods": ["receiver", "sharer", "c2c", "other", "zeroed"],
+        "answers": "both",
+        "max_new_tokens": 4,
+    }
     plain = evaluate(pair_of("qwen3", "qwen2", gate_init=0.0), "own", questions, tmp_path / "a.jsonl", **options)
     moved = evaluate(
         pair_of("qwen3", "qwen2", token_map="first", gate_init=0.0), "own", questions, tmp_path / "b.jsonl", **options
@@ -512,4 +576,3 @@ def test_a_published_token_map(tmp_path: Path) -> None:
     fused = evaluate(pair_of("qwen3", "qwen2", token_map="first"), "own", questions, tmp_path / "c.jsonl", **options)
     chosen = {m: [a.logprobs for a in fused if a.method == m and a.logprobs] for m in ("receiver", "c2c", "other")}
     assert chosen["c2c"] != chosen["receiver"] and chosen["c2c"] != chosen["other"]
-

@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the question sets.  [default: validation]")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="paper, short or cot.  [default: paper]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="paper, short, chinese or cot.  [default: paper]")] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -107,7 +107,8 @@ def evaluate(
     is_recipe = what is not None and what.endswith((".yaml", ".yml"))
     given: dict[str, Any] = {
         "fuser": [*([what] if what is not None and not is_recipe else []), *(fuser or [])] or None,
-        "subfolder": subfolder, "tasks": task, "split": split, "data_dir": data_dir, "prompt": prompt, "methods": method,
+        "subfolder": subfolder, "tasks": task, "split": split, "data_dir": data_dir, "prompt": prompt,
+        "methods": method,
         "answers": answers, "skip": skip, "single": single, "identical": identical, "limit": limit,
         "batch_size": batch_size, "receiver": receiver, "sharer": sharer, "receiver_dtype": receiver_dtype,
         "sharer_dtype": sharer_dtype, "store": store, "store_precision": store_precision, "max_gb": max_gb,
@@ -136,6 +137,6 @@ def evaluate(
         )
         if summary["failed"] or differs:
             raise C2CError(
-                f"{len(summary['failed'])} answers failed and count as wrong, and with fusion off {differs} differ from "
-                f"the receiver's; the report is in {config.output}; run it again to ask the failed ones again"
+                f"{len(summary['failed'])} answers failed and count as wrong, and with fusion off {differs} differ "
+                f"from the receiver's; the report is in {config.output}; run it again to ask the failed ones again"
             )

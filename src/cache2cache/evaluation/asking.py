@@ -23,7 +23,14 @@ from ..models.load import LM
 from ..pair import C2C, PromptIds
 from ..tasks import OpenQuestion, Question
 from ..tasks import score as worth
-from ..tasks.prompts import ANSWER_PREFIX, extract_letter, option_lines, paper_prompt, short_prompt
+from ..tasks.prompts import (
+    ANSWER_PREFIX,
+    CHINESE_ANSWER_PREFIX,
+    chinese_prompt,
+    extract_letter,
+    paper_prompt,
+    short_prompt,
+)
 from ..training.store import Store
 from .answers import GENERATION, LIKELIHOOD, Answer
 from .controls import Known, fuse_others, gaussian, rows_of, sharer_cache, starts_of, zeroed
@@ -45,6 +52,7 @@ Messages = Mapping[tuple[str, str, str], tuple[str, int]]  # task, form of text-
 PROMPTS: dict[str, Callable[[Question], str]] = {
     "paper": paper_prompt,
     "short": short_prompt,
+    "chinese": chinese_prompt,
     "cot": partial(paper_prompt, cot=True),
 }
 
@@ -72,6 +80,11 @@ class Setup:
     stores: Sequence[Store | None] = ()
     max_new_tokens: int = 64
     seed: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """The start of the answer, behind which options are compared."""
+        return CHINESE_ANSWER_PREFIX if self.prompt == "chinese" else ANSWER_PREFIX
 
     def store(self, j: int) -> Store | None:
         return self.stores[j] if self.stores else None
@@ -212,7 +225,7 @@ class Batch:
         setup, pair, cases = self.setup, self.setup.pair, self.cases
         receiver, prompts = pair.receiver, [c.prompt(way) for c in cases]
         options = isinstance(cases[0].question, Question)
-        prefix = ANSWER_PREFIX if way == LIKELIHOOD and options else ""
+        prefix = setup.prefix if way == LIKELIHOOD and options else ""
         if method == "receiver":
             own = self.own(way)
             return State(receiver, own, confidence=[round(p, 6) for p in confidence(receiver, own)])
@@ -287,8 +300,9 @@ class Batch:
     def _likeliest(self, state: State) -> list[_Found]:
         questions = [c.question for c in self.cases]
         assert all(isinstance(q, Question) for q in questions)
+        space = "" if self.setup.prompt == "chinese" else " "
         letters = [
-            [state.lm.continuation_ids(f" {x}") for x in q.letters] for q in questions if isinstance(q, Question)
+            [state.lm.continuation_ids(f"{space}{x}") for x in q.letters] for q in questions if isinstance(q, Question)
         ]
         made = []
         for question, scores in zip(questions, score(state.lm, state.prompts, letters), strict=True):
@@ -331,14 +345,6 @@ def plain(pair: C2C) -> bool:
     return all(fuser.config.token_map == "span" for fuser in pair.fusers if isinstance(fuser, C2CFuser))
 
 
-def few_shot_turn(question: Question, examples: Sequence[Question]) -> str:
-    """The user turn with examples in front (arXiv 2510.03215, the oracle's few-shot prompt)."""
-    about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
-    blocks = [f"{e.question}\n{option_lines(e)}\n{SHOT_PREFIX} {e.letter}" for e in examples]
-    head = f"The following are single choice questions (with answers){about}."
-    return "\n\n".join([head, *blocks, f"{question.question}\n{option_lines(question)}\n{SHOT_PREFIX}"])
-
-
 def expanded(methods: Sequence[str], pair: C2C) -> list[str]:
     """The methods as rows name them, each once, with a method sharer for every sharer: sharer, sharer-2, …"""
     more = [f"sharer-{j}" for j in range(2, len(pair.sharers) + 1)]
@@ -358,7 +364,7 @@ def check_setup(setup: Setup, methods: Sequence[str]) -> None:
     said = {
         SKIP: "a threshold; give one, from 0 to 1, as skip",
         SINGLE: "a fine-tuned receiver; give its adapter as single",
-        "self": "a fuser that was trained with the receiver as its own sharer (method: identical); give it as identical",
+        "self": "a fuser that was trained with the receiver as its own sharer; give it as identical",
     }
     for method, thing in needs.items():
         if method in methods and thing is None:

@@ -15,7 +15,8 @@ COLOURS = ("#3b6ea5", "#d08a2e", "#4f9a5b", "#a65a8b", "#7a7a7a", "#b5533c", "#5
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin: 1rem 0; display: block; overflow-x: auto;
+  font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid #8885; padding: .2rem .7rem; text-align: left; white-space: nowrap; }
 pre { white-space: pre-wrap; background: #8881; padding: .5rem; max-height: 20rem; overflow: auto; }
 svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: currentColor; }
@@ -30,7 +31,8 @@ def page(runs: Sequence[Run]) -> str:
         s = run.settings
         parts.append(
             f"<p>Receiver {_e(s['receiver']['name'])}, sharer {_e(run.sharer)}, fuser {_e(s['fuser'])} "
-            f"({_e(s['fuser_hash'][:12])}); {_e(s['split'])} split, {_e(s['prompt'])} prompt, seed {_e(s.get('seed'))}.</p>"
+            f"({_e(s['fuser_hash'][:12])}); {_e(s['split'])} split, {_e(s['prompt'])} prompt, "
+            f"seed {_e(s.get('seed'))}.</p>"
         )
     for run in runs:
         parts.append(f"<h2>What it is worth{_of(run, runs)}</h2><ul>")
@@ -66,7 +68,10 @@ def page(runs: Sequence[Run]) -> str:
             parts.append(f"<h2>{len(failed)} failed, counted as wrong{_of(run, runs)}</h2>")
             parts.append(grid(["Task", "Id", "Method", "Answers", "Error"], rows))
     body = "\n".join(parts)
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Evaluation</title><style>{_STYLE}</style>"
+    head = (
+        "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Evaluation</title>"
+        f"<style>{_STYLE}</style>"
+    )
     return f"<!doctype html>\n<html lang=en><head>{head}</head><body>\n{body}\n</body></html>\n"
 
 
@@ -141,7 +146,8 @@ def split(columns: Mapping[str, Mapping[str, Any]]) -> str:
         ):
             x, width = zero + min(a, b) * scale, abs(b - a) * scale
             parts.append(
-                f"<rect x='{x:.1f}' y='{y + (4 if part == 'presence' else 8)}' width='{width:.1f}' height='8' fill='{colour}'>"
+                f"<rect x='{x:.1f}' y='{y + (4 if part == 'presence' else 8)}' width='{width:.1f}' height='8' "
+                f"fill='{colour}'>"
                 f"<title>{part} {_e(f'{b - a:+.1f}')}</title></rect>"
             )
         parts.append(_text(left + 430, y + 16, f"{ends[1]:+.1f} presence, {ends[2] - ends[1]:+.1f} content"))

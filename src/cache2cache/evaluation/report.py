@@ -25,7 +25,7 @@ from .answers import (
     read_answers,
 )
 from .summary import AVERAGE, POOLED
-from .timing import line_of_times
+from .timing import LENGTHS, line_of_times
 from .writing import line_of, read_rows
 
 LABELS = {
@@ -84,7 +84,8 @@ def read_run(folder: Path) -> Run:
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise C2CError(
-            f"{folder} holds no evaluation that went to its end; give the output folder of c2c evaluate, or run that again"
+            f"{folder} holds no evaluation that went to its end; give the output folder of c2c evaluate, or run that "
+            "again"
         ) from error
     if not any(way in summary for way in WAYS):
         raise C2CError(
@@ -239,7 +240,7 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
     )  # fmt: skip
     yield (
         "Routers",
-        ["Sharer", "Task", "Answers", "Router", "Sent to the sharer, %", "Accuracy", "Sent at random", "Over random [95%]"],
+        ["Sharer", "Task", "Answers", "Router", "Sent to sharer, %", "Accuracy", "As many at random", "Over it [95%]"],
         [
             [run.sharer, task, way, label_of(m), f"{r['sent']:.1f}", f"{r['accuracy']:.1f}", f"{r['random']:.1f}",
              _signed(r["over_random"]) + _interval(r["over_random_interval"])]
@@ -268,9 +269,10 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
     )
     yield (
         "Time",
-        ["Sharer", "Method", "Prompts", "First token, s", "8 tokens, s", "64 tokens, s", "256 tokens, s", "Bytes passed", "Memory, GB"],
+        ["Sharer", "Method", "Prompts", "First token, s", *(f"{n} tokens, s" for n in LENGTHS), "Bytes", "Memory, GB"],
         [
-            [run.sharer, label_of(m), str(t["prompts"]), _times(t["first_token"]), *(_times(t["seconds"].get(n)) for n in ("8", "64", "256")),
+            [run.sharer, label_of(m), str(t["prompts"]), _times(t["first_token"]),
+             *(_times(t["seconds"].get(str(n))) for n in LENGTHS),
              f"{t['bytes_passed']:,.0f}", "" if t["memory"] is None else f"{t['memory'] / 1e9:.2f}"]
             for run in runs
             for m, t in run.summary.get("timing", {}).items()
@@ -285,7 +287,8 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
         shown = [m for m in ("receiver", "sharer", "text", "c2c", "other") if any(m in r for *_, r in parts)]
         yield (
             {"subjects": "By subject", "buckets": "By length"}[name],
-            ["Sharer", "Task", "Answers", name[:-1].capitalize(), "Questions", *map(label_of, shown), "C2C over the receiver", "p"],
+            ["Sharer", "Task", "Answers", name[:-1].capitalize(), "Questions", *map(label_of, shown),
+             "C2C over the receiver", "p"],
             [
                 [run.sharer, task, way, part, str(max(r[m]["questions"] for m in methods_of({"": r}))),
                  *(_cell(r.get(m)) for m in shown), *_difference(r.get("paired", {}).get("receiver"))]
@@ -384,7 +387,7 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             if "other" in pairs and result.get("gain", 0) > 0:
                 low = pairs["other"]["interval"][0]
                 said.append(
-                    f"{where}: {'some of the gain is content' if low > 0 else 'no content is shown: another question’s cache may do as well'}, "
+                    f"{where}: {_CONTENT if low > 0 else _NO_CONTENT}, "
                     f"{_signed(result['content'])} points{_interval(pairs['other']['interval'])}."
                 )
             for form in ("text", "text-options", "text-answer"):
@@ -399,11 +402,15 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
                 )
             if result.get("off_differs"):
                 said.append(
-                    f"{where}: with fusion off {result['off_differs']} answers differ from the receiver's; that is an error."
+                    f"{where}: with fusion off {result['off_differs']} answers differ from the receiver's, an error."
                 )
     if {"c2c", "sharer"} <= summary.get("timing", {}).keys():
         said += list(_clock(summary["timing"]))
     return said or ["C2C was not measured."]
+
+
+_CONTENT = "some of the gain is content"
+_NO_CONTENT = "no content is shown: another question's cache may do as well"
 
 
 def _against(found: Mapping[str, Any], whom: str) -> str:
@@ -413,7 +420,8 @@ def _against(found: Mapping[str, Any], whom: str) -> str:
         return f"C2C is better than {whom} by {by}"
     if high < 0:
         return f"C2C is worse than {whom} by {by}"
-    return f"no difference between C2C and {whom} is shown ({_signed(found['difference'])} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])})"
+    by = f"{_signed(found['difference'])} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])}"
+    return f"no difference between C2C and {whom} is shown ({by})"
 
 
 def _not_worth(summary: Mapping[str, Any], worse: bool) -> str:
@@ -431,10 +439,11 @@ def _not_worth(summary: Mapping[str, Any], worse: bool) -> str:
 
 
 def _clock(timed: Mapping[str, Any]) -> Iterator[str]:
-    for n in ("8", "64", "256"):
-        both = [timed[m]["seconds"].get(n) for m in ("c2c", "sharer")]
+    for n in LENGTHS:
+        both = [timed[m]["seconds"].get(str(n)) for m in ("c2c", "sharer")]
         if all(both):
-            yield f"An answer of {n} tokens takes C2C {both[0]['median']:.2f} s and the sharer alone {both[1]['median']:.2f} s."
+            mine, theirs = (times["median"] for times in both)
+            yield f"An answer of {n} tokens takes C2C {mine:.2f} s and the sharer alone {theirs:.2f} s."
     length = timed.get("cheaper_from")
     if length is None:
         yield "C2C is never cheaper than the sharer alone."

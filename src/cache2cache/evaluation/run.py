@@ -352,8 +352,8 @@ def load_pair(
     lists = [list(x) * count if len(x) == 1 else list(x) for x in (fusers, subfolders, sharers[0])]
     if any(len(x) != count for x in lists):
         raise C2CError(
-            f"{len(fusers)} fusers, {len(subfolders)} subfolders and {len(sharers[0])} sharers; give one each for every "
-            "sharer"
+            f"{len(fusers)} fusers, {len(subfolders)} subfolders and {len(sharers[0])} sharers; give one each for "
+            "every sharer"
         )
     folders = [checkpoint.resolve(f, subfolder=s) for f, s in zip(lists[0], lists[1], strict=True)]
     configs = [checkpoint.read_config(folder)[0] for folder in folders]

@@ -20,7 +20,8 @@ from ..methods.text_to_text import FORMS
 from ..models.load import LM
 from ..pair import C2C
 from ..tasks import OpenQuestion, Question
-from ..tasks.prompts import ANSWER_PREFIX
+from ..tasks.longbench import cut_middle
+from ..tasks.prompts import few_shot_prompt
 from ..training.store import Store
 from .answers import GENERATION, LIKELIHOOD, WAYS, Answer, Key, drawn, read_answers
 from .asking import (
@@ -35,7 +36,6 @@ from .asking import (
     asked_of,
     check_names,
     check_setup,
-    few_shot_turn,
 )
 from .controls import next_rows
 from .writing import add_rows, line_of
@@ -113,9 +113,8 @@ def plan(
     cases, failed = [], []
     for question in questions:
         bucket = (buckets or {}).get(question.id)
-        shown = _examples(question, examples, shots, setup.seed) if FEW_SHOT in methods else None
         try:
-            cases.append(_case(setup, task, question, words, bucket, shown, max_prompt_tokens))
+            cases.append(_case(setup, task, question, words, bucket, examples, shots, max_prompt_tokens))
         except C2CError as error:
             failed += [_failure(task, setup.prompt, question, bucket, m, way, error) for way, m in asked]
     groups: dict[int, list[tuple[str, str]]] = {}
@@ -131,14 +130,6 @@ def plan(
     return units, failed
 
 
-def _examples(question: AnyQuestion, examples: Sequence[Question], shots: int, seed: int) -> list[Question]:
-    """Questions of the same subject, if there are any, drawn with the seed; never the question itself."""
-    of_subject = [e for e in examples if e.subject == question.subject] or list(examples)
-    return drawn(
-        [e for e in of_subject if not isinstance(question, Question) or e.question != question.question], shots, seed
-    )
-
-
 def _like(case: Case) -> tuple[int, int, str]:
     """Questions in a batch are alike in the length of their answers, then of their prompts."""
     longest = case.question.max_new_tokens if isinstance(case.question, OpenQuestion) else 0
@@ -151,7 +142,8 @@ def _case(
     question: AnyQuestion,
     words: bool,
     bucket: str | None,
-    examples: Sequence[Question] | None,
+    examples: Sequence[Question],
+    shots: int,
     max_prompt_tokens: int | None,
 ) -> Case:
     pair = setup.pair
@@ -160,9 +152,10 @@ def _case(
         encoded = pair.encode(ask.chat())
         return Case(task, question, ask, encoded, encoded, bucket)
     ask = Ask.of(question, prompt=PROMPTS[setup.prompt])
-    whole = pair.encode(ask.chat(), prefix=ANSWER_PREFIX)
+    whole = pair.encode(ask.chat(), prefix=setup.prefix)
     bare = pair.encode(ask.chat()) if words else None
-    return Case(task, question, ask, whole, bare, bucket, few_shot_turn(question, examples) if examples else None)
+    few_shot = few_shot_prompt(question, examples, shots) if examples else None
+    return Case(task, question, ask, whole, bare, bucket, few_shot)
 
 
 def _cut(pair: C2C, text: str, limit: int) -> str:
@@ -171,8 +164,8 @@ def _cut(pair: C2C, text: str, limit: int) -> str:
         tokenizer = lm.need_tokenizer()
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > limit:
-            half = limit // 2
-            text = "".join(str(tokenizer.decode(part)) for part in (ids[:half], ids[len(ids) - half :]))
+            kept, half = cut_middle(list(ids), limit), limit // 2
+            text = "".join(str(tokenizer.decode(part)) for part in (kept[:half], kept[half:]))
     return text
 
 
