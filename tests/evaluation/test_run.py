@@ -27,10 +27,12 @@ from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
 from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.evaluation.summary import summarize
-from cache2cache.tasks import Question
+from cache2cache.tasks import OPEN_TASKS, TASKS, Question
+from cache2cache.training.recipe import checked, read_yaml
 from evaluation.scripted import marked, scripted_pair
 from training.runs import lm_of, pair_of, write_questions
 
+ROOT = Path(__file__).parents[2]
 ALL = ["receiver", "sharer", "c2c", "other", "zeroed", "gaussian", "off", "text", "route-confidence"]
 
 
@@ -576,3 +578,10 @@ def test_a_published_token_map(tmp_path: Path) -> None:
     fused = evaluate(pair_of("qwen3", "qwen2", token_map="first"), "own", questions, tmp_path / "c.jsonl", **options)
     chosen = {m: [a.logprobs for a in fused if a.method == m and a.logprobs] for m in ("receiver", "c2c", "other")}
     assert chosen["c2c"] != chosen["receiver"] and chosen["c2c"] != chosen["other"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/r*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_along(path: Path) -> None:
+    config = running.named(checked(EvalConfig, read_yaml(path), path.name))
+    names = [t.task for t in [*config.tasks, *config.router.tasks]] + [t.shots_task or t.task for t in config.tasks]
+    assert set(names) <= {*TASKS, *OPEN_TASKS} and config.output.parts[0] == "runs"
