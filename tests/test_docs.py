@@ -125,7 +125,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_mirror(folder: Path) -> None:
     """Rows for the recipes of the catalogue's models, enough for a hold-out and two batches; and questions to ask."""
-    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!p]*.yaml")]
+    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!pr]*.yaml")]
     count = 8
     for recipe in recipes:
         count = max(count, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))

@@ -28,6 +28,7 @@ from cache2cache.cli import (
     lm_eval,
     models,
     precompute,
+    report,
     rewrite,
     sharer,
     train,
@@ -61,6 +62,7 @@ app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
 app.command()(lm_eval.lm_eval)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
 app.add_typer(analyze.app, name="analyze")
