@@ -53,7 +53,7 @@ def answers(model: Any, *arguments: tuple[str, dict[str, Any]]) -> list[str]:
 
 
 def task_of(questions: Sequence[Question], name: str = "own") -> dict[str, Any]:
-    """Our own questions as a task of the harness, put as `evaluation.likelihood` puts them."""
+    """Our own questions as a task of the harness, put as `evaluation.asking` puts them."""
     rows = [{"id": q.id, "prompt": paper_prompt(q), "letters": list(q.letters), "answer": q.answer} for q in questions]
     return {
         "task": name,
