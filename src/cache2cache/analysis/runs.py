@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import __version__
 from ..config import DataSource
 from ..errors import C2CError
+from ..evaluation.answers import GENERATION
 from ..evaluation.asking import PROMPTS, check_names
 from ..evaluation.controls import sharer_cache
 from ..evaluation.run import COLUMNS, claim, load_pair, open_store
@@ -93,7 +94,7 @@ class Data:
 
 def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
     """The questions of each set, in its order."""
-    check_names(data.prompt, [])
+    check_names(data.prompt, [], GENERATION)
     found = {task: load(task, data.split, data.data_dir) for task in data.tasks}
     if empty := [task for task, rows in found.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
