@@ -322,7 +322,7 @@ def options_of(command: Any, path: str = "c2c") -> Iterator[tuple[str, set[str]]
         yield from options_of(sub, f"{path} {name}")
 
 
-LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision"}
+LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision", "--use_fsdp"}
 
 
 @every_page

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MAX_LAYERS: Final = 10_000  # of a model: sizes in a file are bounded before anything is made from them
 
@@ -176,14 +176,25 @@ class LoraSpec(BaseModel):
     )
 
 
+T = TypeVar("T")
+COUNTS: Final = ("one", "several")  # which an error's place names
+OneOrSeveral = Annotated[
+    Annotated[T, Tag("one")] | Annotated[list[T], Field(min_length=1), Tag("several")],
+    Discriminator(lambda given: COUNTS[isinstance(given, (list, tuple))]),
+]
+
+
 class TrainConfig(BaseModel):
     """A training run, as written in a recipe."""
 
     model_config = ConfigDict(extra="forbid")
 
     receiver: ModelSpec = Field(description="the model that answers")
-    sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
-    fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
+    sharer: OneOrSeveral[ModelSpec] = Field(
+        description="the model whose cache is fused into the receiver's, or a list of models: each then has a fuser of "
+        "its own, trained together on the sum of their changes"
+    )
+    fuser: FuserConfig = Field(FuserConfig(), description="what is trained, for each of several sharers")
     data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     method: Literal["c2c", "single", "identical"] = Field(
         "c2c",
@@ -192,8 +203,10 @@ class TrainConfig(BaseModel):
     )
     lora: LoraSpec = Field(LoraSpec(), description="the adapter of the method single")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
-    store: Path | None = Field(
-        None, description="sharer prefills made by c2c precompute; without it they are computed live"
+    store: OneOrSeveral[Path] | None = Field(
+        None,
+        description="sharer prefills made by c2c precompute, for several sharers a list with a folder for each; "
+        "without it they are computed live",
     )
     receiver_store: Path | None = Field(
         None, description="the receiver's prefills, made by c2c precompute too; without it they are computed live"
@@ -221,7 +234,8 @@ class TrainConfig(BaseModel):
     distill: float = Field(
         0.0,
         ge=0,
-        description="weight of the divergence from the sharer's next-token distributions (models of one vocabulary)",
+        description="weight of the divergence from the sharer's next-token distributions (one sharer, models of one "
+        "vocabulary)",
     )
     max_tokens: int = Field(2048, gt=1, description="of prompt and response; longer responses are cut")
     min_response_tokens: int = Field(
@@ -248,6 +262,17 @@ class TrainConfig(BaseModel):
     seed: int = Field(42, description="of draws, order, first weights and noise")
     weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
 
+    @property
+    def sharers(self) -> list[ModelSpec]:
+        return self.sharer if isinstance(self.sharer, list) else [self.sharer]
+
+    @property
+    def stores(self) -> list[Path]:
+        """One for each sharer, or none."""
+        if self.store is None:
+            return []
+        return self.store if isinstance(self.store, list) else [self.store]
+
     @model_validator(mode="before")
     @classmethod
     def _no_sharer(cls, given: Any) -> Any:
@@ -270,6 +295,17 @@ class TrainConfig(BaseModel):
             )
         if self.fuser.fuse_response:
             raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")
+        several = len(self.sharers)
+        if self.store is not None and len(self.stores) != several:
+            raise ValueError(
+                f"store names {len(self.stores)} folders for {several} sharers; give each sharer one, in the same order"
+            )
+        if several > 1 and self.distill:
+            raise ValueError(f"distill is towards one sharer, {several} are given; leave it out")
+        if several > 1 and not self.fuser.residual:
+            raise ValueError(
+                "several sharers' changes are summed; residual: false replaces, so that only one would last"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
         if self.holdout == 0 and (self.patience is not None or self.keep == "best"):

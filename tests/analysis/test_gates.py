@@ -197,10 +197,11 @@ def test_runs_on_questions_rows_and_prompts(tiny_pair_folder: Path, tmp_path: Pa
         assert json.loads((tmp_path / name / "result.json").read_text()) == result
         assert ("closing" in result) == (name != "prompts")
         assert {"gates.png", "gates.svg", "heads.png", "heads.svg"} <= {p.name for p in setup.output.iterdir()}
+        both_drawn = "questions: keys" in (setup.output / "gates.svg").read_text()
+        assert both_drawn == (name == "rows")  # the other run is in the same figure
         assert gates.run(setup, data) == result  # everything is there already
     found = json.loads((tmp_path / "questions" / "result.json").read_text())
     assert found["closing"]["responses"] == 5 and 5 <= found["closing"]["tokens"] <= 10
-    assert "questions: keys" in (tmp_path / "rows" / "gates.svg").read_text()  # both runs in one figure
 
 
 def test_a_stopped_run_goes_on(tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,8 +47,8 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     others = runs.earlier(against, "gates")
     if data.limit == 0:
         folder = checkpoint.resolve(setup.fuser, subfolder=setup.subfolder)
-        settings = {"fuser": setup.fuser or checkpoint.DEFAULT, "fuser_hash": fuser_hash(folder)}
-        about = runs.begin(setup, settings, "gates", [])
+        alone = {"fuser": setup.fuser or checkpoint.DEFAULT, "fuser_hash": fuser_hash(folder)}
+        about = runs.begin(setup, alone, "gates", [])
         result = {"about": about, **gates(checkpoint.load(folder))}
         runs.finish(setup.output, result)
         draw([*others, (setup.output.name, result)], setup.output)

@@ -127,6 +127,7 @@ class C2CFuser(nn.Module):
         self.temperature: Tensor
         self.rotary: tuple[Rotary, Rotary] | None = None
         self._kept: tuple[Any, list[Part]] | None = None  # see _inference
+        self._weights: tuple[Tensor | float, int] = 0.0, 0  # see take_weights
         self.sharer_mean: Tensor
         self.sharer_std: Tensor
         self.receiver_mean: Tensor
@@ -182,6 +183,12 @@ class C2CFuser(nn.Module):
         done = min(step / c.anneal_steps, 1.0)
         self.temperature.fill_(c.initial_temperature * (c.final_temperature / c.initial_temperature) ** done)
 
+    def take_weights(self) -> tuple[float, int]:
+        """Sum and number of the dynamic weights of all training passes since this was last asked: of every position,
+        head and module. A variant that computes its change otherwise may have none."""
+        (total, count), self._weights = self._weights, (0.0, 0)
+        return float(total), count
+
     # ---- the equations ------------------------------------------------------------------------------------------
 
     def _input(self, sharer: Tensor, receiver: Tensor) -> Tensor:
@@ -205,7 +212,11 @@ class C2CFuser(nn.Module):
             projected = projected * self.receiver_std
             if not self.config.residual:
                 projected = projected + self.receiver_mean
-        factor = self._weight(z) * self._gate(z)
+        weight = self._weight(z)
+        if self.training and self.config.weighting:
+            total, count = self._weights
+            self._weights = total + weight.detach().sum(dtype=torch.float32), count + weight.numel()
+        factor = weight * self._gate(z)
         return (projected.unflatten(-1, (self.heads, self.head_dim)) * factor.unsqueeze(-1)).flatten(-2)
 
     def weights(self, sharer: Tensor, receiver: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..config import TrainConfig
+from ..config import COUNTS, TrainConfig
 from ..errors import C2CError
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -91,7 +91,7 @@ class Key:
     """A key of a recipe as it is written there, `N` being the number of a list's entry.
 
     Attributes:
-        name: with the keys above it, as `fuser.hidden_dim`.
+        name: with the keys above it, as `fuser.hidden_dim`; `[.N]` where one may stand for a list of one.
         type: as in the source of `TrainConfig`.
         default: as in YAML; "" for a key that has to be given.
         description: what it means, with its bounds.
@@ -109,7 +109,7 @@ def keys(model: type[BaseModel] = TrainConfig, above: str = "") -> Iterator[Key]
     for name, field in model.model_fields.items():
         kind, entry = _nested(field)
         if kind is not None:
-            yield from keys(kind, f"{above}{name}.{entry}")
+            yield from keys(kind, f"{above}{name}{entry}.")
             continue
         bounds = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _BOUNDS.items() if hasattr(m, k)]
         limits = f" ({', '.join(bounds)})" if bounds else ""
@@ -121,13 +121,23 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _nested(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
-    """The configuration whose keys a field takes, and "N." where it takes a list of them."""
+    """The configuration whose keys a field takes; ".N" where it takes a list of them, "[.N]" where one or a list."""
     entries = field.default if isinstance(field.default, list) else [field.default]
     if not field.is_required() and not all(isinstance(entry, BaseModel) for entry in entries):
         return None, ""  # one that may be left out altogether, which nobody writes
-    kinds = (field.annotation, *get_args(field.annotation))
-    found = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-    return found, "N." if get_origin(field.annotation) is list else ""
+    found = next(_models(field), None)
+    lists = get_origin(field.annotation) is list
+    return found, ".N" if lists else "[.N]" if field.annotation is not found else ""
+
+
+def _models(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """The configurations that a field's type names."""
+    waiting: list[Any] = [field.annotation]
+    while waiting:
+        kind = waiting.pop(0)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind
+        waiting += get_args(kind)
 
 
 def _as_yaml(value: Any) -> str:
@@ -144,10 +154,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors()
     # A misspelt key comes first: what it leaves unset is an error of its own.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    place = ".".join(map(str, first["loc"]))
+    keys = [key for key in first["loc"] if key not in COUNTS]
+    place = ".".join(map(str, keys))
     if first["type"] == "extra_forbidden":
-        known = _fields(model, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        known = _fields(model, keys[:-1])
+        close = difflib.get_close_matches(str(keys[-1]), known, n=1)
         return f"unknown key {place}; " + (
             f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
         )
@@ -160,6 +171,5 @@ def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
         field = model.model_fields.get(str(name))
         if field is None:
             continue  # an index into a list
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+        model = next(_models(field), model)
     return list(model.model_fields)
