@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.cli import main
-from cache2cache.evaluation import runner
 from cache2cache.evaluation import lm_eval as adapter
+from cache2cache.evaluation import runner
 from cache2cache.evaluation.lm_eval import HarnessLM, shortened
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
