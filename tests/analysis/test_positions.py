@@ -12,7 +12,7 @@ from cache2cache import C2CError
 from cache2cache.analysis import positions, runs
 from cache2cache.analysis.positions import Placed, choices, chosen, curve, encoded, summarize
 from cache2cache.analysis.runs import Data, Setup
-from cache2cache.evaluation.likelihood import evaluate
+from cache2cache.evaluation.runner import evaluate
 from cache2cache.tasks import Question, load
 from training.runs import pair_of, write_questions
 

@@ -202,9 +202,9 @@ def test_two_sharers_from_end_to_end(models: Path, tmp_path: Path, capsys: pytes
     assert c2c("precompute", recipe, "--dry-run") == 0 and not (tmp_path / "one").exists()
     assert c2c("precompute", recipe) == 0
     said = capsys.readouterr().err.replace("\n", "")
-    for store, spec in zip(stores, sharers, strict=True):
-        assert f"{store}: 22 prompts" in said
-        assert json.loads((Path(store) / "store.json").read_text())["sharer"]["name"] == spec["source"]
+    for folder, spec in zip(stores, sharers, strict=True):
+        assert f"{folder}: 22 prompts" in said
+        assert json.loads((Path(folder) / "store.json").read_text())["sharer"]["name"] == spec["source"]
     assert c2c("train", recipe, "--dry-run") == 0
     assert c2c("train", recipe) == 0
     printed = capsys.readouterr()
