@@ -486,7 +486,7 @@ def run(
     key_space: str = "unrotated",
     hidden_dim: int = 512,
     start: str = "ridge",
-    epochs: int = 20,
+    epochs: int = 10,
     batch_size: int = 512,
     learning_rate: float = 1e-3,
     train_positions: int = 32,
