@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from cache2cache import __version__
 from cache2cache.cli import (
+    analyze,
     ask,
     calibrate,
     chat,
@@ -23,6 +24,7 @@ from cache2cache.cli import (
     compare,
     evaluate,
     fuser,
+    inspect,
     models,
     precompute,
     rewrite,
@@ -58,6 +60,8 @@ app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
 app.command()(compare.compare)
 app.command()(calibrate.calibrate)
+app.command()(inspect.inspect)
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")
