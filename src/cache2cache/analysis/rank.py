@@ -1,4 +1,4 @@
-"""Effective rank of the sharer's, the receiver's and the fused cache, layer by layer (paper section 3.2).
+"""Effective rank of the sharer's, the receiver's and the fused cache, layer by layer.
 
 The vectors are those of the positions that are fused, and of the sharer's tokens that go with them: as many of each,
 all heads of a layer side by side. They are streamed: what is kept is a Gram matrix per model, layer and kind, whatever

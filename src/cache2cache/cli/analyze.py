@@ -189,7 +189,7 @@ def agreement(
     bins: Annotated[int, typer.Option(min=2, help="Parts by the sharer's confidence.")] = 5,
     output: Annotated[Path, typer.Option(help="Folder for result.json and the figures.")] = Path("runs/agreement"),
 ) -> None:
-    """Which questions receiver, sharer, text-to-text and C2C get right together; several runs are drawn side by side."""
+    """Which questions receiver, sharer, text-to-text and C2C get right together; several runs side by side."""
     from cache2cache.analysis.agreement import run
 
     run(runs, output, split=split, data_dir=data_dir, bins=bins, command=typed(context))

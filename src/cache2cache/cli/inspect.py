@@ -46,6 +46,5 @@ def inspect(
     for who, label in (("receiver", "receiver"), ("sharer", "sharer"), ("c2c", "C2C")):
         shown = ", ".join(f"{token!r} {100 * p:.1f}%" for token, p in data["next"][who]["tokens"][:3])
         print(f"{label:<10}{shown}")
-    print(
-        f"{len(data['fused'])} of {len(data['receiver']['tokens'])} tokens fused; {output}, {output.stat().st_size:,} bytes"
-    )
+    count = len(data["receiver"]["tokens"])
+    print(f"{len(data['fused'])} of {count} tokens fused; {output}, {output.stat().st_size:,} bytes")
