@@ -180,7 +180,7 @@ def test_a_run_resumes_and_says_everything(positions: str, tmp_path: Path) -> No
     lm = receiver("qwen3")
     options = {"shots": 2, "limit": 8, "positions": positions, "max_tokens": 2000}
     first = enrich.run(lm, questions(6, "test"), questions(2, "dev"), tmp_path / "a", **options)
-    assert first["settings"]["receiver"]["name"] and first["settings"]["seed"] == 0 and first["command"]
+    assert first["about"]["receiver"]["name"] and first["about"]["seed"] == 0 and first["about"]["rows"] == 8
     assert first["all"]["oracle"]["questions"] == 8 and first["reported_on"]["best:1"]["questions"] == 4
     assert set(first["all"]["oracle"]["against_direct"]) >= {"difference", "interval", "p"}
     rows = (tmp_path / "a" / "rows.jsonl").read_text().splitlines()

@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_read(tmp_path: Path, monkeyp
     monkeypatch.setattr(transform, "answer", dies)
     with pytest.raises(KeyboardInterrupt):
         transform.run(*models, TRAIN, TEST, tmp_path / "killed", **QUICK)
-    assert not (tmp_path / "killed" / "summary.json").exists()
+    assert not (tmp_path / "killed" / "result.json").exists()
     again = transform.run(*models, TRAIN, TEST, tmp_path / "killed", **QUICK)
     assert len(asked) == 4 + 3, "three answers were kept"
     assert again["layers"] == whole["layers"] and again["answers"] == whole["answers"]

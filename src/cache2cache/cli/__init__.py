@@ -26,6 +26,7 @@ from cache2cache.cli import (
     fuser,
     inspect,
     models,
+    oracle,
     precompute,
     rewrite,
     sharer,
@@ -62,6 +63,7 @@ app.command()(compare.compare)
 app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(oracle.app, name="oracle")
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")

@@ -48,18 +48,23 @@ def overlap(points: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> dict[str,
     return {"precision": inside.any(1).float().mean().item(), "coverage": inside.any(0).float().mean().item()}
 
 
+def check(points: int, perplexity: float) -> None:
+    """Raise a C2CError where t-SNE can't be made of that many points, before hours of work."""
+    try:
+        import sklearn.manifold  # noqa: F401
+    except ImportError as error:
+        raise C2CError("t-SNE needs scikit-learn; install it with: pip install 'cache2cache[plots]'") from error
+    if perplexity >= points:
+        raise C2CError(
+            f"a perplexity of {perplexity:g} takes more than the {points} points there are; give a lower one"
+        )
+
+
 def tsne(clouds: dict[str, Tensor], perplexity: float, seed: int) -> dict[str, list[list[float]]]:
     """A map of all points in two dimensions, by cloud (scikit-learn); the first cloud is the reference."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise C2CError(
-            "t-SNE needs the package scikit-learn; install it with: pip install 'cache2cache[oracle]'"
-        ) from error
+    from sklearn.manifold import TSNE
+
     points = torch.cat(in_one_space(*clouds.values())).numpy()
-    if perplexity >= len(points):
-        raise C2CError(f"perplexity {perplexity:g} needs more than that many points, {len(points)} are there")
     placed: Any = TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(points)
-    sizes = [len(cloud) for cloud in clouds.values()]
-    parts = torch.from_numpy(placed).split(sizes)
+    parts = torch.from_numpy(placed).split([len(cloud) for cloud in clouds.values()])
     return {name: [[round(x, 3) for x in p] for p in part.tolist()] for name, part in zip(clouds, parts, strict=True)}

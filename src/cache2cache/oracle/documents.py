@@ -18,15 +18,15 @@ WORDS = (
     "anchor", "apple", "arrow", "basket", "beacon", "bottle", "bridge", "button", "candle", "carpet", "castle", "cedar",
     "cherry", "circle", "copper", "cotton", "dragon", "engine", "falcon", "feather", "forest", "garden", "hammer",
     "harbor", "island", "jacket", "kettle", "ladder", "lantern", "lemon", "magnet", "marble", "meadow", "mirror",
-    "needle", "orange", "paper", "pebble", "pencil", "pepper", "pillow", "planet", "pocket", "rabbit", "ribbon", "river",
-    "rocket", "saddle", "shadow", "silver", "spider", "spoon", "stone", "summer", "table", "thunder", "ticket", "tiger",
-    "timber", "tunnel", "turtle", "valley", "velvet", "violin", "walnut", "wagon", "window", "winter", "zebra",
+    "needle", "orange", "paper", "pebble", "pencil", "pepper", "pillow", "planet", "pocket", "rabbit", "ribbon",
+    "river", "rocket", "saddle", "shadow", "silver", "spider", "spoon", "stone", "summer", "table", "thunder", "ticket",
+    "tiger", "timber", "tunnel", "turtle", "valley", "velvet", "violin", "walnut", "wagon", "window", "winter", "zebra",
 )
 TAGS = ("article", "aside", "block", "footer", "frame", "group", "header", "item", "list", "note", "panel", "section")
 ROLES = ("admin", "assistant", "author", "editor", "guest", "owner", "reader", "system", "user")
 KEYS = ("city", "code", "color", "genre", "label", "metal", "mood", "name", "owner", "shape", "style", "title", "topic")
 FUNCTIONS = ("blend", "build", "copy", "draw", "fetch", "join", "load", "merge", "move", "pack", "send", "swap", "wrap")
-PARAMETERS = ("base", "dest", "extra", "first", "key", "left", "mask", "mode", "path", "right", "root", "source", "tail")
+PARAMETERS = ("base", "dest", "extra", "first", "key", "left", "mask", "mode", "path", "right", "root", "source")
 # fmt: on
 ORDINALS = ("first", "second", "third", "fourth")
 
@@ -83,7 +83,12 @@ def _keys(generator: random.Random) -> Made:
     if generator.random() < 0.5:
         wrong = [values[n][k] for n in names for k in keys if n == name or k == key]
         return text, f'What is "{key}" of "{name}"?', values[name][key], wrong
-    return text, f'Which object holds "{values[name][key]}"?', name, [*names, *generator.sample(words, 1)]
+    return (
+        text,
+        f'Which object holds "{values[name][key]}"?',
+        name,
+        [*names, *generator.sample([w for w in words if w != values[name][key]], 1)],
+    )
 
 
 def _arguments(generator: random.Random) -> Made:

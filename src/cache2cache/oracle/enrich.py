@@ -8,9 +8,9 @@ Oracle      prefilled as Few-shot; then the exemplars' slots are removed, so the
 three, and a first token is always there for attention to rest on. In Oracle the question's slots keep the positions at
 which they were prefilled (`kept`), or their keys are turned to those of Direct (`rotated`).
 
-Layer by layer, a cache is mixed: some layers from Oracle, the others from Direct. One token reads it at one position, so
-all layers are brought to Direct's positions: attention depends on distances alone, and a layer whose keys are all turned
-back by the removed length has Oracle's distances. With every layer chosen that is Oracle, with none it is Direct.
+Layer by layer, a cache is mixed: some layers from Oracle, the others from Direct. One token reads it at one position,
+so all layers are brought to Direct's positions: attention depends on distances alone, and a layer whose keys are all
+turned back by the removed length has Oracle's distances. With every layer chosen that is Oracle, with none Direct.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from torch import Tensor
 from ..alignment.chat import render
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.report import claim
 from ..evaluation.writing import add_rows, read_rows
 from ..kv import CACHE, KV, Prefilled, Read, check_fusable, prefill_prompts
 from ..models.load import LM
@@ -166,7 +165,7 @@ def head_out_of_window(lm: LM, chosen: Tensor, head: int, removed: int) -> Itera
     sliding = [i for i, kind in enumerate(kinds) if kind == "sliding_attention" and bool(chosen[:, i].any())]
     with ExitStack() as stack:
         for layer in sliding if window and removed else []:
-            hide = partial(_hide, chosen=chosen[:, layer], head=head, removed=removed, window=window)
+            hide = partial(_hide, chosen=chosen[:, layer], head=head, removed=removed, window=int(window or 0))
             hook = study.attention(lm, layer).register_forward_pre_hook(hide, with_kwargs=True)
             stack.callback(hook.remove)
         yield
@@ -193,7 +192,6 @@ def _hide(
     else:
         mask = mask.masked_fill(far & of_row, torch.finfo(mask.dtype).min)
     return args, {**kwargs, "attention_mask": mask}
-
 
 
 # ---- which questions, which layers ----------------------------------------------------------------------------------
@@ -451,8 +449,9 @@ def run(
     layers: bool = True,
     seed: int = 0,
     data: Mapping[str, Any] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """The study; writes its folder and returns the summary.
+    """The study; writes its folder's rows and numbers, and returns these.
 
     Args:
         lm: the receiver.
@@ -464,6 +463,7 @@ def run(
         positions, layers: see `ask_all`.
         seed: of the draw of questions.
         data: what the settings say of where the questions come from.
+        command: how the study was called, for the record.
     """
     check_fusable(lm.text_config, lm.name)
     if positions not in ("kept", "rotated"):
@@ -471,7 +471,6 @@ def run(
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)
     asked = choose(kept, limit, seed)
     settings = {
-        "study": "enrich",
         "receiver": study.described(lm),
         **(data or {}),
         "shots": shots,
@@ -479,9 +478,8 @@ def run(
         "max_tokens": max_tokens,
         "positions": positions,
         "layers": layers,
-        "seed": seed,
     }
-    claim(output, settings)
+    about = study.begin(output, settings, "enrich", [a.question.id for a in asked], seed, command)
     with study.progress() as bar:
         task = bar.add_task("enrich", total=len(asked))
         rows = ask_all(
@@ -489,4 +487,4 @@ def run(
             progress=lambda n: bar.advance(task, n),
         )  # fmt: skip
     results = {"left_out": left_out, **summarize(rows, lm.num_layers, layers)}
-    return study.finish(output, settings, results)
+    return study.finish(output, about, results)

@@ -23,7 +23,6 @@ from ..alignment.chat import Rendered, render
 from ..alignment.tokens import span_map
 from ..errors import C2CError
 from ..evaluation.likelihood import batches_of, check_pair, fuse_others
-from ..evaluation.report import claim
 from ..evaluation.writing import Written, add_rows, read_rows, written
 from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, Read, pad_left, prefill, prefill_prompts, prefilled
@@ -113,9 +112,7 @@ def _reads(rows: Sequence[Sequence[int]], kv: KV) -> list[Read]:
     ]  # fmt: skip
 
 
-def messages(
-    pair: C2C, batch: Sequence[Document], form: str, max_tokens: int, past: Sequence[Read]
-) -> list[Written]:
+def messages(pair: C2C, batch: Sequence[Document], form: str, max_tokens: int, past: Sequence[Read]) -> list[Written]:
     """What the sharer writes about each document; `past` is what it has read, which begins with the document."""
     sharer = pair.sharers[0]
     asked = [FORMS[form].format(question=d.question.question) for d in batch]
@@ -258,9 +255,10 @@ def run(
     max_message_tokens: int = 64,
     batch_size: int = 8,
     seed: int = 0,
-    about: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """The study; writes its folder and returns the summary.
+    """The study; writes its folder's rows and numbers, and returns these.
 
     Args:
         pair: with one sharer.
@@ -269,7 +267,8 @@ def run(
         settings: of SETTINGS. forms: of FORMS.
         max_message_tokens: longest message of the sharer.
         batch_size: documents at once.
-        about: what the folder's settings say of the pair.
+        data: what the settings say of the pair.
+        command: how the study was called, for the record.
     """
     check_pair(pair)
     for name, given, known in (("setting", settings, SETTINGS), ("form of text", forms, FORMS)):
@@ -279,15 +278,13 @@ def run(
     if count < 2:
         raise C2CError("the control needs another question; ask for at least two")
     recorded = {
-        "study": "structure",
-        **(about or {}),
+        **(data or {}),
         "count": count,
         "settings": list(settings),
         "forms": {form: FORMS[form] for form in forms},
         "max_message_tokens": max_message_tokens,
-        "seed": seed,
     }
-    claim(output, recorded)
+    about = study.begin(output, recorded, "structure", [d.question.id for d in documents], seed, command)
     with study.progress() as bar:
         task = bar.add_task("structure", total=count)
         rows = ask_all(
@@ -300,4 +297,4 @@ def run(
         "meaning": {setting: SETTINGS[setting] for setting in settings},
         **{s: summarize([r for r in rows if r.setting == s], methods(s, forms)) for s in settings},
     }
-    return study.finish(output, recorded, results)
+    return study.finish(output, about, results)

@@ -1,33 +1,29 @@
-"""What the oracle studies share: a folder that a run resumes in, what it records, and paired comparisons.
+"""What the oracle studies share: how a run begins and ends, and paired comparisons.
 
-A study's folder holds `settings.json` (which a second run must agree with), `rows.jsonl` (one row per question, added
-as it goes), `summary.json` with every number, and its figures.
+A study's folder holds `settings.json` (which a second run must agree with), `rows.jsonl` (a row per question, added as
+it goes), `result.json` with every number, and its figures.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from .. import __version__
+from ..analysis import runs
 from ..errors import C2CError
 from ..evaluation.report import COLUMNS
 from ..evaluation.statistics import bootstrap, mcnemar, wilson
-from ..files import replace_text
 from ..models.load import LM
 from ..pair import identity
+
+Results = Sequence[tuple[str, dict[str, Any]]]  # several runs' results, each with a label
 
 
 def described(lm: LM) -> dict[str, Any]:
@@ -35,39 +31,45 @@ def described(lm: LM) -> dict[str, Any]:
     return {**identity(lm).model_dump(), "dtype": str(lm.dtype)}
 
 
+def begin(
+    output: Path, settings: dict[str, Any], kind: str, ids: Sequence[str], seed: int, command: str
+) -> dict[str, Any]:
+    """Claim the folder for one study of these questions; what its result says of the run."""
+    setup = runs.Setup(None, output, seed=seed, command=command)
+    return runs.begin(setup, settings, f"oracle {kind}", ids)
+
+
 def progress() -> Progress:
     """A bar on stderr."""
     return Progress(*COLUMNS, console=Console(stderr=True))
 
 
-def finish(output: Path, settings: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """Write `summary.json`: settings, command, versions and results. Returns what was written."""
-    summary = {
-        "settings": settings,
-        "command": shlex.join(["c2c", *sys.argv[1:]]),
-        "versions": {
-            "cache2cache": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        **results,
-    }
-    replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
+def finish(output: Path, about: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Write `result.json`; returns what was written, as it would be read."""
+    result = json.loads(json.dumps({"about": about, **results}))
+    runs.finish(output, result)
+    return dict(result)
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """The summary of a finished study."""
-    path = run / "summary.json"
-    if not path.is_file():
-        raise C2CError(f"{run} holds no finished study; expected the output folder of a c2c oracle command")
+def kind_of(run: Path) -> str:
+    """Which study a finished run's folder holds: enrich, transform or structure."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        summary["settings"]["study"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise C2CError(f"{path} is no summary of an oracle study ({error}); run the study again") from error
-    return dict(summary)
+        kind = json.loads((run / "result.json").read_text(encoding="utf-8"))["about"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise C2CError(f"{run} holds no finished run of c2c oracle; give the output folder of one") from error
+    if not str(kind).startswith("oracle "):
+        raise C2CError(f"{run} holds a run of c2c analyze {kind}; give one of c2c oracle")
+    return str(kind).removeprefix("oracle ")
+
+
+def earlier(folders: Sequence[Path], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The results of finished runs of one study, with a label each."""
+    found = []
+    for folder in folders:
+        if (made := kind_of(folder)) != kind:
+            raise C2CError(f"{folder} holds a run of c2c oracle {made}; give one of {kind}")
+        found.append((folder.name, json.loads((folder / "result.json").read_text(encoding="utf-8"))))
+    return found
 
 
 def accuracy(right: Sequence[bool]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from ..config import FuserConfig
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.report import claim
 from ..evaluation.writing import add_rows, read_rows
 from ..fuser import C2CFuser, RidgeFuser
 from ..fuser.c2c import KINDS, StackedLinear
@@ -150,7 +149,7 @@ def train_mlp(
             # Every module is a regression of its own, so their losses are summed: none slows down another.
             error = (fuser.predict(x[:, index]) - y[:, index]).square().mean((1, 2))
             optimizer.zero_grad(set_to_none=True)
-            error.sum().backward()  # type: ignore[no-untyped-call]
+            error.sum().backward()
             optimizer.step()
             total += error.mean().item() * len(index)
         loss = total / count
@@ -230,7 +229,7 @@ def read_both(pair: C2C, prompt: PromptIds) -> Both:
 
 
 def sample(pair: C2C, both: Both, positions: int, seed: str) -> tuple[Tensor, Tensor]:
-    """What sharer and receiver hold at `positions` of the paired positions, drawn by a seed: (G, n, S) and (G, n, T)."""
+    """What sharer and receiver hold at `positions` of the paired positions, drawn by a seed: (G, n, S), (G, n, T)."""
     count = both.where.shape[1]
     index = sorted(random.Random(seed).sample(range(count), min(positions, count)))
     fuser = pair.fusers[0]
@@ -431,9 +430,7 @@ def summarize(
         norm = sum(row.norm[i] for row in rows)
         layer: dict[str, Any] = {"receiver_layer": t, "sharer_layer": s}
         for k, kind in enumerate(KINDS):
-            layer[kind] = {
-                name: {key: values[k * n + i] for key, values in figures[name].items()} for name in figures
-            }
+            layer[kind] = {name: {key: values[k * n + i] for key, values in figures[name].items()} for name in figures}
             layer[kind]["rank"] = {name: values[k * n + i] for name, values in ranks.items()}
         layer["attention_error"] = {
             name: round(math.sqrt(sum(row.error[name][i] for row in rows) / norm), 5) for name in pairs
@@ -496,8 +493,9 @@ def run(
     perplexity: float = 50.0,
     seed: int = 0,
     data: Mapping[str, Any] | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
-    """The study; writes its folder and returns the summary. What was read and trained is found again by a second run.
+    """The study; writes its folder's rows and numbers, and returns these. A second run finds what was read and trained.
 
     Args:
         receiver, sharer: the models.
@@ -513,6 +511,7 @@ def run(
         tsne_samples: positions in it. perplexity: its own.
         seed: of draws, order, first weights and t-SNE.
         data: what the settings say of where the questions come from.
+        command: how the study was called, for the record.
     """
     from ..alignment.layers import layer_map as pairs_of
 
@@ -528,13 +527,13 @@ def run(
     top = which[-1][0] if tsne_layer is None else tsne_layer
     if top not in [t for t, _ in which]:
         raise C2CError(f"t-SNE layer {top} is not among the receiver layers {[t for t, _ in which]}; choose one")
+    clouds.check(3 * min(tsne_samples, test_positions * len(test)), perplexity)
     torch.manual_seed(seed)
     config = FuserConfig.model_validate({"variant": "ridge", "layer_map": which, "key_space": key_space})
     pair = C2C.from_models(receiver, sharer, config)
     ridge = pair.fusers[0]
     assert isinstance(ridge, RidgeFuser)
     settings = {
-        "study": "transform",
         "receiver": study.described(receiver),
         "sharer": study.described(sharer),
         **(data or {}),
@@ -552,11 +551,10 @@ def run(
         "tsne_layer": top,
         "tsne_samples": tsne_samples,
         "perplexity": perplexity,
-        "seed": seed,
     }
-    claim(output, settings)
-    if (output / "summary.json").exists():
-        return study.read_summary(output)
+    about = study.begin(output, settings, "transform", [q.id for q in (*train, *test)], seed, command)
+    if (output / "result.json").exists():
+        return study.earlier([output], "transform")[0][1]
     work, device = output / "work", receiver.device
     with study.progress() as bar:
         reading = bar.add_task("read to train on", total=len(train))
@@ -597,9 +595,9 @@ def run(
         "tsne": {"layer": top, "samples": len(drawn), "perplexity": perplexity, "seed": seed,
                  "points": clouds.tsne(points, perplexity, seed)},
     }  # fmt: skip
-    summary = study.finish(output, settings, results)
+    result = study.finish(output, about, results)
     shutil.rmtree(work)
-    return summary
+    return result
 
 
 def _test(
