@@ -27,6 +27,7 @@ from cache2cache.cli import (
     inspect,
     lm_eval,
     models,
+    oracle,
     precompute,
     report,
     rewrite,
@@ -66,6 +67,7 @@ app.command()(report.report)
 app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(oracle.app, name="oracle")
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")
