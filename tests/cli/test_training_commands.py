@@ -18,7 +18,7 @@ from rich.console import Console
 from cache2cache.cli import main
 from cache2cache.cli.train import status
 from cache2cache.errors import C2CError
-from cache2cache.evaluation.likelihood import read_answers
+from cache2cache.evaluation.answers import read_answers
 from cache2cache.kv import KV
 from cache2cache.pair import C2C
 from cache2cache.training import store
@@ -164,7 +164,14 @@ def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "gain of C2C over the receiver" in capsys.readouterr().out
     assert len(read_answers(tmp_path / "out" / "samples.jsonl")) == 36
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["tasks"][str(questions)]) >= {"receiver", "sharer", "c2c", "other", "gain", "presence"}
+    assert set(summary["likelihood"]["tasks"][str(questions)]) >= {
+        "receiver",
+        "sharer",
+        "c2c",
+        "other",
+        "gain",
+        "presence",
+    }
 
     before = files(tmp_path)
     for again in (("precompute", recipe), ("train", recipe), command):
@@ -349,7 +356,7 @@ def test_bad_evaluations(trained: Path, models: Path, tmp_path: Path, refused: R
     assert not output.exists()
     (tmp_path / "bad.jsonl").write_text('{"question": "?", "options": ["x"], "answer": 0}\n')
     assert "bad.jsonl, line 1" in refused(*common, tmp_path / "bad.jsonl")
-    assert c2c("evaluate", fuser, "--batch-size", 1) == 2 and c2c("evaluate", fuser, "--limit", 1) == 2
+    assert c2c("evaluate", fuser, "--batch-size", 0) == 2 and c2c("evaluate", fuser, "--limit", 0) == 2
 
     other = tmp_path / "qwen2"
     tiny_model("qwen2").save_pretrained(other)
@@ -383,7 +390,8 @@ def test_calibrate_and_evaluate_what_it_says(trained: Path, tmp_path: Path, caps
     again = ("evaluate", fuser, "--task", tmp_path / "new.jsonl", *both, "--output", tmp_path / "new", "--skip")
     assert c2c(*again, result["threshold"]) == 0
     assert "C2C that skips the sharer" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "new" / "summary.json").read_text())["tasks"][str(tmp_path / "new.jsonl")]
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    summary = summary["likelihood"]["tasks"][str(tmp_path / "new.jsonl")]
     assert summary["skip"]["accuracy"] == result["checked"]["skip"]["accuracy"]
     assert summary["skip"]["skipped"] == result["checked"]["skipped"]["share"]
     before = files(tmp_path)

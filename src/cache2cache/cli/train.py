@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache2cache.cli import options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,19 +19,11 @@ if TYPE_CHECKING:
 
 
 def print_keys(wanted: bool) -> None:
-    """Every key with type and default, and what it means below it."""
-    if not wanted:
-        return
-    import shutil
-    import textwrap
+    """Every key of a recipe."""
+    if wanted:
+        from cache2cache.config import TrainConfig
 
-    from cache2cache.training.recipe import keys
-
-    width = min(120, shutil.get_terminal_size().columns)
-    for key in keys():
-        print(f"{key.name}: {key.type}" + (f" = {key.default}" if key.default else ", to be given"))
-        print(textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    "))
-    raise typer.Exit()
+        options.print_keys(TrainConfig)
 
 
 def train(

@@ -204,11 +204,7 @@ class C2CFuser(nn.Module):
         Returns:
             (G, N, T).
         """
-        if self.config.normalize:
-            sharer = (sharer - self.sharer_mean) / self.sharer_std
-            receiver = (receiver - self.receiver_mean) / self.receiver_std
-        z = self.mlp1(self._input(sharer, receiver))
-        projected = z
+        projected = z = self._hidden(sharer, receiver)
         for block in self.proj_mlp2:
             projected = block(projected)
         projected = self.proj_out(projected)
@@ -222,6 +218,23 @@ class C2CFuser(nn.Module):
             self._weights = total + weight.detach().sum(dtype=torch.float32), count + weight.numel()
         factor = weight * self._gate(z)
         return (projected.unflatten(-1, (self.heads, self.head_dim)) * factor.unsqueeze(-1)).flatten(-2)
+
+    def weights(self, sharer: Tensor, receiver: Tensor) -> Tensor:
+        """The dynamic weights at the positions of `inputs`, whether or not the gates are open.
+
+        Returns:
+            (2n, N, receiver heads), the keys of the fused layers, then the values.
+        """
+        weight = self._weight(self._hidden(sharer, receiver))
+        return torch.cat(weight.chunk(2, -1)) if self.kind_axis else weight
+
+    def _hidden(self, sharer: Tensor, receiver: Tensor) -> Tensor:
+        """(G, N, hidden_dim), what projection and weight are computed from."""
+        if self.config.normalize:
+            sharer = (sharer - self.sharer_mean) / self.sharer_std
+            receiver = (receiver - self.receiver_mean) / self.receiver_std
+        hidden: Tensor = self.mlp1(self._input(sharer, receiver))
+        return hidden
 
     def _weight(self, z: Tensor) -> Tensor:
         """(G, N, heads), or (1, 1, 1) without weighting."""

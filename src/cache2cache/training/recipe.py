@@ -1,4 +1,4 @@
-"""Recipes: a YAML file, overridden by KEY=VALUE settings, checked into a `TrainConfig`."""
+"""Recipes: a YAML file, overridden by KEY=VALUE settings, checked into the configuration of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,13 +16,20 @@ from pydantic.fields import FieldInfo
 from ..config import COUNTS, TrainConfig
 from ..errors import C2CError
 
+Config = TypeVar("Config", bound=BaseModel)
+
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
-    """A recipe with settings such as `epochs=2`, `fuser.hidden_dim=64` or `data.0.limit=100` put over it.
+    """A training recipe with settings such as `epochs=2`, `fuser.hidden_dim=64` or `data.0.limit=100` put over it.
 
     Raises:
         C2CError: an unreadable file, an unknown key (with a suggestion), a value that doesn't fit.
     """
+    return checked(TrainConfig, with_settings(read_yaml(path), settings), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe, as they are written."""
     try:
         recipe = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -32,7 +39,12 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
     except yaml.YAMLError as error:
         raise C2CError(f"{path} is no valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
-        raise C2CError(f"{path} holds {type(recipe).__name__}; expected keys and values of a training run")
+        raise C2CError(f"{path} holds {type(recipe).__name__}; expected keys and values of a run")
+    return recipe
+
+
+def with_settings(recipe: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe, changed in place, with KEY=VALUE settings over it."""
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -41,10 +53,15 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
             _put(recipe, key.split("."), yaml.safe_load(value), setting)
         except yaml.YAMLError as error:
             raise C2CError(f"the value of the setting {setting!r} is no valid YAML; quote it") from error
+    return recipe
+
+
+def checked(model: type[Config], recipe: dict[str, Any], where: str) -> Config:
+    """The configuration that a recipe's keys and values give; `where` they come from begins an error."""
     try:
-        return TrainConfig.model_validate(recipe)
+        return model.model_validate(recipe)
     except ValidationError as error:
-        raise C2CError(f"{path}: {_explain(error)}") from error
+        raise C2CError(f"{where}: {_explain(error, model)}") from error
 
 
 def _put(recipe: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
@@ -105,7 +122,8 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 def _nested(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
     """The configuration whose keys a field takes; ".N" where it takes a list of them, "[.N]" where one or a list."""
-    if not field.is_required() and not isinstance(field.default, BaseModel):
+    entries = field.default if isinstance(field.default, list) else [field.default]
+    if not field.is_required() and not all(isinstance(entry, BaseModel) for entry in entries):
         return None, ""  # one that may be left out altogether, which nobody writes
     found = next(_models(field), None)
     lists = get_origin(field.annotation) is list
@@ -123,18 +141,23 @@ def _models(field: FieldInfo) -> Iterator[type[BaseModel]]:
 
 
 def _as_yaml(value: Any) -> str:
-    value = value.as_posix() if isinstance(value, Path) else value
+    if isinstance(value, (list, Path)):
+        value = [_plain(v) for v in value] if isinstance(value, list) else _plain(value)
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n").removesuffix("\n...")
 
 
-def _explain(error: ValidationError) -> str:
+def _plain(value: Any) -> Any:
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors()
     # A misspelt key comes first: what it leaves unset is an error of its own.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     keys = [key for key in first["loc"] if key not in COUNTS]
     place = ".".join(map(str, keys))
     if first["type"] == "extra_forbidden":
-        known = _fields(TrainConfig, keys[:-1])
+        known = _fields(model, keys[:-1])
         close = difflib.get_close_matches(str(keys[-1]), known, n=1)
         return f"unknown key {place}; " + (
             f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
