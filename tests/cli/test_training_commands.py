@@ -208,14 +208,14 @@ def test_two_sharers_from_end_to_end(models: Path, tmp_path: Path, capsys: pytes
     assert c2c("train", recipe, "--dry-run") == 0
     assert c2c("train", recipe) == 0
     printed = capsys.readouterr()
-    folder = tmp_path / "run" / "fuser"
-    assert printed.out.splitlines()[-1] == str(folder)
-    assert sorted(files(folder)) == [
+    fusers = tmp_path / "run" / "fuser"
+    assert printed.out.splitlines()[-1] == str(fusers)
+    assert sorted(files(fusers)) == [
         f"{j}/{name}" for j in (0, 1) for name in ("config.json", "fuser.safetensors", "training_ids.txt")
     ]
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(0 < row["mean_weight"] < 1 for row in log)
-    both = ("--fuser", folder / "0", "--fuser", folder / "1")
+    both = ("--fuser", fusers / "0", "--fuser", fusers / "1")
     assert c2c("ask", "What is it?", "--only", "c2c", "--json", "--max-new-tokens", 3, *both) == 0
     assert json.loads(capsys.readouterr().out)["sharers"] == [spec["source"] for spec in sharers]
     before = files(tmp_path)
