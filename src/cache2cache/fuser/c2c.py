@@ -65,7 +65,9 @@ class StackedFFN(nn.Module):
         """GELU(W1 RMSNorm(x)), (G, N, inner)."""
         # RMSNorm in two passes over x; torch's own takes five on a CPU.
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
-        inner = F.gelu(self.w1(x * scale if self.norm is None else x * scale * self.norm))
+        # The norm's weight goes into the product: one pass over x less, and three less backward.
+        w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.transpose(1, 2)
+        inner = F.gelu(torch.bmm(x * scale, w1))
         return F.dropout(inner, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,11 +206,14 @@ class C2CFuser(nn.Module):
         projected = z
         for block in self.proj_mlp2:
             projected = block(projected)
-        projected = self.proj_out(projected)
         if self.config.normalize:  # back to the receiver's units
-            projected = projected * self.receiver_std
+            assert self.proj_out.bias is not None
+            weight, bias = self.proj_out.weight * self.receiver_std, self.proj_out.bias * self.receiver_std
             if not self.config.residual:
-                projected = projected + self.receiver_mean
+                bias = bias + self.receiver_mean
+            projected = torch.baddbmm(bias, projected, weight)
+        else:
+            projected = self.proj_out(projected)
         factor = self._weight(z) * self._gate(z)
         return (projected.unflatten(-1, (self.heads, self.head_dim)) * factor.unsqueeze(-1)).flatten(-2)
 
