@@ -801,13 +801,6 @@ def test_a_damaged_checkpoint(runs: Run, tmp_path: Path, monkeypatch: pytest.Mon
     runs.trainer(epochs=1).run()  # as the message says
 
 
-def test_several_sharers_are_refused(tmp_path: Path) -> None:
-    one = pair_of()
-    both = C2C(one.receiver, [one.sharers[0]] * 2, [one.fusers[0]] * 2)  # type: ignore[list-item]
-    with pytest.raises(C2CError, match="one sharer at a time, 2 were given"):
-        Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
-
-
 def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
     """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
     settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
@@ -1021,6 +1014,16 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
     assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
     assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launchers_that_shard_are_refused(runs: Run, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Before anything is written: they would take the fuser apart behind the optimizer's back."""
+    launched = SimpleNamespace(distributed_type=accelerate.DistributedType[kind], num_processes=2, is_main_process=True)
+    monkeypatch.setattr(loop, "_accelerator", lambda config: launched)
+    with pytest.raises(C2CError, match=f"the launcher asks for {kind}, which would shard what is trained"):
+        runs.trainer()
+    assert not (runs.folder / "run").exists()
 
 
 def test_more_parts_than_examples(tmp_path: Path) -> None:

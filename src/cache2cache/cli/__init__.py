@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from cache2cache import __version__
 from cache2cache.cli import (
+    analyze,
     ask,
     calibrate,
     chat,
@@ -23,8 +24,11 @@ from cache2cache.cli import (
     compare,
     evaluate,
     fuser,
+    inspect,
+    lm_eval,
     models,
     precompute,
+    report,
     rewrite,
     sharer,
     train,
@@ -56,8 +60,12 @@ app.command()(rewrite.rewrite)
 app.command()(train.train)
 app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
+app.command()(lm_eval.lm_eval)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(calibrate.calibrate)
+app.command()(inspect.inspect)
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")
