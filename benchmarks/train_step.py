@@ -10,8 +10,8 @@ Everything is a ratio of quantities that took turns in the same run, medians ove
   backward, at the rate of one large product or of batched products of the fuser's shapes, whichever is higher. Weights
   that are frozen count once backward, for the gradient that goes through; padding doesn't count.
 - The bare prefills of both models are plain transformers through the backbones, at their own pace.
-- The plain implementation prefills both models with `model(...)`, logits of all positions included, all of every prompt,
-  each step again. Fuser, loss and optimizer are ours.
+- The plain implementation prefills both models with `model(...)`, logits of all positions included, all of every
+  prompt, each step again. Fuser, loss and optimizer are ours.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ def batch_of(pair: C2C, count: int, tokens: int, response: int) -> list[Item]:
     kinds = [len(measure.KINDS) * i for i in range(count)]  # the first kind, the plain one
     chats = [measure.chat(tokenizer, kind, tokens - i % 8, pair.chat_template_kwargs) for i, kind in enumerate(kinds)]
     words = [tokenizer(chat[-1]["content"], add_special_tokens=False)["input_ids"] for chat in chats]
-    return [
-        Item(str(i), pair.encode(chat), words[i - 1][: max(1, response - i % 8)]) for i, chat in enumerate(chats)
-    ]
+    return [Item(str(i), pair.encode(chat), words[i - 1][: max(1, response - i % 8)]) for i, chat in enumerate(chats)]
 
 
 def operations(pair: C2C, items: Sequence[Item]) -> dict[str, float]:
@@ -126,7 +124,10 @@ def bench(pair: C2C, config: TrainConfig, options: argparse.Namespace) -> dict[s
         plain_prefill(lm, [rows[0][:2]], lm.num_layers)
 
     stores = []
-    for name, lm, ids in (("sharer", sharer, [p.sharers[0] for p in prompts]), ("receiver", receiver, [p.receiver for p in prompts])):
+    for name, lm, ids in (
+        ("sharer", sharer, [p.sharers[0] for p in prompts]),
+        ("receiver", receiver, [p.receiver for p in prompts]),
+    ):
         stores.append(Store(config.output / name, lm, "bfloat16"))
         stores[-1].fill(lm, ids, batch_tokens=4096)
     data = Prepared(items, [], 0)

@@ -195,13 +195,13 @@ def structure(
     interruption: what stands in the output folder is not asked again.
     """
     from cache2cache import heap
-    from cache2cache.evaluation.report import load_pair
+    from cache2cache.evaluation.run import load_pair
     from cache2cache.oracle import structure as study
     from cache2cache.oracle.report import check
 
     check(against or [], "structure")
     heap.keep()
-    pair, data = load_pair(fuser, subfolder, (receiver, receiver_dtype), (sharer, sharer_dtype))
+    pair, data = load_pair([fuser], [subfolder], (receiver, receiver_dtype), ([sharer], sharer_dtype))
     study.run(
         pair,
         output,

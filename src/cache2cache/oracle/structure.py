@@ -22,7 +22,9 @@ from .. import decode
 from ..alignment.chat import Rendered, render
 from ..alignment.tokens import span_map
 from ..errors import C2CError
-from ..evaluation.likelihood import batches_of, check_pair, fuse_others
+from ..evaluation.chat import check_pair
+from ..evaluation.controls import fuse_others, next_rows, rows_of
+from ..evaluation.runner import batches_of
 from ..evaluation.writing import Written, add_rows, read_rows, written
 from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, Read, pad_left, prefill, prefill_prompts, prefilled
@@ -164,7 +166,10 @@ def answer(
             elif method == "c2c":
                 add(setting, method, receiver, pair.fuse(prompts[setting], clean=clean, sharers=known), passed)
             elif method == "other":
-                add(setting, method, receiver, fuse_others(pair, prompts[setting], clean, cache), passed)
+                turned = next_rows(len(batch))
+                others = [prompts[setting][i] for i in turned]
+                fused = fuse_others(pair, prompts[setting], others, clean, rows_of(known, turned))
+                add(setting, method, receiver, fused, passed)
             else:
                 form = method.removeprefix("text:")
                 state, more = _behind_messages(pair, batch, setting, form, made[form], mine)

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..analysis import runs
 from ..errors import C2CError
-from ..evaluation.report import COLUMNS
+from ..evaluation.run import COLUMNS
 from ..evaluation.statistics import bootstrap, mcnemar, wilson
 from ..models.load import LM
 from ..pair import identity
