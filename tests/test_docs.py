@@ -318,7 +318,7 @@ def test_the_pages_are_read() -> None:
 
 def options_of(command: Any, path: str = "c2c") -> Iterator[tuple[str, set[str]]]:
     """Every command by its full name, with its options."""
-    yield path, {"--help"} | {option for parameter in command.params for option in parameter.opts}
+    yield path, {"--help"} | {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for name, sub in getattr(command, "commands", {}).items():
         yield from options_of(sub, f"{path} {name}")
 
