@@ -26,6 +26,7 @@ from cache2cache.cli import (
     models,
     precompute,
     rewrite,
+    serve,
     sharer,
     train,
 )
@@ -58,6 +59,8 @@ app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
 app.command()(compare.compare)
 app.command()(calibrate.calibrate)
+app.command()(serve.serve)
+app.command()(serve.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")

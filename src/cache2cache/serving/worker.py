@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
@@ -120,10 +121,10 @@ def check_memory(spec: PairSpec) -> None:
     folders = [checkpoint.resolve(fuser, subfolder=place) for fuser in fusers for place in inside]
     configs = [checkpoint.read_config(folder)[0] for folder in folders]
     trained_for = [configs[0].receiver, *(config.sharer for config in configs)]
-    given = [spec.receiver, *(spec.sharers or [None] * len(configs))]
+    given: list[str | None] = [spec.receiver, *(spec.sharers or [])]
     needed = sum(file.stat().st_size for folder in folders for file in checkpoint.weight_files(folder))
     overrides = {name: value for name, value in (("dtype", spec.dtype), ("device", spec.device)) if value}
-    for source in {name or (model.name if model else "") for name, model in zip(given, trained_for, strict=False)}:
+    for source in {name or (model.name if model else "") for name, model in zip_longest(given, trained_for)}:
         if not is_address(source):
             needed += weight_bytes(source, **overrides)
     free = free_memory(spec.device)
