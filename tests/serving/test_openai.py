@@ -419,7 +419,7 @@ def test_too_many_are_told_to_come_back(tiny_pair_folder: Path) -> None:
         with ThreadPoolExecutor(12) as pool:
             answers = list(pool.map(one, range(12)))
         refused = [answer for answer in answers if answer[0] != 200]
-        assert 12 - len(refused) >= 3 and refused
+        assert 12 - len(refused) >= 2 and refused
         for status, retry, answer in refused:
             assert status == 429 and retry and int(retry) >= 1 and answer["error"]["type"] == "rate_limit_error"
         killed_under_load(server)
@@ -433,11 +433,15 @@ def killed_under_load(server: Served) -> None:
     (engine,) = server.engines
     key = {"Authorization": "Bearer one"}
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(post, server, good(max_tokens=200), **key) for _ in range(3)]
         deadline = time.monotonic() + 20
-        while not (engine.running and engine.waiting):
+        asked = [pool.submit(post, server, good(max_tokens=200), **key)]
+        while not engine.running:
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            time.sleep(0.005)
+        asked += [pool.submit(post, server, good(max_tokens=200), **key) for _ in range(2)]
+        while not engine.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
         assert engine.pid
         os.kill(engine.pid, signal.SIGKILL)
         statuses = [one.result(30)[0] for one in asked]
