@@ -13,6 +13,32 @@ import pytest
 from cache2cache.serving import openai
 from cache2cache.serving.engine import Limits, PairEngine, PairSpec
 from cache2cache.serving.metrics import Metrics
+from cache2cache.serving.worker import Worker, about, load
+
+
+class Here(PairEngine):
+    """An engine whose worker is in this process, which is there at once."""
+
+    def _run_worker(self) -> str | None:
+        worker = Worker(
+            load(self.spec), self.limits, lambda e: self._hear("events", e), lambda n: self._hear("kept", n)
+        )
+        self._outbox = _Straight(worker)  # type: ignore[assignment]
+        threading.Thread(target=worker.run, daemon=True).start()
+        self._hear("ready", about(worker.pair))
+        self._wake.wait()
+        return None
+
+
+class _Straight:
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+
+    def put(self, item: Any) -> None:
+        if item is not None and item[0] == "job":
+            self.worker.submit(*item[1:])
+        elif item is not None:
+            self.worker.cancel(item[1])
 
 
 def spec_of(fuser: Path) -> PairSpec:
@@ -64,7 +90,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tiny_pair_folder: Path) -> Iterator[Served]:
-    engines = [PairEngine("tiny", spec_of(tiny_pair_folder), Limits(max_new_tokens=64, max_waiting=24))]
+    engines: list[PairEngine] = [Here("tiny", spec_of(tiny_pair_folder), Limits(max_new_tokens=64, max_waiting=24))]
     server = Served(engines).start()
     yield server
     server.stop()

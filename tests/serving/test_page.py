@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from cache2cache.serving import page as pages
+from cache2cache.serving import worker as service
 from cache2cache.serving.engine import Limits, PairEngine
 from cache2cache.serving.metrics import Metrics
-from serving.conftest import Served, spec_of
+from serving.conftest import Here, Served, spec_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -22,10 +23,15 @@ WAYS = list(pages.LABELS)
 
 @pytest.fixture(scope="module")
 def served(tiny_pair_folder: Path) -> Iterator[Served]:
-    engines = [PairEngine(name, spec_of(tiny_pair_folder), Limits(max_new_tokens=256)) for name in ("one", "two")]
+    patch = pytest.MonkeyPatch()  # a random model never ends its message by itself
+    patch.setattr(service, "MAX_MESSAGE_TOKENS", 24)
+    engines: list[PairEngine] = [
+        Here(name, spec_of(tiny_pair_folder), Limits(max_new_tokens=256)) for name in ("one", "two")
+    ]
     server = Served(engines).start(page=True)
     yield server
     server.stop()
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +89,7 @@ def test_the_page(tab: Any, served: Served, tmp_path: Path) -> None:
     tab.click("#panel button")
     tab.wait_for_selector("#gates table", state="visible")
     assert "6 of 6 gates are open" in tab.inner_text("#gates")
+    tab.wait_for_selector("#weights svg", timeout=60_000)
     assert tab.locator("#weights svg").count() == 2 and tab.locator("#weights rect").count() > 6
     # Nothing is wider than the screen but what scrolls by itself.
     assert tab.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0

@@ -155,9 +155,9 @@ def _run(
             engines, keys=keys, timeout=timeout, log=openai.log_line, log_prompts=log_prompts, metrics=metrics
         )
         if ui or (ui is None and find_spec("gradio") is not None):
-            from cache2cache.serving import page
+            from cache2cache.serving.page import mount
 
-            app = page.mount(app, engines, metrics, keys=keys)
+            app = mount(app, engines, metrics, keys=keys)
         return app
 
     def ready(address: str) -> None:

@@ -438,22 +438,10 @@ class PairEngine:
         try:
             while True:
                 kind, content = mine.recv()
-                if kind == "events":
-                    for number, event in content:
-                        if (answering := self._pending.get(number)) is not None:
-                            answering.over = isinstance(event, (Finished, Failed))
-                            failed = isinstance(event, Failed)
-                            answering.push(EngineError(event.reason, event.message) if failed else event)
-                elif kind == "kept":
-                    self._kept_bytes = content
-                elif kind == "ready":
-                    self._about, first = content, self._about is None
-                    with self._lock:
-                        self._ready = True
-                    if first:
-                        self._first.put(None)
-                elif kind == "failed":
+                if kind == "failed":
                     said = content
+                else:
+                    self._hear(kind, content)
         except (EOFError, OSError):
             pass
         outbox.put(None)
@@ -464,6 +452,23 @@ class PairEngine:
             process.join()
         self._kept_bytes = 0
         return said
+
+    def _hear(self, kind: str, content: Any) -> None:
+        """What a worker says."""
+        if kind == "events":
+            for number, event in content:
+                if (answering := self._pending.get(number)) is not None:
+                    answering.over = isinstance(event, (Finished, Failed))
+                    failed = isinstance(event, Failed)
+                    answering.push(EngineError(event.reason, event.message) if failed else event)
+        elif kind == "kept":
+            self._kept_bytes = content
+        else:
+            self._about, first = content, self._about is None
+            with self._lock:
+                self._ready = True
+            if first:
+                self._first.put(None)
 
 
 def _work(connection: Connection, spec: PairSpec, limits: Limits, warmup: bool) -> None:
