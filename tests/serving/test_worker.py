@@ -182,6 +182,12 @@ def test_later_turns_start_from_earlier_ones(pair: C2C) -> None:
     assert 0 < remembering.worker.kept.nbytes <= 512 << 20 and forgetful.worker.kept.nbytes == 0
 
 
+def test_a_job_without_reuse(pair: C2C, desk: Desk) -> None:
+    told = [desk.run(Job(LONG, max_tokens=2, reuse=reuse))[0] for reuse in (False, True, False, True)]
+    known = [next(e.reused for e in events if isinstance(e, Started)) for events in told]
+    assert known[:3] == [0, 0, 0] and known[3] > 0
+
+
 def test_other_settings_take_nothing_over(pair: C2C, desk: Desk) -> None:
     desk.run(Job(LONG, max_tokens=4))
     (events,) = desk.run(Job(LONG, max_tokens=6, positions="front:0.5"))

@@ -52,6 +52,8 @@ class Job:
         mode, positions: as for `C2C.fuse`.
         timeout: seconds until the job is given up, the wait for its turn included.
         weights: whether the fusers' weights of the prompt are wanted too (c2c only).
+        reuse: start from what earlier turns left, and leave something for later ones; without it the clock is a first
+            turn's.
         aside: run at once beside whatever runs; the clocks of both then tell less.
     """
 
@@ -69,6 +71,7 @@ class Job:
     positions: str = "all"
     timeout: float = 600.0
     weights: bool = False
+    reuse: bool = True
     aside: bool = False
 
 

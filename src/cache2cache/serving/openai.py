@@ -325,7 +325,7 @@ def _describe(app: FastAPI) -> None:
 class _Keys:
     """Answers only who sends one of the keys."""
 
-    OPEN = ("/health", "/ready", "/ui")  # the page asks for a key itself
+    OPEN = ("/health", "/ready", "/favicon.ico", "/ui")  # the page asks for a key itself
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self.app, self.keys = app, [f"Bearer {key}".encode() for key in keys]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 
 from .engine import About, Engine, EngineError, Event, Finished, Job, Piece, Started, Way, Weights
 from .metrics import Metrics
@@ -54,6 +54,10 @@ def mount(app: FastAPI, engines: Sequence[Engine], metrics: Metrics, *, keys: Se
 
     def known(user: str, password: str) -> bool:
         return any(hmac.compare_digest(password.encode(), key.encode()) for key in keys)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)  # browsers ask for it there, wherever the page is
 
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gradio.mount_gradio_app(
@@ -209,6 +213,7 @@ async def answers(
             way,
             max_tokens=new_tokens,
             weights=way == "c2c",
+            reuse=False,
             aside=at_once,
         )
         began = time.perf_counter()
@@ -236,16 +241,15 @@ async def answers(
 
     running = asyncio.create_task(run())
     try:
-        heat = None
-        yield columns, ""
-        while (item := await ready.get()) is not None:
-            heat = item or heat
-            while not ready.empty() and (more := ready.get_nowait()) is not None:  # what came meanwhile, in one go
-                heat = more or heat
-                item = more
+        heat: str | None = ""  # that of the question before goes
+        ended = False
+        while not ended:
             yield columns, heat
-            if running.done():
-                break
+            news = [await ready.get()]
+            while not ready.empty():  # what came meanwhile, in one go
+                news.append(ready.get_nowait())
+            heat = next((item for item in news if item), None)
+            ended = None in news
         yield columns, heat
         await running
     finally:

@@ -411,7 +411,11 @@ class Worker:
         )
 
     def _unknown(self, work: _Work) -> int:
-        return len(work.ids) - self.kept.best(work.kind, work.ids[:-1], work.positions)[1]
+        return len(work.ids) - self._known(work, work.kind, work.ids)[1]
+
+    def _known(self, work: _Work, kind: str, ids: Sequence[int]) -> tuple[Read | Turn | None, int]:
+        """What an earlier turn left of a prompt, and how many of its tokens that knows."""
+        return self.kept.best(kind, ids[:-1], work.positions) if work.job.reuse else (None, 0)
 
     def _guarded(self, batch: list[_Work]) -> None:
         """Answer a batch; where it fails before anyone was told anything, one by one."""
@@ -479,8 +483,8 @@ class Worker:
                 weights = _weights(pair, turns[i]) if turns and work.job.weights else ()
                 self._all.pop(work.number, None)
                 emit([(work.number, Finished(new, written[i], passed[i], weights))])
-        if self.limits.keep_bytes:
-            for i, (work, ids) in enumerate(zip(batch, rows, strict=True)):
+        for i, (work, ids) in enumerate(zip(batch, rows, strict=True)):
+            if self.limits.keep_bytes and work.job.reuse:
                 read = Read(ids[:-1], prompt.kv.tail(i, len(ids) - 1))
                 self.kept.add("receiver" if way == "text" else work.kind, turns[i] if turns else read)
 
@@ -511,9 +515,7 @@ class Worker:
         self, batch: Sequence[_Work], rows: Sequence[Sequence[int]], kinds: Sequence[str]
     ) -> tuple[list[Read | Turn | None], list[int]]:
         """Per prompt what an earlier turn left, and how many of its tokens are taken from there."""
-        found = [
-            self.kept.best(kind, ids[:-1], work.positions) for work, kind, ids in zip(batch, kinds, rows, strict=True)
-        ]
+        found = [self._known(work, kind, ids) for work, kind, ids in zip(batch, kinds, rows, strict=True)]
         # Rows are padded on the left and read together from where the first of them has something new.
         new = max(len(ids) - 1 - shared for ids, (_, shared) in zip(rows, found, strict=True))
         return [entry for entry, _ in found], [max(0, len(ids) - 1 - new) for ids in rows]
