@@ -666,8 +666,9 @@ def _bytes_passed(fused: FusedCache) -> list[int]:
     return [fused.bytes_passed * n // whole if whole else 0 for n in fused.fused_positions]
 
 
+@torch.no_grad()
 def _weights(pair: C2C, turn: Turn) -> tuple[Weights | None, ...]:
-    """The fusers' weights for a prompt that was fused."""
+    """The fusers' weights for a prompt that was fused, mean over the heads; 0 where the gate is closed."""
     tokenizer = pair.receiver.need_tokenizer()
     tokens = tuple(str(tokenizer.decode([i])) for i in turn.receiver.ids)
     found: list[Weights | None] = []
@@ -678,7 +679,8 @@ def _weights(pair: C2C, turn: Turn) -> tuple[Weights | None, ...]:
             continue
         where, _ = where_to_fuse([turn.prompt], j, turn.receiver.kv.length, read.kv.length, [read.kv.length])
         where = where.to(turn.receiver.kv.keys.device)
-        weights = fuser.weights(turn.receiver.kv, read.kv.to(where.device), where)
+        weights = fuser.weights(*fuser.inputs(turn.receiver.kv, read.kv.to(where.device), where))
+        weights = weights.mean(-1).unflatten(0, (2, -1)) * fuser.open_gates.view(2, -1, 1)
         at = where[1].tolist()
         rows = []
         for kind in weights.tolist():
