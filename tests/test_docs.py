@@ -265,7 +265,7 @@ def check_make(arguments: list[str], place: str) -> None:
         ["make", "-n", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, f"{place}: {done.stderr}"
-    declared = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    declared = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     targets = {word for word in arguments if "=" not in word}
     assert targets <= declared, f"{place}: the Makefile has no {targets - declared}"
 
