@@ -12,7 +12,7 @@ import pytest
 from cache2cache import C2CError
 from cache2cache.analysis import agreement
 from cache2cache.analysis.agreement import confidence, judged, regions, run, subjects_of, summarize
-from cache2cache.evaluation.likelihood import Answer, read_answers
+from cache2cache.evaluation.answers import Answer, read_answers
 from cache2cache.evaluation.writing import add_rows
 from training.runs import write_questions
 

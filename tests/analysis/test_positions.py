@@ -12,7 +12,7 @@ from cache2cache import C2CError
 from cache2cache.analysis import positions, runs
 from cache2cache.analysis.positions import Placed, choices, chosen, curve, encoded, summarize
 from cache2cache.analysis.runs import Data, Setup
-from cache2cache.evaluation.likelihood import evaluate
+from cache2cache.evaluation.runner import evaluate
 from cache2cache.tasks import Question, load
 from training.runs import pair_of, write_questions
 
@@ -97,8 +97,8 @@ def test_summary_of_known_answers() -> None:
     ]
     found = summarize(answers, names)["pooled"]
     assert {name: one["accuracy"] for name, one in found.items()} == {n: 25.0 * c for n, c in right.items()}
-    assert found["back:0.5"]["against_all"] == {"only_first": 1, "only_second": 0, "p": 1.0}
-    assert found["all"]["against_none"] == {"only_first": 2, "only_second": 0, "p": 0.5}
+    assert found["back:0.5"]["against_all"].items() >= {"only_first": 1, "only_second": 0, "p": 1.0}.items()
+    assert found["all"]["against_none"].items() >= {"only_first": 2, "only_second": 0, "p": 0.5}.items()
     assert found["none"]["fused"] == 0.5 and found["none"]["probability"] == 0.525
     assert [share for share, _ in curve(found, "back")] == [0.0, 0.5, 1.0]
     assert [one["accuracy"] for _, one in curve(found, "front")] == [25.0, 50.0, 75.0]

@@ -209,14 +209,14 @@ def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: p
 
     compute = loop.prefill
 
-    def never(*_: Any) -> KV:
+    def never(*_: Any, **__: Any) -> KV:
         raise AssertionError("the sharer has nothing to compute")
 
     monkeypatch.setattr(loop, "prefill", never)
     stored = losses("stored", store)
-    monkeypatch.setattr(loop, "prefill", lambda *a: compute(*a).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     live = losses("live", None)
-    monkeypatch.setattr(loop, "prefill", lambda *a: KV(*(torch.zeros_like(x) for x in vars(compute(*a)).values())))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values())))
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)  # the losses do depend on what the sharer says
@@ -238,11 +238,11 @@ def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monk
         trainer.run(lambda record: seen.append(record["loss"]))
         return seen
 
-    def rounded(*arguments: Any) -> Prefilled:
-        clean = compute(*arguments)
+    def rounded(*arguments: Any, **named: Any) -> Prefilled:
+        clean = compute(*arguments, **named)
         return replace(clean, kv=clean.kv.to(torch.bfloat16).to(torch.float32))
 
-    def never(*_: Any) -> Prefilled:
+    def never(*_: Any, **__: Any) -> Prefilled:
         raise AssertionError("the receiver has nothing to compute")
 
     monkeypatch.setattr(loop, "prefill_prompts", never)
@@ -324,7 +324,7 @@ def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path, monkey
     # What the fuser reads and what the sharer goes on from is one prefill, or one read ahead from the store.
     calls: list[int] = []
     compute = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda *a: calls.append(1) or compute(*a))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: calls.append(1) or compute(*a, **k))
     response_loss(pair, items, None, "sum", distill=2.0)
     assert len(calls) == 1
     objective = loop.FuserObjective(pair, store, False, distill=2.0)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import C2CError
-from ..evaluation.likelihood import Answer, read_answers
-from ..evaluation.report import LABELS, paired
+from ..evaluation.answers import LIKELIHOOD, Answer, read_answers
+from ..evaluation.report import LABELS
 from ..evaluation.statistics import wilson
+from ..evaluation.summary import paired
 from ..files import replace_text
 from ..tasks import TASKS, load
 from . import plots
@@ -65,7 +66,7 @@ def run(
     results: list[tuple[str, dict[str, Any]]] = []
     files = {}
     for number, folder in enumerate(folders):
-        answers = read_answers(folder / "samples.jsonl")
+        answers = [a for a in read_answers(folder / "samples.jsonl") if a.answers == LIKELIHOOD]
         settings = _settings(folder)
         rows = judged(answers, folder, subjects_of(answers, settings.get("split", split), data_dir))
         found = {"run": str(folder), "settings": settings, **summarize(rows, bins)}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.report import fuser_hash
+from ..evaluation.run import fuser_hash
 from ..evaluation.statistics import bootstrap
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.c2c import CHUNK, KINDS

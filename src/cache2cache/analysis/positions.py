@@ -15,9 +15,10 @@ from rich.table import Table
 from ..alignment.positions import Positions
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.likelihood import batches_of
-from ..evaluation.report import COLUMNS, paired
+from ..evaluation.run import COLUMNS
+from ..evaluation.runner import batches_of
 from ..evaluation.statistics import wilson
+from ..evaluation.summary import paired
 from ..evaluation.writing import add_rows, read_rows
 from ..pair import C2C, PromptIds
 from ..tasks import Question

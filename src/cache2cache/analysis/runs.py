@@ -22,10 +22,13 @@ from torch import Tensor
 from .. import __version__
 from ..config import DataSource
 from ..errors import C2CError
-from ..evaluation.likelihood import PROMPTS, batches_of, check_names, sharer_caches
-from ..evaluation.report import COLUMNS, claim, load_pair, open_store
+from ..evaluation.answers import GENERATION
+from ..evaluation.asking import PROMPTS, check_names
+from ..evaluation.controls import sharer_cache
+from ..evaluation.run import COLUMNS, claim, load_pair, open_store
+from ..evaluation.runner import batches_of
 from ..files import replace_text
-from ..kv import KV, Prefilled, pad_left, positions_from, prefill, prefill_prompts
+from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
 from ..tasks import Question, load
 from ..tasks.prompts import ANSWER_PREFIX
@@ -91,7 +94,7 @@ class Data:
 
 def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
     """The questions of each set, in its order."""
-    check_names(data.prompt, [])
+    check_names(data.prompt, [], GENERATION)
     found = {task: load(task, data.split, data.data_dir) for task in data.tasks}
     if empty := [task for task, rows in found.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
@@ -147,7 +150,7 @@ def items_of(pair: C2C, examples: Sequence[Example]) -> list[Item]:
 
 def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
     """The pair, the store, and the settings that identify them."""
-    pair, settings = load_pair(setup.fuser, setup.subfolder, setup.receiver, setup.sharer)
+    pair, settings = load_pair([setup.fuser], [setup.subfolder], setup.receiver, ([setup.sharer[0]], setup.sharer[1]))
     if len(pair.sharers) != 1:
         raise C2CError(f"the analyses look at a pair with one sharer, {len(pair.sharers)} were given")
     store = open_store(*setup.store, pair.sharers[0])
@@ -162,12 +165,7 @@ def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
 def read(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> tuple[Prefilled, KV]:
     """The receiver's clean caches of prompts but their last token, and the sharer's of whole prompts, padded left."""
     clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts], [p.positions for p in prompts])
-    places = [p.sharer_positions[0] if p.sharer_positions else None for p in prompts]
-    if all(row is None for row in places):
-        return clean, sharer_caches(pair, prompts, store)
-    sharer = pair.sharers[0]
-    ids, mask = pad_left([p.sharers[0] for p in prompts], sharer.pad_token_id, sharer.device)
-    return clean, prefill(sharer, ids, mask, positions=positions_from(places, mask))
+    return clean, sharer_cache(pair, 0, prompts, store)
 
 
 def lengths_of(prompts: Sequence[PromptIds]) -> list[int]:

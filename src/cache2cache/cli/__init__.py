@@ -27,9 +27,11 @@ from cache2cache.cli import (
     inspect,
     lm_eval,
     models,
+    oracle,
     precompute,
     report,
     rewrite,
+    serve,
     sharer,
     train,
 )
@@ -66,6 +68,9 @@ app.command()(report.report)
 app.command()(calibrate.calibrate)
 app.command()(inspect.inspect)
 app.add_typer(analyze.app, name="analyze")
+app.add_typer(oracle.app, name="oracle")
+app.command()(serve.serve)
+app.command()(serve.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")

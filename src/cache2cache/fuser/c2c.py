@@ -65,7 +65,9 @@ class StackedFFN(nn.Module):
         """GELU(W1 RMSNorm(x)), (G, N, inner)."""
         # RMSNorm in two passes over x; torch's own takes five on a CPU.
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
-        inner = F.gelu(self.w1(x * scale if self.norm is None else x * scale * self.norm))
+        # The norm's weight goes into the product: one pass over x less, and three less backward.
+        w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.transpose(1, 2)
+        inner = F.gelu(torch.bmm(x * scale, w1))
         return F.dropout(inner, self.dropout, self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,11 +209,14 @@ class C2CFuser(nn.Module):
         projected = z = self._hidden(sharer, receiver)
         for block in self.proj_mlp2:
             projected = block(projected)
-        projected = self.proj_out(projected)
-        if self.config.normalize:  # back to the receiver's units
-            projected = projected * self.receiver_std
+        assert self.proj_out.bias is not None
+        out: Tensor = self.proj_out.weight
+        bias: Tensor = self.proj_out.bias
+        if self.config.normalize:  # back to the receiver's units, in the weights: one pass over `projected` less
+            out, bias = out * self.receiver_std, bias * self.receiver_std
             if not self.config.residual:
-                projected = projected + self.receiver_mean
+                bias = bias + self.receiver_mean
+        projected = torch.baddbmm(bias, projected, out)
         weight = self._weight(z)
         if self.training and self.config.weighting:
             total, count = self._weights
@@ -220,12 +225,12 @@ class C2CFuser(nn.Module):
         return (projected.unflatten(-1, (self.heads, self.head_dim)) * factor.unsqueeze(-1)).flatten(-2)
 
     def weights(self, sharer: Tensor, receiver: Tensor) -> Tensor:
-        """The dynamic weights at the positions of `inputs`, whether or not the gates are open.
+        """The dynamic weights at the positions of `inputs`, whether or not the gates are open; 1 without weighting.
 
         Returns:
             (2n, N, receiver heads), the keys of the fused layers, then the values.
         """
-        weight = self._weight(self._hidden(sharer, receiver))
+        weight = self._weight(self._hidden(sharer, receiver)).expand(self.groups, sharer.shape[1], self.heads)
         return torch.cat(weight.chunk(2, -1)) if self.kind_axis else weight
 
     def _hidden(self, sharer: Tensor, receiver: Tensor) -> Tensor:

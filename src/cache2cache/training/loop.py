@@ -35,11 +35,14 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
-from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled
+from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled, read_start
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
 from .store import Asked, Store
+
+# A pass of its own over the tokens that a batch's prompts all begin with has to save the others that many.
+WORTH = 256
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,7 @@ def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | Non
     """The receiver's clean caches of prompts but their last token, from a store of its own or computed."""
     rows = [p.receiver for p in prompts]
     if store is None:
-        return prefill_prompts(pair.receiver, rows)
+        return prefill_prompts(pair.receiver, rows, past=[read_start(pair.receiver, rows, WORTH)] * len(rows))
     return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
 
 
@@ -306,7 +309,8 @@ def sharer_prefill(pair: C2C, asked: Asked, store: Store | None, j: int = 0) -> 
         return store.read(*asked).to(sharer.device)
     assert asked.lengths is not None
     rows = [row[:n] for row, n in zip(asked.rows, asked.lengths, strict=True)]
-    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device))
+    past = [read_start(sharer, rows, WORTH)] * len(rows)
+    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), past=past)
 
 
 @torch.no_grad()
