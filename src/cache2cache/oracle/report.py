@@ -180,6 +180,7 @@ def _curve(axis: Any, results: Results, name: str, get: Callable[[dict[str, Any]
         label = plots.titled(results, run, LABELS[name])
         mark = {"marker": "o", "markersize": 3} if len(layers) == 1 else {}
         axis.plot(layers, values, linestyle=style, color=_colour(run), label=label, linewidth=1.3, **mark)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("receiver layer")
 
 
@@ -192,7 +193,8 @@ def transform(results: Results) -> dict[str, Any]:
             for name in CURVES[: 2 + row]:
                 _curve(axes[row, column], results, name, lambda layer: layer[kind][name][key])  # noqa: B023
             axes[row, column].set_ylabel(title)
-            axes[row, column].set_ylim(top=1.02)
+            lowest = axes[row, column].get_ylim()[0]
+            axes[row, column].set_ylim(max(-1.0, min(0.0, lowest)), 1.03)  # an R² far below 0 says no more than that
         axes[0, column].set_title(kind, fontsize=9)
     axes[0, 0].legend(fontsize=7)
     axes[1, 0].legend(fontsize=7)
