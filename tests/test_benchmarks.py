@@ -97,6 +97,16 @@ def test_response(tiny_pair_folder: Path) -> None:
     assert done.stdout.count("prompt and answer fused") == 3 and "of 2 right" in done.stdout
 
 
+def test_harness(tiny_pair_folder: Path) -> None:
+    sizes = ["--requests", 6, "--batch-size", 2, "--new-tokens", 3, "--rounds", 1]
+    done = script("harness.py", "--model", tiny_pair_folder.parent / "qwen3", *sizes)
+    assert done.returncode == 0, done.stderr
+    letters, texts, answers = done.stdout.splitlines()
+    for line in (letters, texts):
+        assert "6 requests" in line and float(line.rpartition(" ")[2]) < 1e-3
+    assert answers.endswith("6 alike")
+
+
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])
 @pytest.mark.parametrize("chat", range(4))
 def test_prompts_have_exactly_the_length_that_is_asked_for(measure: ModuleType, kind: str, chat: int) -> None:

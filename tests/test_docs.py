@@ -7,6 +7,7 @@ nothing in the docs goes untested. Then: links, options named in the text, and p
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import math
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import typer
@@ -125,14 +127,15 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_mirror(folder: Path) -> None:
     """Rows for the recipes of the catalogue's models, enough for a hold-out and two batches; and questions to ask."""
-    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!p]*.yaml")]
+    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!pr]*.yaml")]
     count = 8
     for recipe in recipes:
         count = max(count, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))
     for recipe in recipes:
         mirror(folder, recipe["data"], count)
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
-        mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6)
+        mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
+    mirror(folder, [{"task": "mmlu", "split": split} for split in ("validation", "dev")], 6)
 
 
 @pytest.fixture
@@ -146,6 +149,15 @@ def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             raise OSError("the docs' commands need no network where the models are fetched and the data is local")
         connect(self, address)
 
+    def from_the_mirror(path: str, name: str, **options: Any) -> Any:
+        """What the lm-evaluation-harness would have from the hub."""
+        splits = {}
+        for file in (small_world / "data" / path / name).glob("*.jsonl.gz"):
+            rows = [json.loads(line) for line in gzip.decompress(file.read_bytes()).splitlines()]
+            splits[file.name.partition(".")[0]] = datasets.Dataset.from_list(rows)
+        return datasets.DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_the_mirror)
     monkeypatch.setattr(socket.socket, "connect", local)
     monkeypatch.setattr(checkpoint, "PACKAGED", small_world / "fusers")
     monkeypatch.setattr(engine, "PairEngine", Here)  # a worker in this process, which sees what is patched here
@@ -266,7 +278,7 @@ def check_pip(arguments: list[str], place: str) -> None:
     named = re.fullmatch(r"(?:\.|cache2cache)(?:\[([\w,-]+)\])?", arguments[1])
     assert named, f"{place}: {arguments[1]} is not this package"
     declared = re.findall(
-        r"^(\w+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
+        r"^([\w-]+) = \[", project.partition("[project.optional-dependencies]")[2].partition("\n[")[0], re.M
     )
     assert set((named[1] or "").split(",")) - {""} <= set(declared), f"{place}: {arguments[1]} has an unknown extra"
 
@@ -315,12 +327,12 @@ def test_the_pages_are_read() -> None:
 
 def options_of(command: Any, path: str = "c2c") -> Iterator[tuple[str, set[str]]]:
     """Every command by its full name, with its options."""
-    yield path, {"--help"} | {option for parameter in command.params for option in parameter.opts}
+    yield path, {"--help"} | {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for name, sub in getattr(command, "commands", {}).items():
         yield from options_of(sub, f"{path} {name}")
 
 
-LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision"}
+LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision", "--use_fsdp"}
 
 
 @every_page

@@ -204,10 +204,14 @@ def threshold(skip: float | None) -> float | None:
 
 
 @torch.no_grad()
+def next_token(lm: LM, prompt: Prefilled) -> Tensor:
+    """Per prompt, the distribution of the next token over the whole vocabulary, (B, V) float32."""
+    return _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1].softmax(-1)
+
+
 def confidence(lm: LM, prompt: Prefilled) -> list[float]:
     """Per prompt, the probability that the model gives its likeliest next token (over the whole vocabulary)."""
-    logits = _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1]
-    return logits.softmax(-1).amax(-1).tolist()
+    return next_token(lm, prompt).amax(-1).tolist()
 
 
 @torch.no_grad()
