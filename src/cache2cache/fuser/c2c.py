@@ -315,24 +315,6 @@ class C2CFuser(nn.Module):
                     _flat(out, kind)[place.flatten()] = new.reshape(-1, self.head_dim).to(out.keys.dtype)
         return out
 
-    @torch.no_grad()
-    def weights(self, receiver: KV, sharer: KV, where: Tensor) -> Tensor:
-        """The dynamic weights of keys and values at the positions of `forward`, mean over the heads: (2, n, N).
-
-        0 where the gate is closed, 1 without weighting.
-        """
-        receiver, sharer = _contiguous(receiver), _contiguous(sharer)
-        out = torch.zeros(2, len(self.receiver_layers), where.shape[1], device=where.device)
-        for fuser, layers in self._parts(receiver):
-            theirs, read, _, places = self._read_both(receiver, sharer, where, layers, fuser.dtype)
-            weight = torch.ones(len(theirs), where.shape[1], fuser.heads, device=where.device)
-            if fuser.config.weighting:
-                weight = fuser._weight(fuser.mlp1(fuser._input(theirs, read)))
-            each = weight.split([len(p) for p in places]) if self.kind_axis == 0 else weight.chunk(2, -1)
-            for (kind, index), part in zip(layers, each, strict=True):
-                out[KINDS.index(kind), index] = part.mean(-1).float()
-        return out * self.open_gates.view(2, -1, 1)
-
     def _parts(self, receiver: KV) -> list[Part]:
         """What computes the changes: fusers, and of which kind and which entries of the layer map their modules are."""
         if self.training:

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from .. import decode, heap
@@ -33,7 +34,7 @@ from ..config import is_address
 from ..decode import Words
 from ..errors import C2CError
 from ..fuser import C2CFuser, checkpoint
-from ..kv import Prefilled, Read, prefill_prompts
+from ..kv import KV, Prefilled, Read, prefill_prompts
 from ..methods.text_to_text import BACKGROUND, MAX_MESSAGE_TOKENS
 from ..models.load import LM, weight_bytes
 from ..pair import C2C, FusedCache, PromptIds, Turn, where_to_fuse
@@ -677,8 +678,7 @@ def _weights(pair: C2C, turn: Turn) -> tuple[Weights | None, ...]:
             found.append(None)
             continue
         where, _ = where_to_fuse([turn.prompt], j, turn.receiver.kv.length, read.kv.length, [read.kv.length])
-        where = where.to(turn.receiver.kv.keys.device)
-        weights = fuser.weights(turn.receiver.kv, read.kv.to(where.device), where)
+        weights = _means(fuser, turn.receiver.kv, read.kv, where.to(turn.receiver.kv.keys.device))
         at = where[1].tolist()
         rows = []
         for kind in weights.tolist():
@@ -689,3 +689,17 @@ def _weights(pair: C2C, turn: Turn) -> tuple[Weights | None, ...]:
             rows.append(tuple(table))
         found.append(Weights(tokens, rows[0], rows[1]))
     return tuple(found)
+
+
+def _means(fuser: C2CFuser, receiver: KV, sharer: KV, where: Tensor) -> Tensor:
+    """A fuser's weights at the positions of `where`, mean over the heads: (2, n, N), 0 where the gate is closed."""
+    is_open, device = fuser.open_gates.float(), receiver.keys.device
+    weights = torch.ones(len(is_open), where.shape[1], device=device)
+    if fuser.config.weighting:
+        # The layers that only closed gates would read were never computed.
+        missing = int(fuser.sharer_layers.max()) + 1 - len(sharer.keys)
+        pad = [0] * 8 + [0, max(0, missing)]
+        theirs = KV(*(F.pad(x, pad).contiguous().to(device) for x in (sharer.keys, sharer.values)))
+        ours = KV(receiver.keys.contiguous(), receiver.values.contiguous())
+        weights = fuser.weights(*fuser.inputs(ours, theirs, where)).mean(-1).float()
+    return (weights * is_open[:, None]).unflatten(0, (2, -1))
