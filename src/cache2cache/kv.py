@@ -238,8 +238,8 @@ class Read:
 
 def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all rows begin with."""
-    first, last = min(rows), max(rows)  # in the order of dictionaries, where the others lie between
-    return list(first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))])
+    first, last = min(map(list, rows)), max(map(list, rows))  # as in a dictionary, where the others lie between
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1) -> Read | None:

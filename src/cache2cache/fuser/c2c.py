@@ -209,8 +209,9 @@ class C2CFuser(nn.Module):
         projected = z = self._hidden(sharer, receiver)
         for block in self.proj_mlp2:
             projected = block(projected)
-        out, bias = self.proj_out.weight, self.proj_out.bias
-        assert bias is not None
+        assert self.proj_out.bias is not None
+        out: Tensor = self.proj_out.weight
+        bias: Tensor = self.proj_out.bias
         if self.config.normalize:  # back to the receiver's units, in the weights: one pass over `projected` less
             out, bias = out * self.receiver_std, bias * self.receiver_std
             if not self.config.residual:
