@@ -29,11 +29,14 @@ from cache2cache.models.load import LM
 # ---- the clock -------------------------------------------------------------------------------------------------------
 
 
+clock: Callable[[], float] = time.perf_counter
+
+
 def now() -> float:
     """Seconds, when the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return clock()
 
 
 def take_turns(

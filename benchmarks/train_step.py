@@ -10,8 +10,9 @@ Everything is a ratio of quantities that took turns in the same run, medians ove
   backward, at the rate of one large product or of batched products of the fuser's shapes, whichever is higher. Weights
   that are frozen count once backward, for the gradient that goes through; padding doesn't count.
 - The bare prefills of both models are plain transformers through the backbones, at their own pace.
-- The plain implementation prefills both models with `model(...)`, logits of all positions included, all of every
-  prompt, each step again. Fuser, loss and optimizer are ours.
+- The plain implementation prefills both models with `model(...)`, logits of all positions included, each step again and
+  every prompt from its start. Fuser, loss and optimizer are ours.
+- On a machine that others use too, `--processor-time` with OMP_NUM_THREADS=1 counts what this process got.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -253,9 +255,12 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="of steps from the stores")
     add("--live-rounds", type=int, default=2, help="of live and plain steps; 0 leaves them out")
     add("--seconds", type=float, default=400, help="begin no further round of either after that long")
+    add("--processor-time", action="store_true", help="count this process's processor seconds, not those on the wall")
     add("--json", type=Path, metavar="FILE", help="write everything measured to this file")
     options = parser.parse_args()
     heap.keep()  # as c2c train does
+    if options.processor_time:
+        measure.clock = time.process_time
     console = Console(width=110)
     console.print(", ".join(f"{key} {value}" for key, value in measure.machine().items()))
     try:

@@ -19,7 +19,9 @@ from cache2cache.alignment.chat import render
 from cache2cache.kv import KV, prefill_prompts
 from cache2cache.models.load import LM
 from cache2cache.pair import C2C
+from cache2cache.training.loop import response_loss
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
+from training.runs import items_of, pair_of
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -195,3 +197,44 @@ def test_long_prompt(tiny_pair_folder: Path) -> None:
     done = script("long_prompt.py", "--model", model, "--tokens", 64, "--chunks", 16, 64)
     assert done.returncode == 0, done.stderr
     assert "tokens at once" in done.stdout
+
+
+def test_train_step(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    models = ["--receiver", tiny_pair_folder.parent / "llama", "--sharer", tiny_pair_folder.parent / "qwen3"]
+    sizes = ["--batch", 3, "--tokens", 96, "--response-tokens", 4, "--rounds", 1, "--live-rounds", 1]
+    done = script("train_step.py", *models, *sizes, "--json", file)
+    assert done.returncode == 0, done.stderr
+    for words in ("from the sharer's store", "live", "plain", "peak memory"):
+        assert words in done.stdout
+    result = json.loads(file.read_text())
+    ratios, count = result["ratios"], result["operations"]
+    assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios.values())
+    times, live = result["all_seconds"]
+    seconds = times["store"][-1] / 3  # three steps
+    assert ratios["store"] == pytest.approx(seconds * result["gflops"] * 1e9 / sum(count.values()))
+    assert ratios["plain over live"] == pytest.approx(live["plain"][-1] / live["live"][-1])
+    assert set(result["peaks"]) == {"store", "both stores", "live", "plain"}
+
+
+def test_the_plain_step_is_a_step_and_its_floor_is_counted_from_shapes(measure: ModuleType) -> None:
+    train_step = importlib.import_module("train_step")
+    pair = pair_of(dropout=0.0, gating=False)
+    items = items_of(pair)
+    ours, _ = response_loss(pair, items, None)
+    plain, _ = train_step.Plain(pair)(items, "token")
+    torch.testing.assert_close(plain, ours)
+    fuser, receiver = pair.fusers[0], pair.receiver
+    count = train_step.operations(pair, items)
+    fused = sum(s >= 0 for item in items for s in item.prompt.maps[0][:-1])
+    weights = {name: p[0].numel() for name, p in fuser.named_parameters() if name.endswith(".weight")}
+    inputs = weights["in_sharer.weight"] + weights["in_receiver.weight"]
+    # Forward, the weights' gradients, and the gradients that go on, which the inputs don't need.
+    assert count["fuser"] == 2 * fused * fuser.groups * (3 * sum(weights.values()) - inputs)
+    (item,) = items[:1]
+    one = train_step.operations(pair, [item])["response"]
+    layer = sum(p.numel() for p in receiver.decoder.layers[0].parameters())
+    reads = len(item.response) * (3 * layer + receiver.vocab_size * receiver.text_config.hidden_size)
+    before, behind = len(item.prompt.receiver) - 1, len(item.prompt.receiver) - 1 + len(item.response)
+    width = receiver.text_config.num_attention_heads * receiver.head_dim
+    assert one == 2 * (2 * reads + 3 * 2 * width * (behind**2 - before**2))

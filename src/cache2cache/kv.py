@@ -238,8 +238,7 @@ class Read:
 
 def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
     """The tokens that all rows begin with."""
-    ordered = [list(row) for row in rows]
-    first, last = min(ordered), max(ordered)  # in the order of dictionaries, where the others lie between
+    first, last = min(map(list, rows)), max(map(list, rows))  # as in a dictionary, where the others lie between
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 

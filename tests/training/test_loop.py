@@ -222,6 +222,41 @@ def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: p
     assert stored != pytest.approx(silent, rel=1e-3)  # the losses do depend on what the sharer says
 
 
+def test_what_a_batch_begins_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By both models, and the caches are those of whole prompts; not where too little is saved."""
+    pair = pair_of()
+    messages = [{"role": "system", "content": 12 * "Plants need light to grow. "}]
+    items = [
+        replace(item, prompt=pair.encode([*messages, {"role": "user", "content": f"{n * 'iron '}?"}]))
+        for n, item in enumerate(items_of(pair))
+    ]
+    prompts = [item.prompt for item in items]
+    read: dict[int, int] = {}
+    for lm in (pair.receiver, pair.sharers[0]):
+
+        def forward(*arguments: Any, original: Any = lm.decoder.forward, lm: LM = lm, **named: Any) -> Any:
+            read[id(lm)] = read.get(id(lm), 0) + named["input_ids"].numel()
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(lm.decoder, "forward", forward)
+
+    def both() -> list[KV]:
+        asked = loop.what_is_read(pair, prompts)
+        return [loop.receiver_prefill(pair, prompts, None).kv, loop.sharer_prefill(pair, asked, None)]
+
+    monkeypatch.setattr(loop, "WORTH", 10**9)
+    whole, all_read = both(), dict(read)
+    monkeypatch.setattr(loop, "WORTH", 1)
+    read.clear()
+    shared = both()
+    lengths = [[len(p.receiver) - 1 for p in prompts], loop.read_lengths(prompts)]
+    for lm, one, other, rows in zip((pair.receiver, pair.sharers[0]), whole, shared, lengths, strict=True):
+        assert read[id(lm)] < all_read[id(lm)] / 2
+        for row, length in enumerate(rows):
+            for name, tensor in vars(one.tail(row, length)).items():
+                torch.testing.assert_close(getattr(other.tail(row, length), name), tensor)
+
+
 def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "rows.jsonl")
     settings = {"normalize": True, "dropout": 0.1}

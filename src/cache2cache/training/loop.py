@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import replace_text
+from ..files import remove_partials, replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
 from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled, read_start
@@ -741,6 +741,10 @@ class Trainer:
     def _start(self) -> None:
         with self.accelerator.main_process_first():  # the others find the first one's file
             known = start_run(self.config)
+        if self.is_main:
+            result = self.output / self.objective.folder
+            for folder in (self.output, result, *result.glob("*")):
+                remove_partials(folder)
         if known:
             self._resume()
             if self.is_main:
