@@ -1,9 +1,9 @@
-# make demo | test | lint | bench. Everything is installed into .venv on first use; nothing needs to be activated.
+# make demo | test | lint | bench | reproduce-small. Everything is installed into .venv on first use; nothing needs to be activated.
 TORCH ?= torch==2.13.0
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench reproduce-small clean
 
 demo: .venv/.core
 	@.venv/bin/c2c ask
@@ -19,6 +19,11 @@ lint: .venv/.test
 
 bench: .venv/.test
 	.venv/bin/python benchmarks/first_token.py
+
+# What README.md's table comes from: hours on a CPU. Stopped in any way, it goes on where it was.
+DATA ?= data
+reproduce-small: .venv/.core
+	.venv/bin/c2c evaluate recipes/reproduce-small.yaml --data-dir $(DATA)
 
 clean:
 	rm -rf .venv

@@ -17,12 +17,12 @@ SETS = {
 }
 
 
-def mirror(folder: Path, sources: Iterable[Mapping[str, Any]], count: int) -> Path:
-    """`count` rows of every source of a recipe, as it stands in YAML."""
+def mirror(folder: Path, sources: Iterable[Mapping[str, Any]], count: int, start: int = 0) -> Path:
+    """`count` rows of every source of a recipe, as it stands in YAML; with another start they are other rows."""
     for source in sources:
         split = source.get("split", "train")
         if task := source.get("task"):
-            rows = [question(task, f"{split}-{i}", i) for i in range(count)]
+            rows = [question(task, f"{split}-{i}", i) for i in range(start, start + count)]
             write_rows(folder / SETS[task] / f"{split}.jsonl.gz", rows)
         elif name := source.get("rows"):
             config = name if name.count("/") == 2 else f"{name}/default"

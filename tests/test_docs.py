@@ -38,8 +38,10 @@ from cache2cache.config import FuserConfig
 from cache2cache.fuser import checkpoint
 from cache2cache.models import catalogue
 from cache2cache.pair import C2C
+from cache2cache.serving import engine
 from cache2cache.training.data import read_chat
 from mirror import mirror
+from serving.conftest import Here
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,14 +127,15 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_mirror(folder: Path) -> None:
     """Rows for the recipes of the catalogue's models, enough for a hold-out and two batches; and questions to ask."""
-    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!p]*.yaml")]
+    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!pr]*.yaml")]
     count = 8
     for recipe in recipes:
         count = max(count, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))
     for recipe in recipes:
         mirror(folder, recipe["data"], count)
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
-        mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6)
+        mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
+    mirror(folder, [{"task": "mmlu", "split": split} for split in ("validation", "dev")], 6)
 
 
 @pytest.fixture
@@ -157,6 +160,7 @@ def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(datasets, "load_dataset", from_the_mirror)
     monkeypatch.setattr(socket.socket, "connect", local)
     monkeypatch.setattr(checkpoint, "PACKAGED", small_world / "fusers")
+    monkeypatch.setattr(engine, "PairEngine", Here)  # a worker in this process, which sees what is patched here
     monkeypatch.setenv("C2C_CACHE", str(small_world / "cache"))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copytree(small_world / "data", tmp_path / "data")
@@ -199,8 +203,8 @@ def test_commands_and_snippets(
 def run_line(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Run `c2c` in this process; of what would install things, check that it names what is there."""
     command, *arguments = words(line)
-    if command == "c2c" and arguments[:2] == ["sharer", "serve"]:
-        serve_in_background(arguments, f"{place}: {line}")
+    if command == "c2c" and (name := " ".join(arguments[:2]).split(" --")[0]) in PORTS:
+        serve_in_background(arguments, PORTS[name], f"{place}: {line}")
     elif command == "c2c":
         with pytest.raises(SystemExit) as leaving:
             main(arguments)
@@ -216,20 +220,26 @@ def run_line(line: str, place: str, capsys: pytest.CaptureFixture[str]) -> None:
         check_make(arguments, place)
     elif command == "pip":  # needs the index; tests/test_quality.py builds the wheel
         check_pip(arguments, place)
+    elif command == "curl":
+        done = subprocess.run([command, "--fail", *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and "error" not in json.loads(done.stdout), f"{place}: {line}\n{done.stderr}"
     elif command == "python":  # minutes; tests/test_benchmarks.py runs parts of them
         check_benchmark(arguments, place)
     else:
         pytest.fail(f"{place}: no test knows how to run {line!r}; teach tests/test_docs.py")
 
 
-def serve_in_background(arguments: list[str], place: str) -> None:
+PORTS = {"sharer serve": 8600, "serve": 8000, "demo": 7860}  # the defaults
+
+
+def serve_in_background(arguments: list[str], port: int, place: str) -> None:
     """A server that the rest of the page may talk to; it ends with the tests."""
     thread = threading.Thread(target=main, args=(arguments,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert thread.is_alive(), f"{place} ended"
-        with suppress(OSError), socket.create_connection(("127.0.0.1", 8600), timeout=1):
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.1)
     pytest.fail(f"{place} doesn't listen on its default port")
@@ -255,7 +265,7 @@ def check_make(arguments: list[str], place: str) -> None:
         ["make", "-n", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, f"{place}: {done.stderr}"
-    declared = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    declared = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
     targets = {word for word in arguments if "=" not in word}
     assert targets <= declared, f"{place}: the Makefile has no {targets - declared}"
 
@@ -285,7 +295,7 @@ def check_benchmark(arguments: list[str], place: str) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "curl somewhere",
+        "curl -s http://127.0.0.1:9/v1/models",
         "c2c ask Hi > answer.txt",
         "echo Hi | c2c chat",
         "pip install torch",
@@ -317,12 +327,12 @@ def test_the_pages_are_read() -> None:
 
 def options_of(command: Any, path: str = "c2c") -> Iterator[tuple[str, set[str]]]:
     """Every command by its full name, with its options."""
-    yield path, {"--help"} | {option for parameter in command.params for option in parameter.opts}
+    yield path, {"--help"} | {name for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for name, sub in getattr(command, "commands", {}).items():
         yield from options_of(sub, f"{path} {name}")
 
 
-LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision"}
+LAUNCHER_OPTIONS = {"--multi_gpu", "--mixed_precision", "--use_fsdp"}
 
 
 @every_page

@@ -1,11 +1,11 @@
-"""What a model, a fuser and a training run are: one definition for YAML, the command line and Python."""
+"""What a model, a fuser, a training run and an evaluation are: one definition for YAML, the command line and Python."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 MAX_LAYERS: Final = 10_000  # of a model: sizes in a file are bounded before anything is made from them
 
@@ -176,14 +176,25 @@ class LoraSpec(BaseModel):
     )
 
 
+T = TypeVar("T")
+COUNTS: Final = ("one", "several")  # which an error's place names
+OneOrSeveral = Annotated[
+    Annotated[T, Tag("one")] | Annotated[list[T], Field(min_length=1), Tag("several")],
+    Discriminator(lambda given: COUNTS[isinstance(given, (list, tuple))]),
+]
+
+
 class TrainConfig(BaseModel):
     """A training run, as written in a recipe."""
 
     model_config = ConfigDict(extra="forbid")
 
     receiver: ModelSpec = Field(description="the model that answers")
-    sharer: ModelSpec = Field(description="the model whose cache is fused into the receiver's")
-    fuser: FuserConfig = Field(FuserConfig(), description="what is trained")
+    sharer: OneOrSeveral[ModelSpec] = Field(
+        description="the model whose cache is fused into the receiver's, or a list of models: each then has a fuser of "
+        "its own, trained together on the sum of their changes"
+    )
+    fuser: FuserConfig = Field(FuserConfig(), description="what is trained, for each of several sharers")
     data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     method: Literal["c2c", "single", "identical"] = Field(
         "c2c",
@@ -192,8 +203,10 @@ class TrainConfig(BaseModel):
     )
     lora: LoraSpec = Field(LoraSpec(), description="the adapter of the method single")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
-    store: Path | None = Field(
-        None, description="sharer prefills made by c2c precompute; without it they are computed live"
+    store: OneOrSeveral[Path] | None = Field(
+        None,
+        description="sharer prefills made by c2c precompute, for several sharers a list with a folder for each; "
+        "without it they are computed live",
     )
     receiver_store: Path | None = Field(
         None, description="the receiver's prefills, made by c2c precompute too; without it they are computed live"
@@ -221,7 +234,8 @@ class TrainConfig(BaseModel):
     distill: float = Field(
         0.0,
         ge=0,
-        description="weight of the divergence from the sharer's next-token distributions (models of one vocabulary)",
+        description="weight of the divergence from the sharer's next-token distributions (one sharer, models of one "
+        "vocabulary)",
     )
     max_tokens: int = Field(2048, gt=1, description="of prompt and response; longer responses are cut")
     min_response_tokens: int = Field(
@@ -248,6 +262,17 @@ class TrainConfig(BaseModel):
     seed: int = Field(42, description="of draws, order, first weights and noise")
     weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
 
+    @property
+    def sharers(self) -> list[ModelSpec]:
+        return self.sharer if isinstance(self.sharer, list) else [self.sharer]
+
+    @property
+    def stores(self) -> list[Path]:
+        """One for each sharer, or none."""
+        if self.store is None:
+            return []
+        return self.store if isinstance(self.store, list) else [self.store]
+
     @model_validator(mode="before")
     @classmethod
     def _no_sharer(cls, given: Any) -> Any:
@@ -270,8 +295,115 @@ class TrainConfig(BaseModel):
             )
         if self.fuser.fuse_response:
             raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")
+        several = len(self.sharers)
+        if self.store is not None and len(self.stores) != several:
+            raise ValueError(
+                f"store names {len(self.stores)} folders for {several} sharers; give each sharer one, in the same order"
+            )
+        if several > 1 and self.distill:
+            raise ValueError(f"distill is towards one sharer, {several} are given; leave it out")
+        if several > 1 and not self.fuser.residual:
+            raise ValueError(
+                "several sharers' changes are summed; residual: false replaces, so that only one would last"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
         if self.holdout == 0 and (self.patience is not None or self.keep == "best"):
             raise ValueError("patience and keep: best look at the hold-out, which is empty; set holdout")
+        return self
+
+
+class EvalTask(BaseModel):
+    """One set of questions of an evaluation. In a recipe its name alone will do."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str = Field(description="a name of cache2cache.tasks, or the path of a .jsonl of one's own")
+    name: str | None = Field(None, description="what the results call it; the task's name without it")
+    split: str | None = Field(None, description="instead of the run's")
+    limit: int | None = Field(None, gt=0, description="instead of the run's")
+    limits: dict[str, int] = Field({}, description="instead of the run's")
+    max_prompt_tokens: int | None = Field(
+        None, gt=1, description="cut the middle out of longer questions, those answered in words, for every model"
+    )
+    shots_task: str | None = Field(None, description="where the examples of few-shot come from; the task itself")
+    shots_split: str | None = Field(None, description="their split; train, of own rows the rows themselves")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"task": given} if isinstance(given, str) else given
+
+    @property
+    def label(self) -> str:
+        """What the results call it."""
+        return self.name or self.task
+
+
+class RouterConfig(BaseModel):
+    """The learned router: which of the questions go to the sharer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    tasks: list[EvalTask] = Field(
+        [], description="questions to learn from; without any the run's own tasks, in their split train"
+    )
+    limit: int = Field(400, gt=1, description="that many of each, drawn with the run's seed")
+    share: float = Field(0.5, ge=0, le=1, description="of a set's questions that go to the sharer, by either router")
+    penalty: float = Field(1.0, gt=0, description="on the squared weights of the regression, whose inputs are whitened")
+
+
+class EvalConfig(BaseModel):
+    """An evaluation, as written in a recipe or given by options."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    fuser: list[str | None] = Field([None], description="folder or hub id, a list for several sharers; the packaged")
+    subfolder: list[str | None] = Field([None], description="where in it the fuser is; a list for several sharers")
+    receiver: str | None = Field(None, description="instead of the fuser's own")
+    receiver_dtype: str = Field("auto", description="what the receiver computes in")
+    sharer: list[str | None] = Field([None], description="instead of the fuser's own; a list for several")
+    sharer_dtype: str = Field("auto", description="what the sharers compute in")
+    mode: Literal["parallel", "sequential"] = Field("parallel", description="how several sharers are fused")
+    tasks: list[EvalTask] = Field(
+        [EvalTask(task="arc-easy"), EvalTask(task="openbookqa")], min_length=1, description="what is asked"
+    )
+    split: str = Field("validation", description="of the question sets")
+    data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
+    prompt: str = Field("paper", description="how a question with options is put: paper, short, chinese, cot")
+    methods: list[str] = Field(
+        ["receiver", "sharer", "c2c", "other"], min_length=1, description="who answers, see docs/evaluation.md"
+    )
+    answers: Literal["likelihood", "generation", "both"] = Field(
+        "likelihood", description="by the likeliest option, in words, or both; without options always in words"
+    )
+    limit: int | None = Field(
+        None, gt=0, description="that many questions of each set, drawn with the seed; fewer are among more"
+    )
+    limits: dict[str, int] = Field({}, description="METHOD: NUMBER, fewer questions for methods that take long")
+    batch_size: int = Field(16, gt=0, description="questions at once, of like length")
+    max_new_tokens: int = Field(64, gt=0, description="of answers in words to questions with options")
+    skip: float | None = Field(None, ge=0, le=1, description="threshold of the method skip")
+    single: Path | None = Field(None, description="adapter of the method single")
+    identical: str | None = Field(None, description="fuser of the method self, trained with method: identical")
+    shots: int = Field(5, gt=0, description="examples of the method few-shot")
+    router: RouterConfig = Field(RouterConfig(), description="of the methods route and route-confidence")
+    store: list[Path] = Field([], description="prefill store, one for each sharer, filled where they lack something")
+    store_precision: str | None = Field(None, description="of a new store, bfloat16 or int8; bfloat16")
+    max_gb: float = Field(20.0, ge=0, description="refuse to put more than that into a store")
+    timing: int = Field(0, ge=0, description="clock so many questions, one by one; 0: no clock")
+    seed: int = Field(0, description="of the questions drawn, of noise and of resampling")
+    output: Path = Field(Path("runs/evaluation"), description="folder for samples, summary and report")
+    results: Path | None = Field(None, description="folder that also gets numbers and ids, without any text")
+
+    @field_validator("fuser", "subfolder", "sharer", "store", mode="before")
+    @classmethod
+    def _one_alone(cls, given: Any) -> Any:
+        return given if isinstance(given, list) else [given]
+
+    @model_validator(mode="after")
+    def _labels(self) -> EvalConfig:
+        labels = [task.label for task in self.tasks]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise ValueError(f"two tasks are called {twice[0]}; give one of them a name")
         return self

@@ -111,6 +111,29 @@ def check_room(lm: LM, prompt_tokens: int, new_tokens: int) -> None:
         )
 
 
+class Words:
+    """The text of an answer that grows token by token."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm = lm
+        self.ids: list[int] = []
+        self._text = self._done = ""
+
+    def add(self, token: int) -> str:
+        """What this token completes: "" inside a character, and for a model without a tokenizer."""
+        self.ids.append(token)
+        tokenizer = self.lm.tokenizer
+        self._text = "" if tokenizer is None else str(tokenizer.decode(self.ids, skip_special_tokens=True))
+        # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest of it.
+        new = "" if self._text.endswith("\ufffd") else self.rest()
+        self._done += new
+        return new
+
+    def rest(self) -> str:
+        """What is left of a character that was never completed."""
+        return self._text[len(self._done) :]
+
+
 class _Tokens(BaseStreamer):
     """Hands the tokens of a running `generate` to another thread; also the means to stop it."""
 
@@ -160,19 +183,13 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    ids: list[int] = []
-    done = text = ""
+    words = Words(lm)
     try:
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            ids.append(item)
-            text = "" if lm.tokenizer is None else str(lm.tokenizer.decode(ids, skip_special_tokens=True))
-            # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest of it.
-            new = "" if text.endswith("\ufffd") else text[len(done) :]
-            done += new
-            yield Chunk(new, item)
-        if rest := text[len(done) :]:
+            yield Chunk(words.add(item), item)
+        if rest := words.rest():
             yield Chunk(rest, None)
     finally:
         tokens.stopped.set()
@@ -187,10 +204,14 @@ def threshold(skip: float | None) -> float | None:
 
 
 @torch.no_grad()
+def next_token(lm: LM, prompt: Prefilled) -> Tensor:
+    """Per prompt, the distribution of the next token over the whole vocabulary, (B, V) float32."""
+    return _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1].softmax(-1)
+
+
 def confidence(lm: LM, prompt: Prefilled) -> list[float]:
     """Per prompt, the probability that the model gives its likeliest next token (over the whole vocabulary)."""
-    logits = _logits(lm, prompt, prompt.input_ids[:, -1:], owner=None)[:, -1]
-    return logits.softmax(-1).amax(-1).tolist()
+    return next_token(lm, prompt).amax(-1).tolist()
 
 
 @torch.no_grad()

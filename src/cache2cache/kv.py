@@ -236,6 +236,24 @@ class Read:
         return next((i for i, (a, b) in enumerate(pairs) if a != b), min(known, len(ids)))
 
 
+def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all rows begin with."""
+    ordered = [list(row) for row in rows]
+    first, last = min(ordered), max(ordered)  # in the order of dictionaries, where the others lie between
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1) -> Read | None:
+    """What all rows begin with, the system message mostly, read once; None where that saves fewer than `worth` tokens.
+
+    As `past` of each row it goes into their prefill.
+    """
+    start = common_start(rows)
+    if len(start) * (len(rows) - 1) < worth:
+        return None
+    return Read(start, prefill(lm, *pad_left([start], lm.pad_token_id, lm.device)))
+
+
 @dataclass(frozen=True)
 class ToRead:
     """What one sharer has to read of a batch.

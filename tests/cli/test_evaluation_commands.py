@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cache2cache.cli import main
-from cache2cache.evaluation import likelihood
+from cache2cache.evaluation import asking
+from cache2cache.evaluation.report import methods_of
 from training.runs import config_of, write_questions, write_recipe, write_rows
 
 
@@ -22,30 +23,42 @@ def c2c(*arguments: object) -> int:
 def test_evaluations_on_one_store_are_compared(
     tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MAX_MESSAGE_TOKENS", "MAX_NEW_TOKENS"):
-        monkeypatch.setattr(likelihood, name, 4)
+    monkeypatch.setattr(asking, "MAX_MESSAGE_TOKENS", 4)
     tasks = [write_questions(tmp_path / f"{name}.jsonl", count) for name, count in (("one", 6), ("two", 4))]
     common = ["evaluate", tiny_pair_folder, "--store", tmp_path / "store"]
     for task in tasks:
         common += ["--task", task]
     assert c2c(*common, "--output", tmp_path / "a", "--store-precision", "int8") == 0
-    more = ["--method", "receiver-generate", "--method", "text", "--method", "c2c", "--method", "receiver"]
+    more = [
+        "--set",
+        "max_new_tokens=4",
+        "--method",
+        "receiver-generate",
+        "--method",
+        "text",
+        "--method",
+        "c2c",
+        "--method",
+        "receiver",
+    ]
     assert c2c(*common, "--output", tmp_path / "b", *more) == 0
     printed = capsys.readouterr().out
-    assert "text-to-text" in printed and "receiver alone, in words" in printed and "average" in printed
+    assert "text-to-text" in printed and "accuracy by generation" in printed and "average" in printed
     summary = json.loads((tmp_path / "b" / "summary.json").read_text())
-    assert summary["settings"]["store"] == "int8" and summary["pooled"]["text"]["questions"] == 10
-    assert set(summary["pooled"]["paired"]) == {"receiver-generate", "text", "receiver"}
+    assert summary["settings"]["store"] == "int8" and summary["likelihood"]["pooled"]["text"]["questions"] == 10
+    assert set(summary["likelihood"]["pooled"]["paired"]) == {"text", "receiver"}
+    assert methods_of(summary["generation"]["tasks"]) == ["receiver"]
 
     output = tmp_path / "new" / "compared.json"
     assert c2c("compare", tmp_path / "a", "--against", tmp_path / "b", "--output", output) == 0
     assert "a / b" in capsys.readouterr().out
     compared = json.loads(output.read_text())
     assert [row["baseline"] for row in compared["runs"]] == [False, True]
-    assert compared["paired"][0]["columns"]["all"] == {"only_first": 0, "only_second": 0, "p": 1.0}
+    assert compared["paired"][0]["columns"]["all"]["p"] == 1.0
     assert c2c("compare", tmp_path / "a") == 1
     assert "1 runs were given" in capsys.readouterr().err
-    assert c2c(*common, "--output", tmp_path / "c", "--store", tmp_path / "other", "--max-gb", 0) == 1
+    elsewhere = [tmp_path / "other" if a == tmp_path / "store" else a for a in common]
+    assert c2c(*elsewhere, "--output", tmp_path / "c", "--max-gb", 0) == 1
     assert "the limit is 0.0 GB" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from cache2cache.cli import main
 from cache2cache.cli.train import status
 from cache2cache.errors import C2CError
-from cache2cache.evaluation.likelihood import read_answers
+from cache2cache.evaluation.answers import read_answers
 from cache2cache.kv import KV
 from cache2cache.pair import C2C
 from cache2cache.training import store
@@ -85,10 +85,14 @@ def test_status() -> None:
     """Tokens a second and the time left from the last steps, the first of them being where their clock starts."""
     recent = [
         {"step": 10 + n, "loss": 2.0 + n, "gates_open": 5, "tokens": 100 * (n + 1), "seconds": 60.0 + 2 * n}
+        | {"mean_weight": 0.25 + n / 8}
         for n in range(3)
     ]
     console = Console(width=100)
-    for count, expected in ((1, ["10 of 40", "2.000", "5"]), (3, ["12 of 40", "3.000", "5", "125", "0:00:56"])):
+    for count, expected in (
+        (1, ["10 of 40", "2.000", "5", "0.250"]),
+        (3, ["12 of 40", "3.000", "5", "0.500", "125", "0:00:56"]),
+    ):
         with console.capture() as printed:
             console.print(status(recent[:count], 40))
         row = printed.get().splitlines()[3]
@@ -160,7 +164,14 @@ def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "gain of C2C over the receiver" in capsys.readouterr().out
     assert len(read_answers(tmp_path / "out" / "samples.jsonl")) == 36
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert set(summary["tasks"][str(questions)]) >= {"receiver", "sharer", "c2c", "other", "gain", "presence"}
+    assert set(summary["likelihood"]["tasks"][str(questions)]) >= {
+        "receiver",
+        "sharer",
+        "c2c",
+        "other",
+        "gain",
+        "presence",
+    }
 
     before = files(tmp_path)
     for again in (("precompute", recipe), ("train", recipe), command):
@@ -180,6 +191,42 @@ def test_options_over_the_recipe(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert c2c("train", recipe, "--live", "--output", "live") == 0  # the recipe's store doesn't exist
     assert sorted(p.name for p in Path().iterdir()) == ["kept", "live", "mine"]
     assert not (tmp_path / "store").exists() and not (tmp_path / "run").exists()
+
+
+def test_two_sharers_from_end_to_end(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stores, plan, training, and an answer from what is left; then nothing is left to do."""
+    second = write_models(tmp_path / "more", ["qwen2"]) / "qwen2"
+    sharers = [{"source": str(models / "qwen3")}, {"source": str(second)}]
+    stores = [str(tmp_path / "one"), str(tmp_path / "other")]
+    recipe = write_recipe(tmp_path, receiver={"source": str(models / "llama")}, sharer=sharers, store=stores)
+    assert c2c("precompute", recipe, "--dry-run") == 0 and not (tmp_path / "one").exists()
+    assert c2c("precompute", recipe) == 0
+    said = capsys.readouterr().err.replace("\n", "")
+    for folder, spec in zip(stores, sharers, strict=True):
+        assert f"{folder}: 22 prompts" in said
+        assert json.loads((Path(folder) / "store.json").read_text())["sharer"]["name"] == spec["source"]
+    assert c2c("train", recipe, "--dry-run") == 0
+    assert c2c("train", recipe) == 0
+    printed = capsys.readouterr()
+    fusers = tmp_path / "run" / "fuser"
+    assert printed.out.splitlines()[-1] == str(fusers)
+    assert sorted(files(fusers)) == [
+        f"{j}/{name}" for j in (0, 1) for name in ("config.json", "fuser.safetensors", "training_ids.txt")
+    ]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(0 < row["mean_weight"] < 1 for row in log)
+    both = ("--fuser", fusers / "0", "--fuser", fusers / "1")
+    assert c2c("ask", "What is it?", "--only", "c2c", "--json", "--max-new-tokens", 3, *both) == 0
+    assert json.loads(capsys.readouterr().out)["sharers"] == [spec["source"] for spec in sharers]
+    before = files(tmp_path)
+    assert c2c("precompute", recipe) == 0 and c2c("train", recipe) == 0 and files(tmp_path) == before
+    # The stores may be named on the command line, once each.
+    more = ("--store", tmp_path / "third")
+    capsys.readouterr()
+    assert c2c("precompute", recipe, *more) == 1
+    assert "names 2 sharers, --store 1 folders; give --store FOLDER, once for each" in capsys.readouterr().err
+    assert c2c("precompute", recipe, *more, "--store", tmp_path / "fourth") == 0
+    assert (tmp_path / "fourth" / "store.json").exists()
 
 
 def test_ctrl_c_during_precompute(
@@ -309,7 +356,7 @@ def test_bad_evaluations(trained: Path, models: Path, tmp_path: Path, refused: R
     assert not output.exists()
     (tmp_path / "bad.jsonl").write_text('{"question": "?", "options": ["x"], "answer": 0}\n')
     assert "bad.jsonl, line 1" in refused(*common, tmp_path / "bad.jsonl")
-    assert c2c("evaluate", fuser, "--batch-size", 1) == 2 and c2c("evaluate", fuser, "--limit", 1) == 2
+    assert c2c("evaluate", fuser, "--batch-size", 0) == 2 and c2c("evaluate", fuser, "--limit", 0) == 2
 
     other = tmp_path / "qwen2"
     tiny_model("qwen2").save_pretrained(other)
@@ -343,7 +390,8 @@ def test_calibrate_and_evaluate_what_it_says(trained: Path, tmp_path: Path, caps
     again = ("evaluate", fuser, "--task", tmp_path / "new.jsonl", *both, "--output", tmp_path / "new", "--skip")
     assert c2c(*again, result["threshold"]) == 0
     assert "C2C that skips the sharer" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "new" / "summary.json").read_text())["tasks"][str(tmp_path / "new.jsonl")]
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    summary = summary["likelihood"]["tasks"][str(tmp_path / "new.jsonl")]
     assert summary["skip"]["accuracy"] == result["checked"]["skip"]["accuracy"]
     assert summary["skip"]["skipped"] == result["checked"]["skipped"]["share"]
     before = files(tmp_path)

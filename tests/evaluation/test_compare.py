@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from cache2cache import C2CError
+from cache2cache.evaluation.answers import Answer
 from cache2cache.evaluation.compare import compare, tables
-from cache2cache.evaluation.likelihood import Answer
 from cache2cache.evaluation.writing import add_rows
 
 
@@ -63,9 +63,9 @@ def test_by_hand(tmp_path: Path) -> None:
     assert [row["columns"]["all"]["accuracy"] for row in result["runs"]] == [50.0, 60.0, 40.0, 30.0]
     pairs = {tuple(Path(run).name for run in p["runs"]): p["columns"] for p in result["paired"]}
     assert len(pairs) == 6
-    assert pairs["2", "identical"]["one"] == {"only_first": 4, "only_second": 0, "p": 0.125}
-    assert pairs["2", "identical"]["all"] == {"only_first": 4, "only_second": 1, "p": 0.375}
-    assert pairs["1", "2"]["all"] == {"only_first": 1, "only_second": 2, "p": 1.0}
+    counts = {key: {c: (p["only_first"], p["only_second"], p["p"]) for c, p in x.items()} for key, x in pairs.items()}
+    assert counts["2", "identical"] == {"one": (4, 0, 0.125), "two": (0, 1, 1.0), "all": (4, 1, 0.375)}
+    assert counts["1", "2"]["all"] == (1, 2, 1.0) and pairs["1", "2"]["all"]["difference"] == -10
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in tables(result):
         console.print(table)

@@ -21,8 +21,8 @@ from lm_eval.tasks import TaskManager
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.cli import main
-from cache2cache.evaluation import likelihood
 from cache2cache.evaluation import lm_eval as adapter
+from cache2cache.evaluation import runner
 from cache2cache.evaluation.lm_eval import HarnessLM, shortened
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
@@ -53,7 +53,7 @@ def answers(model: Any, *arguments: tuple[str, dict[str, Any]]) -> list[str]:
 
 
 def task_of(questions: Sequence[Question], name: str = "own") -> dict[str, Any]:
-    """Our own questions as a task of the harness, put as `evaluation.likelihood` puts them."""
+    """Our own questions as a task of the harness, put as `evaluation.asking` puts them."""
     rows = [{"id": q.id, "prompt": paper_prompt(q), "letters": list(q.letters), "answer": q.answer} for q in questions]
     return {
         "task": name,
@@ -86,7 +86,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compare(pair: C2C, questions: Sequence[Question], folder: Path, methods: Sequence[str], tolerance: float) -> None:
     """Sample by sample: the letters' log-likelihoods, whether the answer is right, and the accuracy."""
-    ours = likelihood.evaluate(pair, "own", questions, folder / "samples.jsonl", methods=methods, batch_size=4)
+    ours = runner.evaluate(pair, "own", questions, folder / "samples.jsonl", methods=methods, batch_size=4)
     for method in methods:
         mine = {a.id: a for a in ours if a.method == method}
         found = run_task(HarnessLM(pair, method=method, batch_size=5), questions)  # type: ignore[arg-type]

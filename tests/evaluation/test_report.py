@@ -1,4 +1,4 @@
-"""An evaluation run: its numbers by hand, its files, and folders that hold something else."""
+"""An evaluation run: its numbers by hand, its files, its report, and folders that hold something else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ import pytest
 from rich.console import Console
 
 from cache2cache import C2CError
-from cache2cache.evaluation.likelihood import METHODS, Answer, read_answers
-from cache2cache.evaluation.report import file_hash, run, summarize, summarize_all, table
+from cache2cache.config import EvalConfig
+from cache2cache.evaluation.answers import Answer, read_answers
+from cache2cache.evaluation.asking import METHODS
+from cache2cache.evaluation.report import table
+from cache2cache.evaluation.run import file_hash
+from cache2cache.evaluation.run import run as run_config
+from cache2cache.evaluation.summary import summarize, summarize_all, summarize_run
 from training.runs import write_questions
 
 
@@ -30,32 +35,65 @@ def test_summary_by_hand() -> None:
     answers = answers_of(receiver="1100000000", sharer="1111111110", c2c="0111111000", other="1110000000")
     summary = summarize(answers, METHODS)
     assert {m: summary[m]["accuracy"] for m in METHODS} == {"receiver": 20, "sharer": 90, "c2c": 60, "other": 30}
-    assert summary["gain"] == 40 and summary["presence"] == 10
+    assert summary["gain"] == 40 and summary["presence"] == 10 and summary["content"] == 30
     assert (summary["rescued"], summary["harmed"]) == (5, 1)
     assert summary["presence_share"] == 25 and summary["recovered"] == pytest.approx(57.14)
-    assert summary["paired"] == {
-        "receiver": {"only_first": 5, "only_second": 1, "p": 0.219},
-        "sharer": {"only_first": 0, "only_second": 3, "p": 0.25},
-        "other": {"only_first": 4, "only_second": 1, "p": 0.375},
-    }
+    assert summary["harmed_share"] == 50
+    counts = {m: (p["only_first"], p["only_second"], p["p"], p["difference"]) for m, p in summary["paired"].items()}
+    assert counts == {"receiver": (5, 1, 0.219, 40), "sharer": (0, 3, 0.25, -30), "other": (4, 1, 0.375, 30)}
+    # Differences of one question in ten: the interval of a mean of ten draws from five 1, one -1 and four 0.
+    assert summary["paired"]["receiver"]["interval"] == [0, 80] == summary["gain_interval"]
+    assert summary["recovered_interval"] is None  # some draws of ten have no gap
     assert summary["sharer"] == {"questions": 10, "accuracy": 90.0, "interval": [59.58, 98.21]}
+
+
+def test_recovered_gap_with_an_interval() -> None:
+    """40 questions: the sharer knows 20 more than the receiver, and C2C 10 of these."""
+    summary = summarize(answers_of(receiver="0" * 40, sharer="1" * 20 + "0" * 20, c2c="1" * 10 + "0" * 30), METHODS[:3])
+    low, high = summary["recovered_interval"]
+    # A share of about 20 draws: its deviation is near 100 * sqrt(0.25 / 20) = 11.
+    assert summary["recovered"] == 50 and 20 < low < 35 and 65 < high < 80
 
 
 def test_summary_without_all_methods() -> None:
     answers = answers_of(receiver="10", c2c="01")
-    assert set(summarize(answers, ["receiver", "c2c"])) == {*("receiver", "c2c", "gain", "paired", "rescued", "harmed")}
+    made = summarize(answers, ["receiver", "c2c"])
+    assert set(made) == {*("receiver", "c2c", "gain", "paired", "rescued", "harmed", "harmed_share")}
     assert set(summarize(answers, ["c2c"])) == {"c2c", "paired"}
     with pytest.raises(C2CError, match="nothing was measured"):
         summarize(answers, ["sharer"])
 
 
 def test_the_gap_starts_at_the_better_of_the_receivers_answers() -> None:
-    answers = answers_of(**{"receiver": "1000", "receiver-generate": "1100", "sharer": "1111", "c2c": "1110"})
+    answers = answers_of(receiver="1000", sharer="1111", c2c="1110")
+    words = [replace(a, answers="generation") for a in answers_of(receiver="1100")]
     assert summarize(answers, ["receiver", "sharer", "c2c"])["recovered"] == pytest.approx(66.67)
-    summary = summarize(answers, ["receiver", "receiver-generate", "sharer", "c2c"])
-    assert summary["recovered"] == 50 and summary["gain"] == 50
+    both = summarize_run([*answers, *words], ["own"], ["receiver", "sharer", "c2c"])
+    assert both["generation"]["pooled"]["receiver"]["accuracy"] == 50
+    for column in (both["likelihood"]["tasks"]["own"], both["likelihood"]["average"], both["likelihood"]["pooled"]):
+        assert column["recovered"] == 50 and column["gain"] == 50
     worse = summarize(answers_of(receiver="1100", sharer="1000", c2c="0100", other="1100"), METHODS)
     assert worse["recovered"] is None and worse["presence_share"] is None and worse["gain"] == -25
+
+
+def test_scores_and_subjects() -> None:
+    """Scores have means and bootstrap intervals; LongBench's figure is the mean over its data sets."""
+    rows = [
+        Answer(
+            task, "paper", f"q{n}", method, -1, score == 1, [], answers="generation", subject="ab"[n > 2], score=score
+        )
+        for task in ("own", "minilongbench@1k")
+        for method, scores in {"receiver": (0, 0.5, 0.1, 0.4), "c2c": (1, 0.5, 0.3, 0.2)}.items()
+        for n, score in enumerate(scores)
+    ]
+    summary = summarize_run(rows, ["own", "minilongbench@1k"], ["receiver", "c2c"])["generation"]["tasks"]
+    assert summary["own"]["receiver"]["accuracy"] == 25 and summary["own"]["gain"] == 25
+    assert summary["minilongbench@1k"]["receiver"]["accuracy"] == 30 and summary["minilongbench@1k"]["gain"] == 10
+    low, high = summary["own"]["c2c"]["interval"]
+    assert 20 <= low < 50 < high <= 100
+    against = summary["own"]["paired"]["receiver"]
+    assert (against["only_first"], against["only_second"], against["difference"]) == (2, 1, 25)
+    assert summary["own"]["subjects"]["b"]["c2c"] == {"questions": 1, "accuracy": 20, "interval": [20, 20]}
 
 
 def test_several_tasks_averaged_and_pooled() -> None:
@@ -68,9 +106,9 @@ def test_several_tasks_averaged_and_pooled() -> None:
     assert average["receiver"] == {"accuracy": 50} and average["c2c"] == {"accuracy": 81.25}
     assert average["gain"] == 31.25 and average["recovered"] == 62.5
     assert pooled["c2c"]["questions"] == 10 and pooled["c2c"]["accuracy"] == 70 and pooled["recovered"] == 40
-    assert pooled["paired"]["receiver"] == {"only_first": 2, "only_second": 0, "p": 0.5}
+    assert pooled["paired"]["receiver"]["p"] == 0.5 and pooled["paired"]["receiver"]["difference"] == 20
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table({"settings": {"split": "validation", "prompt": "short"}, **summary}))
+    console.print(table(summary, "validation, short prompt"))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
     rows = {line[0]: line[1:] for line in lines if len(line) == 5}
     assert rows["C2C"][2] == "81.2" and rows["C2C"][3].startswith("70.0  [")
@@ -82,7 +120,7 @@ def test_table() -> None:
     found = {"arc-easy": answers_of(receiver="1000", c2c="1110", other="1100")}
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     summary = summarize_all(found, ["receiver", "c2c", "other"])
-    console.print(table({"settings": {"split": "validation", "prompt": "short"}, **summary}))
+    console.print(table(summary, "validation, short prompt"))
     lines = console.export_text().splitlines()
     assert "validation, short prompt" in " ".join(" ".join(lines).split()) and any(
         "arc-easy (4)" in line for line in lines
@@ -90,57 +128,46 @@ def test_table() -> None:
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in lines if line.count("│") == 3}
     assert rows["receiver alone"] == "25.0  [4.6, 69.9]" and rows["C2C"].startswith("75.0 ")
     assert rows["gain of C2C over the receiver"] == "+50.0"
-    assert rows["… of it with another question's cache"] == "+25.0"
+    assert rows["… presence: with another question's cache"] == rows["… content: of C2C over that"] == "+25.0"
     assert "sharer alone" not in rows
 
 
-def options(fuser: Path, output: Path, task: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "fuser": str(fuser),
-        "tasks": [str(task)],
-        "split": "validation",
-        "data_dir": None,
-        "prompt": "paper",
-        "methods": list(METHODS),
-        "limit": None,
-        "batch_size": 4,
-        "receiver": (None, "auto"),
-        "sharer": (None, "auto"),
-        "output": output,
-        **changes,
-    }
+def run(fuser: Path, output: Path, task: Path, **changes: Any) -> dict[str, Any]:
+    options = {"fuser": str(fuser), "tasks": [str(task)], "batch_size": 4, "output": output, **changes}
+    return run_config(EvalConfig.model_validate(options))
 
 
-def test_a_run_and_its_files(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_its_files(tiny_pair_folder: Path, tmp_path: Path) -> None:
     task = write_questions(tmp_path / "own.jsonl")
     output = tmp_path / "new" / "evaluation"
-    summary = run(**options(tiny_pair_folder, output, task))
-    assert "C2C, another question's cache" in capsys.readouterr().out
+    summary = run(tiny_pair_folder, output, task)
     assert json.loads((output / "summary.json").read_text()) == summary
-    assert sorted(p.name for p in output.iterdir()) == ["samples.jsonl", "settings.json", "summary.json"]
+    assert sorted(p.name for p in output.iterdir()) == sorted(
+        ["questions.jsonl", "report.html", "report.md", "samples.jsonl", "settings.json", "summary.json"]
+    )
     answers = read_answers(output / "samples.jsonl")
-    assert summary["tasks"][str(task)] == summarize(answers, METHODS) and len(answers) == 36
+    assert summary["likelihood"]["tasks"][str(task)] == summarize(answers, METHODS) and len(answers) == 36
     settings = summary["settings"]
     weights = (tiny_pair_folder / "fuser.safetensors").read_bytes()
     assert settings["fuser_hash"] == hashlib.sha256(weights).hexdigest()
     for role in ("receiver", "sharer"):
         assert len(settings[role]["fingerprint"]) == 64 and settings[role]["dtype"] == "torch.float32"
     before = {p.name: p.read_bytes() for p in output.iterdir()}
-    assert run(**options(tiny_pair_folder, output, task)) == summary
+    assert run(tiny_pair_folder, output, task) == summary
     assert {p.name: p.read_bytes() for p in output.iterdir()} == before
 
 
 def test_other_settings_in_the_same_folder(tiny_pair_folder: Path, tmp_path: Path) -> None:
     task = write_questions(tmp_path / "own.jsonl")
-    run(**options(tiny_pair_folder, tmp_path / "out", task, methods=["receiver"]))
+    run(tiny_pair_folder, tmp_path / "out", task, methods=["receiver"])
     before = (tmp_path / "out" / "samples.jsonl").read_bytes()
     for changes, words in (
         ({"prompt": "short"}, "another prompt; choose another --output"),
-        ({"limit": 4, "split": "test"}, "another limit, split; choose"),
-        ({"receiver": (None, "bfloat16")}, "another receiver; choose"),
+        ({"seed": 4, "split": "test"}, "another seed, split; choose"),
+        ({"receiver_dtype": "bfloat16"}, "another receiver; choose"),
     ):
         with pytest.raises(C2CError, match=words):
-            run(**options(tiny_pair_folder, tmp_path / "out", task, **changes))
+            run(tiny_pair_folder, tmp_path / "out", task, **changes)
     assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
 
 
@@ -162,29 +189,29 @@ def test_wrong_input_leaves_no_folder(
     Path("empty.jsonl").write_text("\n")
     task = write_questions(tmp_path / "own.jsonl")
     with pytest.raises(C2CError, match=words):
-        run(**options(tiny_pair_folder, tmp_path / "out", task, **changes))
+        run(tiny_pair_folder, tmp_path / "out", task, **changes)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_store_is_part_of_the_settings(tiny_pair_folder: Path, tmp_path: Path) -> None:
     task = write_questions(tmp_path / "own.jsonl")
-    kept = {"store": (tmp_path / "store", "int8")}
-    live = run(**options(tiny_pair_folder, tmp_path / "live", task))
-    first = run(**options(tiny_pair_folder, tmp_path / "out", task, **kept))
+    kept = {"store": tmp_path / "store", "store_precision": "int8"}
+    live = run(tiny_pair_folder, tmp_path / "live", task)
+    first = run(tiny_pair_folder, tmp_path / "out", task, **kept)
     assert live["settings"]["store"] is None and first["settings"]["store"] == "int8"
     shards = {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()}
-    again = options(tiny_pair_folder, tmp_path / "again", task, store=(tmp_path / "store", None))
-    assert run(**again)["tasks"] == first["tasks"]  # the store says what it is made of, and has everything
+    again = run(tiny_pair_folder, tmp_path / "again", task, store=tmp_path / "store")
+    assert again["likelihood"] == first["likelihood"]  # the store says what it is made of, and has everything
     assert {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()} == shards
     for changes, words in (
         ({}, "another store; choose another --output"),
-        ({"store": (tmp_path / "store", "bfloat16")}, "holds int8, bfloat16 was asked for"),
-        ({"store": (tmp_path / "store", "int4")}, "unknown precision 'int4'"),
-        ({"store": (None, "int8")}, "was given without a store"),
+        ({"store": tmp_path / "store", "store_precision": "bfloat16"}, "holds int8, bfloat16 was asked for"),
+        ({"store": tmp_path / "store", "store_precision": "int4"}, "unknown precision 'int4'"),
+        ({"store_precision": "int8"}, "was given without a store"),
     ):
         with pytest.raises(C2CError, match=words):
-            run(**options(tiny_pair_folder, tmp_path / "out", task, **changes))
-    run(**options(tiny_pair_folder, tmp_path / "new", task, store=(tmp_path / "other", None), methods=["c2c"]))
+            run(tiny_pair_folder, tmp_path / "out", task, **changes)
+    run(tiny_pair_folder, tmp_path / "new", task, store=tmp_path / "other", methods=["c2c"])
     assert json.loads((tmp_path / "other" / "store.json").read_text())["precision"] == "bfloat16"
 
 

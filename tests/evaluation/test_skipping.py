@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache2cache import C2CError
-from cache2cache.evaluation.likelihood import Answer, read_answers
-from cache2cache.evaluation.report import run
+from cache2cache.evaluation.answers import Answer, read_answers
 from cache2cache.evaluation.skipping import Case, Outcome, apply, calibrate, calibration, cases_of, summarize, table
-from evaluation.test_report import options
+from evaluation.test_report import run
 from training.runs import write_questions
 
 # confidence, receiver right, C2C right; the most confident first
@@ -112,7 +111,7 @@ def runs(tiny_pair_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Two evaluations of one pair, on 9 and on 5 questions of unlike sets."""
     for name, count in (("first", 9), ("second", 5)):
         task = write_questions(tmp_path / f"{name}.jsonl", count)
-        run(**options(tiny_pair_folder, tmp_path / name, task, methods=["receiver", "c2c"]))
+        run(tiny_pair_folder, tmp_path / name, task, methods=["receiver", "c2c"])
     return tmp_path / "first", tmp_path / "second"
 
 
@@ -126,12 +125,8 @@ def test_what_is_calibrated_is_what_is_run(runs: tuple[Path, Path], tiny_pair_fo
     ranked = sorted(c.confidence for c in cases)
     for number, skip in enumerate([threshold, (ranked[3] + ranked[4]) / 2, 0.0, 1.0]):
         folder = first if number == 0 else tmp_path / f"skip-{number}"
-        made = run(
-            **options(
-                tiny_pair_folder, folder, tmp_path / "first.jsonl", methods=["receiver", "c2c", "skip"], skip=skip
-            )
-        )
-        row = next(iter(made["tasks"].values()))["skip"]
+        made = run(tiny_pair_folder, folder, tmp_path / "first.jsonl", methods=["receiver", "c2c", "skip"], skip=skip)
+        row = next(iter(made["likelihood"]["tasks"].values()))["skip"]
         expected = apply(cases, skip)
         assert row["skipped"] == round(100 * expected.skipped / 9, 2) and row["accuracy"] == round(
             100 * expected.rule / 9, 2

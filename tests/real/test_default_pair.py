@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cache2cache import C2C, C2CError, FuserConfig, ModelSpec, load_lm
-from cache2cache.evaluation.likelihood import evaluate
+from cache2cache.evaluation.runner import evaluate
 from cache2cache.fuser import checkpoint
 from cache2cache.models import LM
 from cache2cache.remote import RemoteSharer

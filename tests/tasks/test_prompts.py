@@ -1,13 +1,12 @@
-"""The prompts are the paper's to the letter, and letters are read out of what small models really write."""
+"""The prompts are the paper's to the letter."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from cache2cache.errors import C2CError
 from cache2cache.tasks import Question
-from cache2cache.tasks.prompts import extract_letter, paper_prompt, short_prompt
+from cache2cache.tasks.prompts import chinese_prompt, extract_letter, few_shot_prompt, paper_prompt, short_prompt
 
 QUESTION = Question("1", "Why?", ("this", "that", "so", "or"), 0)
 
@@ -34,47 +33,42 @@ def test_letters_follow_the_options() -> None:
     assert short_prompt(QUESTION) == "Why?\nA. this\nB. that\nC. so\nD. or\nAnswer with the letter."
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("The correct answer is B", "B"),
-        ("The correct answer is B. that", "B"),
-        ("the correct answer is: **C**.", "C"),
-        ("Answer: (D) or", "D"),
-        ("**Answer:** D", "D"),
-        ("The answer is option A", "A"),
-        ("The answer is A because it is.", "A"),
-        ("The answer is B? No. The correct answer is C", "C"),
-        ("答案是B。", "B"),
-        ("答案：C", "C"),
-        ("B", "B"),
-        (" D.", "D"),
-        ("(C) so", "C"),
-        ("A. this", "A"),
-        ("A plant needs light, so B", "B"),
-        ("It must be B, since B says that", "B"),
-        ("Option C", "C"),
-        ("A plant needs light", None),
-        ("Because it is so", None),
-        ("The correct answer is A/B/C/D", None),
-        ("Both A, and B", None),
-        ("E", None),
-        ("the answer is b", None),
-        ("CAB", None),
-        ("", None),
-    ],
-)
-def test_extract_letter(text: str, letter: str | None) -> None:
-    assert extract_letter(text, 4) == letter
+def test_chinese_prompt() -> None:
+    question = Question("1", "为什么？", ("甲", "乙", "丙"), 0)
+    assert chinese_prompt(question) == (
+        "请准确回答下面的问题：\n\n为什么？\n\n选项：\nA. 甲\nB. 乙\nC. 丙\n\n要求：\n- 仔细阅读问题和所有选项。\n"
+        "- 选出唯一最正确的答案。\n- 只按以下格式回答：“正确答案是A/B/C”。\n"
+        "- 除答案外，不要包含任何解释、其他文字或标点。\n\n正确答案是"
+    )
+    assert chinese_prompt(question, cot=True).endswith(
+        "- 请一步一步地思考，并简要说明理由。\n- 最后给出答案，以正确答案是开头"
+    )
 
 
-@given(st.text(), st.integers(2, 26))
-def test_extracted_letter_is_an_option(text: str, options: int) -> None:
-    letter = extract_letter(text, options)
-    assert letter is None or letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:options]
+DEV = [
+    Question(f"dev-{number}", f"Question {number}?", ("yes", "no"), number % 2, subject)
+    for number, subject in enumerate(("high_school_law", "logic", "high_school_law", "high_school_law", ""))
+]
 
 
-@given(st.integers(2, 26), st.data())
-def test_requested_format_is_read_back(options: int, data: st.DataObject) -> None:
-    letter = data.draw(st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:options]))
-    assert extract_letter(f"The correct answer is {letter}", options) == letter
+def test_few_shot_prompt() -> None:
+    asked = Question("1", "Why?", ("this", "that", "so"), 2, "high_school_law")
+    assert few_shot_prompt(asked, DEV, 2) == (
+        "The following are single choice questions (with answers) about high school law.\n\n"
+        "Question 0?\nA. yes\nB. no\nAnswer: A\n\nQuestion 2?\nA. yes\nB. no\nAnswer: A\n\n"
+        "Why?\nA. this\nB. that\nC. so\nAnswer:"
+    )
+    assert few_shot_prompt(asked, DEV, 0).count("Answer") == 1
+
+
+def test_few_shot_examples_are_others() -> None:
+    assert few_shot_prompt(DEV[2], DEV, 2).count("Question 2?") == 1  # not an example of itself
+    assert "answers).\n\nQuestion 4?" in few_shot_prompt(Question("1", "Why?", ("a", "b"), 0), DEV, 1)  # no subject
+    with pytest.raises(C2CError, match="5 examples about logic were asked for, 1 are there"):
+        few_shot_prompt(Question("1", "Why?", ("a", "b"), 0, "logic"), DEV)
+
+
+@pytest.mark.parametrize("cot", [False, True])
+def test_a_prompt_read_as_an_answer_is_none(cot: bool) -> None:
+    assert extract_letter(paper_prompt(QUESTION, cot), 4) is None
+    assert extract_letter(chinese_prompt(QUESTION, cot), 4) is None

@@ -31,11 +31,17 @@ def lm_of(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **over
     return load_lm(tiny_model(family, seed, **overrides).to(dtype), tokenizer=tiny_tokenizer(TOKENIZER_OF[family]))
 
 
-def pair_of(receiver: str = "llama", sharer: str = "qwen3", dtype: torch.dtype = torch.float32, **settings: Any) -> C2C:
-    """A tiny pair with an untrained fuser, the same every time."""
-    mine, other = lm_of(receiver, dtype=dtype), lm_of(sharer, 7, dtype)
+def pair_of(
+    receiver: str = "llama",
+    sharer: str | Sequence[str] = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> C2C:
+    """A tiny pair with untrained fusers, the same every time."""
+    names = [sharer] if isinstance(sharer, str) else sharer
+    mine, others = lm_of(receiver, dtype=dtype), [lm_of(name, 7, dtype) for name in names]
     torch.manual_seed(0)
-    return C2C.from_models(mine, other, FuserConfig(**{**FUSER, **settings}))
+    return C2C.from_models(mine, others, FuserConfig(**{**FUSER, **settings}))
 
 
 def items_of(pair: C2C, chats: Sequence[str] = CHATS, responses: Sequence[str] = RESPONSES) -> list[Item]:
@@ -110,9 +116,9 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def write_models(folder: Path) -> Path:
+def write_models(folder: Path, families: Sequence[str] = ("llama", "qwen3")) -> Path:
     """The recipe's models: llama receives, qwen3 shares."""
-    for family in ("llama", "qwen3"):
+    for family in families:
         tiny_model(family).save_pretrained(folder / family)
         tiny_tokenizer(TOKENIZER_OF[family]).save_pretrained(folder / family)
     return folder

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from cache2cache.training.loop import Trainer, batches, prepare
+from cache2cache import C2C
+from cache2cache.training.loop import Trainer, batches, prepare, response_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from training.runs import config_of, pair_of
+from training.runs import config_of, items_of, pair_of
 
 CASES = [(loss, accumulate) for loss in ("token", "example", "sum") for accumulate in (1, 2)]
 SMALL = 1, 3  # an epoch's last batch can have fewer examples than there are parts
@@ -28,6 +31,16 @@ class Cut(Exception):
 def cut(record: dict[str, Any]) -> None:
     if record["step"] == 3:
         raise Cut
+
+
+def shard(pair: C2C) -> None:
+    """Take the frozen models apart over the processes (FSDP2)."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for lm in (pair.receiver, *pair.sharers):
+        for part in (*lm.decoder.layers, lm.model.get_input_embeddings(), lm.decoder.norm):  # type: ignore[misc]
+            fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
+        fully_shard(lm.model, mesh=mesh)
+        lm.model(input_ids=torch.tensor([[0]]))  # says which module is the outermost; a prefill calls inner ones
 
 
 def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -51,6 +64,25 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer.run(records.append)
         found[f"{case} losses"] = torch.tensor([row["loss"] for row in records])
         found[f"{case} hold-out"] = torch.tensor([row["holdout_loss"] for row in records if "holdout_loss" in row])
+    # Two sharers; in the batch of one a process has no part of its own.
+    config = config_of(folder, output=folder / name / "two", sharer=[{"source": "a"}, {"source": "b"}], **changes)
+    pair = pair_of(sharer=["qwen3", "qwen2"], gate_noise="none", dropout=0.0, normalize=True)
+    trainer = Trainer(pair, config, None, prepare(pair, config))
+    trainer._start()
+    for size in (1, 4):
+        trainer.optimizer.zero_grad()
+        found[f"two sharers loss of {size}"] = trainer.backward(trainer.data.train[:size])
+        gradients = [p.grad.clone() for p in trainer.trained.parameters() if p.grad is not None]
+        found[f"two sharers gradient of {size}"] = torch.cat([g.flatten() for g in gradients])
+    for whose in (("llama", "qwen3"), ("gemma3", "llama")):
+        pair = pair_of(*whose, gate_noise="none", dropout=0.0)
+        if torch.distributed.is_initialized():
+            shard(pair)
+        pair.fusers.train()
+        value = response_loss(pair, items_of(pair), None)[0]
+        sharded = torch.autograd.grad(value, list(pair.fusers.parameters()))
+        found[f"sharded {whose[0]} gradient"] = torch.cat([g.flatten() for g in sharded])
+        found[f"sharded {whose[0]} loss of 4"] = value.detach()
     for again in ("", " again", " cut"):
         config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, save_every=2, **changes)
         pair = pair_of(dropout=0.1)

@@ -209,14 +209,14 @@ def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: p
 
     compute = loop.prefill
 
-    def never(*_: Any) -> KV:
+    def never(*_: Any, **__: Any) -> KV:
         raise AssertionError("the sharer has nothing to compute")
 
     monkeypatch.setattr(loop, "prefill", never)
     stored = losses("stored", store)
-    monkeypatch.setattr(loop, "prefill", lambda *a: compute(*a).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     live = losses("live", None)
-    monkeypatch.setattr(loop, "prefill", lambda *a: KV(*(torch.zeros_like(x) for x in vars(compute(*a)).values())))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values())))
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)  # the losses do depend on what the sharer says
@@ -238,11 +238,11 @@ def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monk
         trainer.run(lambda record: seen.append(record["loss"]))
         return seen
 
-    def rounded(*arguments: Any) -> Prefilled:
-        clean = compute(*arguments)
+    def rounded(*arguments: Any, **named: Any) -> Prefilled:
+        clean = compute(*arguments, **named)
         return replace(clean, kv=clean.kv.to(torch.bfloat16).to(torch.float32))
 
-    def never(*_: Any) -> Prefilled:
+    def never(*_: Any, **__: Any) -> Prefilled:
         raise AssertionError("the receiver has nothing to compute")
 
     monkeypatch.setattr(loop, "prefill_prompts", never)
@@ -324,7 +324,7 @@ def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path, monkey
     # What the fuser reads and what the sharer goes on from is one prefill, or one read ahead from the store.
     calls: list[int] = []
     compute = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda *a: calls.append(1) or compute(*a))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: calls.append(1) or compute(*a, **k))
     response_loss(pair, items, None, "sum", distill=2.0)
     assert len(calls) == 1
     objective = loop.FuserObjective(pair, store, False, distill=2.0)
@@ -801,13 +801,6 @@ def test_a_damaged_checkpoint(runs: Run, tmp_path: Path, monkeypatch: pytest.Mon
     runs.trainer(epochs=1).run()  # as the message says
 
 
-def test_several_sharers_are_refused(tmp_path: Path) -> None:
-    one = pair_of()
-    both = C2C(one.receiver, [one.sharers[0]] * 2, [one.fusers[0]] * 2)  # type: ignore[list-item]
-    with pytest.raises(C2CError, match="one sharer at a time, 2 were given"):
-        Trainer(both, config_of(tmp_path), None, Prepared([], [], 0))
-
-
 def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
     """At random steps, several times in a row, with random distances of the checkpoints: weights, log and record."""
     settings = {"accumulate": 2, "schedule": "cosine", "keep": "best", "patience": 3, "evaluate_every": 2}
@@ -1021,6 +1014,16 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
     assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
     assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_launchers_that_shard_are_refused(runs: Run, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Before anything is written: they would take the fuser apart behind the optimizer's back."""
+    launched = SimpleNamespace(distributed_type=accelerate.DistributedType[kind], num_processes=2, is_main_process=True)
+    monkeypatch.setattr(loop, "_accelerator", lambda config: launched)
+    with pytest.raises(C2CError, match=f"the launcher asks for {kind}, which would shard what is trained"):
+        runs.trainer()
+    assert not (runs.folder / "run").exists()
 
 
 def test_more_parts_than_examples(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cache2cache import C2C, C2CError
 from cache2cache.cli import main
 from cache2cache.config import LoraSpec
 from cache2cache.decode import score
-from cache2cache.evaluation.likelihood import evaluate
+from cache2cache.evaluation.runner import evaluate
 from cache2cache.kv import prefill_prompts
 from cache2cache.tasks import load
 from cache2cache.training.loop import Item, Trainer, loss_of, prepare, targets
@@ -303,7 +303,7 @@ def test_single_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     evaluation = ["evaluate", tmp_path / "run" / "fuser", "--task", questions, "--output", tmp_path / "scores"]
     main_ok(*evaluation, "--method", "receiver")
     main_ok(*evaluation, "--method", "receiver", "--single", tmp_path / "alone" / "adapter")
-    result = json.loads((tmp_path / "scores" / "summary.json").read_text())["tasks"][str(questions)]
+    result = json.loads((tmp_path / "scores" / "summary.json").read_text())["likelihood"]["tasks"][str(questions)]
     assert set(result) == {"receiver", "single"} and "receiver fine-tuned alone" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["precompute", str(recipe), "--set", "method=single"])

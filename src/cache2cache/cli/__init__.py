@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from cache2cache import __version__
 from cache2cache.cli import (
+    analyze,
     ask,
     calibrate,
     chat,
@@ -23,10 +24,14 @@ from cache2cache.cli import (
     compare,
     evaluate,
     fuser,
+    inspect,
     lm_eval,
     models,
+    oracle,
     precompute,
+    report,
     rewrite,
+    serve,
     sharer,
     train,
 )
@@ -59,7 +64,13 @@ app.command()(evaluate.evaluate)
 app.command()(chat_quality.chat_quality)
 app.command()(lm_eval.lm_eval)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(calibrate.calibrate)
+app.command()(inspect.inspect)
+app.add_typer(analyze.app, name="analyze")
+app.add_typer(oracle.app, name="oracle")
+app.command()(serve.serve)
+app.command()(serve.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(fuser.app, name="fuser")
 app.add_typer(sharer.app, name="sharer")

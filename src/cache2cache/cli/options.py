@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from cache2cache.pair import C2C
 
 Fusers = Annotated[
@@ -54,6 +56,20 @@ Prefills = Annotated[
 ]
 StorePrecision = Annotated[str | None, typer.Option(help="Of a new store, bfloat16 or int8.  [default: bfloat16]")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def print_keys(model: type[BaseModel]) -> NoReturn:
+    """Every key of a recipe with type and default, and what it means below it; then leave."""
+    import shutil
+    import textwrap
+
+    from cache2cache.training.recipe import keys
+
+    width = min(120, shutil.get_terminal_size().columns)
+    for key in keys(model):
+        print(f"{key.name}: {key.type}" + (f" = {key.default}" if key.default else ", to be given"))
+        print(textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    "))
+    raise typer.Exit()
 
 
 def load_pair(

@@ -12,7 +12,10 @@ def precompute(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Folder of the store; otherwise the recipe's.")] = None,
+    store: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of the store, once for each of several sharers; otherwise the recipe's."),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="bfloat16, or int8: half the size; its error is printed.")
     ] = "bfloat16",
@@ -34,10 +37,11 @@ def precompute(
 
     heap.keep()
     config = read_recipe(recipe, settings or [])
-    folder = store or config.store
-    if folder is None and config.method != "single":
-        raise C2CError(f"{recipe} names no store; give --store FOLDER")
-    config = config.model_copy(update={"data_dir": data_dir or config.data_dir, "store": folder})
+    folders = store or config.stores
+    if len(folders) != len(config.sharers) and config.method != "single":
+        named = f"names {len(config.sharers)} sharers, --store {len(folders)} folders" if store else "names no store"
+        raise C2CError(f"{recipe} {named}; give --store FOLDER{', once for each' * (len(config.sharers) > 1)}")
+    config = config.model_copy(update={"data_dir": data_dir or config.data_dir, "store": folders})
     run(
         config,
         precision=precision,

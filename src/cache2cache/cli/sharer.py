@@ -40,6 +40,7 @@ def serve(
     """
     try:
         from cache2cache.serving import sharer as service
+        from cache2cache.serving.http import is_loopback
     except ImportError as error:
         raise C2CError(
             f"serving needs the package {error.name}; install it with: pip install 'cache2cache[serve]'"
@@ -49,7 +50,7 @@ def serve(
     from cache2cache.remote import KEY_VARIABLE
 
     key = os.environ.get(KEY_VARIABLE)
-    if not key and not service.is_loopback(host):
+    if not key and not is_loopback(host):
         raise C2CError(
             f"{host} can be reached from other machines, so a key is needed; set {KEY_VARIABLE} here and where the "
             "pair runs"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cache2cache.cli import options
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -17,19 +19,11 @@ if TYPE_CHECKING:
 
 
 def print_keys(wanted: bool) -> None:
-    """Every key with type and default, and what it means below it."""
-    if not wanted:
-        return
-    import shutil
-    import textwrap
+    """Every key of a recipe."""
+    if wanted:
+        from cache2cache.config import TrainConfig
 
-    from cache2cache.training.recipe import keys
-
-    width = min(120, shutil.get_terminal_size().columns)
-    for key in keys():
-        print(f"{key.name}: {key.type}" + (f" = {key.default}" if key.default else ", to be given"))
-        print(textwrap.fill(key.description, width, initial_indent="    ", subsequent_indent="    "))
-    raise typer.Exit()
+        options.print_keys(TrainConfig)
 
 
 def train(
@@ -89,15 +83,20 @@ def train(
     receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
     torch.manual_seed(config.seed)  # the first weights
     what: C2C | SingleObjective
-    store = receiver_store = None
+    stores: list[Store] = []
+    receiver_store = None
     if config.method == "single":
         what = SingleObjective(receiver, config.lora)
         data, trained = prepare(Alone(receiver), config), what.trained
     else:
-        options = as_small or (as_set if config.sharer.dtype == "auto" else {})
-        sharer = receiver if config.sharer == config.receiver else load_lm(config.sharer, None, **options)
-        what = C2C.from_models(receiver, sharer, config.fuser)
-        store = Store(config.store, sharer) if config.store else None
+        sharers = [
+            receiver
+            if spec == config.receiver
+            else load_lm(spec, None, **(as_small or (as_set if spec.dtype == "auto" else {})))
+            for spec in config.sharers
+        ]
+        what = C2C.from_models(receiver, sharers, config.fuser)
+        stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
         data, trained = prepare(what, config), what.fusers
     parameters = sum(p.numel() for p in trained.parameters())
@@ -111,12 +110,12 @@ def train(
         console.print(about)
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
-            folder, rows = fit(what, config, store, data, lambda n: bar.advance(task, n), receiver_store)
+            folder, rows = fit(what, config, stores or None, data, lambda n: bar.advance(task, n), receiver_store)
         for row in rows:
             console.print(f"{row['kind']} of layer {row['layer']}: R² {row['r2']:.3f}, penalty {row['penalty']:g}")
         print(folder)
         return
-    trainer = Trainer(what, config, store, data, receiver_store)
+    trainer = Trainer(what, config, stores or None, data, receiver_store)
     if dry_run:
         found = plan(trainer)
         if processes.is_main_process:
@@ -158,6 +157,7 @@ def status(recent: Sequence[Mapping[str, Any]], steps: int) -> Table:
         "step": f"{last['step']} of {steps}",
         "loss": f"{sum(record['loss'] for record in recent) / len(recent):.3f}",
         **({"gates open": str(last["gates_open"])} if "gates_open" in last else {}),
+        **({"mean weight": f"{last['mean_weight']:.3f}"} if "mean_weight" in last else {}),
         "tokens/s": f"{tokens / seconds:,.0f}" if known else "",
         "left": str(timedelta(seconds=round((steps - last["step"]) * seconds / done))) if known else "",
     }
@@ -175,7 +175,7 @@ def print_plan(found: Plan) -> None:
 
     print(f"parameters  {found.parameters:,} are trained")
     print(
-        f"memory      {size(found.memory)} a process: receiver {size(found.receiver)}, sharer {size(found.sharer)}, "
+        f"memory      {size(found.memory)} a process: receiver {size(found.receiver)}, sharer {size(found.sharers)}, "
         f"what is trained with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} "
         "(measured)"
     )

@@ -31,8 +31,10 @@ from ..pair import C2C, PromptIds
 from ..training.data import Example, draw, examples, split
 from ..training.loop import response_ids
 from ..training.store import Store
-from .likelihood import batches_of, check_pair, fuse_others, sharer_caches
-from .report import COLUMNS, claim, load_pair, open_store
+from .asking import plain
+from .controls import fuse_others, next_rows, rows_of, sharer_cache
+from .run import COLUMNS, claim, load_pair, open_store
+from .runner import batches_of
 from .statistics import bootstrap
 from .writing import Written, add_rows, read_rows, write, written
 
@@ -112,7 +114,7 @@ def run(
     Run again, it goes on where it was stopped. Arguments as for `held_out`, `cases_of`, `to_answer` and `report.run`.
     """
     found, trained_on = held_out(source, checkpoint.resolve(fuser, subfolder=subfolder), limit, data_dir)
-    pair, settings = load_pair(fuser, subfolder, receiver, sharer)
+    pair, settings = load_pair([fuser], [subfolder], receiver, ([sharer[0]], sharer[1]))
     check_pair(pair)
     prefills = open_store(*store, pair.sharers[0])
     cases = cases_of(pair, found, max_tokens)
@@ -154,6 +156,17 @@ def run(
     for made in tables(summary):
         Console().print(made)
     return summary
+
+
+def check_pair(pair: C2C) -> None:
+    """Raise a C2CError for a pair that can't be compared with its sharer."""
+    if len(pair.sharers) != 1:
+        raise C2CError(f"this evaluation takes a pair with one sharer, {len(pair.sharers)} were given")
+    if not plain(pair):
+        raise C2CError(
+            f"the fuser's token map {pair.fusers[0].config.token_map!r} doesn't let the sharer read its own tokens, so "  # type: ignore[union-attr]
+            "this evaluation would not measure the sharer alone; give a fuser with the token map span"
+        )
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
@@ -243,14 +256,15 @@ def score_rows(
 
 def _score(pair: C2C, batch: Sequence[Case], store: Store | None) -> list[Scored]:
     prompts = [c.prompt for c in batch]
-    cache = sharer_caches(pair, prompts, store)
+    cache = sharer_cache(pair, 0, prompts, store)
     clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
     known = [(cache, [len(p.sharers[0]) for p in prompts])]
+    turned = next_rows(len(prompts))
     states: dict[str, Callable[[], Prefilled]] = {  # made one by one, so that one at a time takes memory
         "receiver": lambda: clean,
         "sharer": lambda: prefilled(pair.sharers[0], [p.sharers[0] for p in prompts], cache),
         "c2c": lambda: pair.fuse(prompts, clean=clean, sharers=known),
-        "other": lambda: fuse_others(pair, prompts, clean, cache),
+        "other": lambda: fuse_others(pair, prompts, [prompts[i] for i in turned], clean, rows_of(known, turned)),
     }
     made = []
     for method, state in states.items():

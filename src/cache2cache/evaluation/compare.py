@@ -12,8 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .likelihood import METHODS, Answer, read_answers
-from .report import paired, right_of, summarize_all
+from .answers import GENERATION, LIKELIHOOD, Answer, read_answers
+from .asking import METHODS
+from .summary import marks_of, paired, summarize_run
 
 AVERAGE, POOLED = "average", "all"
 
@@ -46,23 +47,26 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
         settings[folder] = json.loads(path.read_text())
         answers[folder] = read_answers(folder / "samples.jsonl")
     first = folders[0]
+    in_words = not all(any(a.answers == LIKELIHOOD for a in rows) for rows in answers.values())
+    way = GENERATION if in_words else LIKELIHOOD
+    of_way = {folder: [a for a in rows if a.answers == way] for folder, rows in answers.items()}
     for folder in folders:
         if changed := [k for k in ("split", "prompt") if settings[folder].get(k) != settings[first].get(k)]:
             raise C2CError(f"{folder} was made with another {', '.join(changed)} than {first}; give runs of the same")
-        mine, theirs = (right_of(answers[f], "c2c").keys() for f in (folder, first))
+        mine, theirs = (marks_of(of_way[f], "c2c").keys() for f in (folder, first))
         if not mine or mine != theirs:
             raise C2CError(
                 f"{folder} has {len(mine)} answers of C2C and {first} {len(theirs)}, {len(mine ^ theirs)} of them to "
                 "other questions; give runs of the same questions that went to their ends"
             )
-    tasks = list(dict.fromkeys(a.task for a in answers[first]))
+    tasks = list(dict.fromkeys(a.task for a in of_way[first]))
     rows = [
         {
             "run": str(folder),
             "baseline": folder in against,
             "fuser": settings[folder]["fuser"],
             "fuser_hash": settings[folder]["fuser_hash"],
-            "columns": _columns(answers[folder], tasks),
+            "columns": _columns(answers[folder], tasks, way),
         }
         for folder in folders
     ]
@@ -75,24 +79,23 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
             mean[column][key] = round(statistics.mean(known), 2) if len(known) == len(values) else None
             mean[column][f"{key}_spread"] = round(statistics.stdev(known), 2) if len(known) == len(values) > 1 else None
     pairs = [
-        {"runs": [str(a), str(b)], "columns": _pairs(answers[a], answers[b], tasks)}
-        for a, b in combinations(folders, 2)
+        {"runs": [str(a), str(b)], "columns": _pairs(of_way[a], of_way[b], tasks)} for a, b in combinations(folders, 2)
     ]
     return {"runs": rows, "mean": mean, "paired": pairs}
 
 
-def _columns(answers: Sequence[Answer], tasks: Sequence[str]) -> dict[str, dict[str, float | None]]:
+def _columns(answers: Sequence[Answer], tasks: Sequence[str], way: str) -> dict[str, dict[str, float | None]]:
     """Per task and over all of them, C2C's accuracy and the share of the gap that is recovered."""
-    asked = right_of(answers, "c2c").keys()
-    methods = [m for m in (*METHODS, "receiver-generate") if right_of(answers, m).keys() >= asked]
-    found = {task: [a for a in answers if a.task == task] for task in tasks}
-    summary = summarize_all(found, methods)
+    asked = marks_of([a for a in answers if a.answers == way], "c2c").keys()
+    mine = [a for a in answers if a.method in METHODS]
+    methods = [m for m in METHODS if marks_of([a for a in mine if a.answers == way], m).keys() >= asked]
+    summary = summarize_run(mine, tasks, methods)[way]
     columns = {**summary["tasks"], AVERAGE: summary["average"], POOLED: summary["pooled"]}
     return {name: {"accuracy": c["c2c"]["accuracy"], "recovered": c.get("recovered")} for name, c in columns.items()}
 
 
 def _pairs(first: Sequence[Answer], second: Sequence[Answer], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    one, two = right_of(first, "c2c"), right_of(second, "c2c")
+    one, two = marks_of(first, "c2c"), marks_of(second, "c2c")
     each = {task: paired({k: v for k, v in one.items() if k[0] == task}, two) for task in tasks}
     return {**each, POOLED: paired(one, two)}
 

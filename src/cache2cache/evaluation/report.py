@@ -1,260 +1,159 @@
-"""An evaluation run: models in, samples and a summary out, a table on the terminal."""
+"""What a run, or several, say: a table on the terminal, a Markdown file, and the words for what C2C is not worth."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import ModelIdentity, ModelSpec
 from ..errors import C2CError
 from ..files import replace_text
-from ..fuser import checkpoint
-from ..models.load import LM
-from ..pair import C2C, identity
-from ..tasks import load
-from ..training.single import load_single
-from ..training.store import Store
-from .likelihood import SINGLE, SKIP, Answer, check_names, evaluate
-from .statistics import mcnemar, recovered, wilson
+from .answers import (
+    GENERATION,
+    LIKELIHOOD,
+    QUESTIONS,
+    ROUTED_ROWS,
+    SAMPLES,
+    SUMMARY,
+    WAYS,
+    Answer,
+    Asked,
+    read_answers,
+)
+from .summary import AVERAGE, POOLED
+from .timing import LENGTHS, line_of_times
+from .writing import line_of, read_rows
 
 LABELS = {
     "receiver": "receiver alone",
-    "receiver-generate": "receiver alone, in words",
     "sharer": "sharer alone",
-    "text": "text-to-text",
-    "c2c": "C2C",
     "single": "receiver fine-tuned alone",
+    "few-shot": "receiver with examples",
+    "text": "text-to-text",
+    "text-options": "text-to-text, the sharer sees the options",
+    "text-answer": "text-to-text, the sharer may answer",
+    "route": "routing, learned",
+    "route-confidence": "routing by confidence",
+    "c2c": "C2C",
     "skip": "C2C that skips the sharer",
     "other": "C2C, another question's cache",
+    "zeroed": "C2C, a cache of zeros",
+    "gaussian": "C2C, noise of the same moments",
+    "self": "C2C, the receiver as its own sharer",
+    "off": "C2C, fusion off",
 }
 EFFECTS = {
     "gain": "gain of C2C over the receiver",
-    "presence": "… of it with another question's cache",
+    "presence": "… presence: with another question's cache",
+    "content": "… content: of C2C over that",
     "recovered": "% of the gap to the sharer",
 }
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+WORDS = {LIKELIHOOD: "by option likelihood", GENERATION: "by generation"}
 
 
-def run(
-    fuser: str | None,
-    *,
-    tasks: Sequence[str],
-    split: str,
-    data_dir: Path | None,
-    prompt: str,
-    methods: Sequence[str],
-    limit: int | None,
-    batch_size: int,
-    receiver: tuple[str | None, str],
-    sharer: tuple[str | None, str],
-    output: Path,
-    skip: float | None = None,
-    single: Path | None = None,
-    subfolder: str | None = None,
-    store: tuple[Path | None, str | None] = (None, None),
-    max_bytes: int = 20 * 10**9,
-) -> dict[str, Any]:
-    """Evaluate and write `samples.jsonl` and `summary.json` to `output`; prints a table. Returns the summary."""
-    check_names(prompt, methods, skip)
-    questions = {task: load(task, split, data_dir)[:limit] for task in tasks}
-    if empty := [task for task, rows in questions.items() if not rows]:
-        raise C2CError(f"{empty[0]} holds no questions; give at least one")
-    pair, settings = load_pair(fuser, subfolder, receiver, sharer)
-    prefills = open_store(*store, pair.sharers[0])
-    settings |= {
-        "store": prefills.config["precision"] if prefills else None,
-        "split": split,
-        "prompt": prompt,
-        "limit": limit,
-    }
-    if SKIP in methods:
-        settings["skip"] = skip
-    tuned = None
-    if SINGLE in methods:
-        if single is None:
-            raise C2CError("the method single needs an adapter; give its folder with --single")
-        tuned = load_single(pair.receiver, single)
-        settings["single"] = file_hash(single / "adapter_model.safetensors")
-    claim(output, settings)
-    found: dict[str, list[Answer]] = {}
-    for task, rows in questions.items():
-        with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
-            row = bar.add_task(task, total=len(rows))
-            found[task] = evaluate(
-                pair, task, rows, output / "samples.jsonl", prompt=prompt, methods=methods, skip=skip, single=tuned,
-                batch_size=batch_size, store=prefills, max_bytes=max_bytes,
-                progress=lambda n: bar.advance(row, n),  # noqa: B023
-            )  # fmt: skip
-    summary = {"settings": settings, **summarize_all(found, methods)}
-    replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    Console().print(table(summary))
-    return summary
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path
+    summary: dict[str, Any]
+    answers: Sequence[Answer]
+    questions: Mapping[tuple[str, str], Asked]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.summary["settings"]
+        return found
+
+    @property
+    def sharer(self) -> str:
+        return " + ".join(s["name"] for s in self.settings.get("sharers", [self.settings["sharer"]]))
+
+    @property
+    def ways(self) -> list[str]:
+        return [way for way in WAYS if way in self.summary]
 
 
-def load_pair(
-    fuser: str | None, subfolder: str | None, receiver: tuple[str | None, str], sharer: tuple[str | None, str]
-) -> tuple[C2C, dict[str, Any]]:
-    """A trained pair, its models given as source (None: the fuser's own) and dtype, and what identifies it."""
-    folder = checkpoint.resolve(fuser, subfolder=subfolder)
-    config = checkpoint.read_config(folder)[0]
-
-    def spec(given: tuple[str | None, str], trained_for: ModelIdentity | None) -> ModelSpec:
-        source, dtype = given
-        if source is not None:
-            return ModelSpec(source=source, dtype=dtype)
-        assert trained_for is not None  # a saved fuser names its models
-        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
-
-    pair = C2C.from_pretrained(folder, receiver=spec(receiver, config.receiver), sharers=spec(sharer, config.sharer))
-    return pair, {
-        "receiver": {**identity(pair.receiver).model_dump(), "dtype": str(pair.receiver.dtype)},
-        "sharer": {**identity(pair.sharers[0]).model_dump(), "dtype": str(pair.sharers[0].dtype)},
-        "fuser": "/".join([fuser or checkpoint.DEFAULT, *([subfolder] if subfolder else [])]),
-        "fuser_hash": fuser_hash(folder),
-    }
-
-
-def open_store(folder: Path | None, precision: str | None, sharer: LM) -> Store | None:
-    """The store in a folder, a new one being of bfloat16 unless `precision` says otherwise; None without a folder."""
-    if folder is None:
-        if precision is not None:
-            raise C2CError(f"a precision, {precision}, was given without a store; name its folder too")
-        return None
-    new = precision is None and not (folder / "store.json").exists()
-    return Store(folder, sharer, "bfloat16" if new else precision)
-
-
-def claim(output: Path, settings: dict[str, Any]) -> None:
-    """Refuse to mix the answers of two settings in one folder."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "settings.json"
-    before = json.loads(path.read_text()) if path.exists() else settings
-    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter; earlier versions knew of
-    # no store.
-    known = {**{name: settings[name] for name in ("skip", "single") if name in settings}, "store": None, **before}
-    if changed := sorted(k for k in settings if known.get(k) != settings[k]):
+def read_run(folder: Path) -> Run:
+    """Raises C2CError where there is no run that went to its end."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise C2CError(
-            f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
+            f"{folder} holds no evaluation that went to its end; give the output folder of c2c evaluate, or run that "
+            "again"
+        ) from error
+    if not any(way in summary for way in WAYS):
+        raise C2CError(
+            f"{folder} was summarized by an earlier version; run c2c evaluate on it again, which asks nothing anew"
         )
-    if not path.exists() or settings.keys() - before.keys():
-        replace_text(path, json.dumps({**before, **settings}, indent=2) + "\n")
-
-
-def summarize_all(found: Mapping[str, Sequence[Answer]], methods: Sequence[str]) -> dict[str, Any]:
-    """Each task's summary; the average, in which every task counts alike; and all questions pooled."""
-    tasks = {task: summarize(answers, methods) for task, answers in found.items()}
-    mean = {m: sum(accuracy(answers, m) for answers in found.values()) / len(found) for m in methods}
-    average = {m: {"accuracy": round(value, 2)} for m, value in mean.items()}
-    pooled = summarize([a for answers in found.values() for a in answers], methods)
-    return {"tasks": tasks, "average": {**average, **effects(mean)}, "pooled": pooled}
-
-
-def summarize(answers: Sequence[Answer], methods: Sequence[str]) -> dict[str, Any]:
-    """Accuracy with its 95% Wilson interval per method, what `effects` says, and C2C against every other method.
-
-    `paired`: the questions that C2C alone answers right, those that the other method alone does, and McNemar's exact p.
-    """
-    right = {m: right_of(answers, m) for m in methods}
-    result: dict[str, Any] = {}
-    for method, marks in right.items():
-        low, high = wilson(sum(marks.values()), len(marks))
-        result[method] = {
-            "questions": len(marks),
-            "accuracy": round(accuracy(answers, method), 2),
-            "interval": [round(100 * low, 2), round(100 * high, 2)],
-        }
-    if SKIP in methods:
-        skipped = [bool(a.skipped) for a in answers if a.method == SKIP]
-        result[SKIP]["skipped"] = round(100 * sum(skipped) / len(skipped), 2)
-    result |= effects({m: accuracy(answers, m) for m in methods})
-    if "c2c" in methods:
-        result["paired"] = {m: paired(right["c2c"], right[m]) for m in methods if m != "c2c"}
-        if "receiver" in methods:
-            against = result["paired"]["receiver"]
-            result["rescued"], result["harmed"] = against["only_first"], against["only_second"]
-    return result
-
-
-def right_of(answers: Sequence[Answer], method: str) -> dict[tuple[str, str], bool]:
-    """Per question (task, id), whether a method is right."""
-    return {(a.task, a.id): a.correct for a in answers if a.method == method}
-
-
-def accuracy(answers: Sequence[Answer], method: str) -> float:
-    """In %."""
-    right = right_of(answers, method)
-    return 100 * sum(right.values()) / max(1, len(right))
-
-
-def paired(first: Mapping[Any, bool], second: Mapping[Any, bool]) -> dict[str, Any]:
-    """How often each of two methods alone is right, on the questions that both answered, and McNemar's exact p."""
-    both = [(first[key], second[key]) for key in first.keys() & second.keys()]
-    counts = both.count((True, False)), both.count((False, True))
-    return {"only_first": counts[0], "only_second": counts[1], "p": float(f"{mcnemar(*counts):.3g}")}
-
-
-def effects(accuracies: Mapping[str, float]) -> dict[str, Any]:
-    """What C2C gains, from accuracies in %, rounded. Only what the measured methods allow.
-
-    gain, presence: of C2C, and of C2C with another question's cache, over the receiver, in points.
-    presence_share: the latter in % of the former; None where there is no gain.
-    recovered: % of the gap between the receiver (by likelihood or in words, whichever is better) and the sharer that
-        C2C closes; None where the sharer isn't better.
-    """
-    result: dict[str, Any] = {}
-    if not {"receiver", "c2c"} <= accuracies.keys():
-        return result
-    receiver, c2c = accuracies["receiver"], accuracies["c2c"]
-    result["gain"] = round(c2c - receiver, 2)
-    if "other" in accuracies:
-        result["presence"] = round(accuracies["other"] - receiver, 2)
-        result["presence_share"] = _percent(recovered(accuracies["other"], receiver, c2c))
-    if "sharer" in accuracies:
-        baseline = max(receiver, accuracies.get("receiver-generate", receiver))
-        result["recovered"] = _percent(recovered(c2c, baseline, accuracies["sharer"]))
-    return result
-
-
-def _percent(share: float | None) -> float | None:
-    return None if share is None else round(100 * share, 2)
-
-
-def table(summary: dict[str, Any]) -> Table:
-    """The summary as a table: a row per method, a column per task, and of several tasks the average and the pool."""
-    columns = dict(summary["tasks"])
-    if len(columns) > 1:
-        columns |= {"average": summary["average"], "all": summary["pooled"]}
-    made = Table(
-        title="accuracy by option likelihood, % [95% interval]; {split}, {prompt} prompt".format(**summary["settings"])
+    answers = [a for name in (SAMPLES, ROUTED_ROWS) for a in read_answers(folder / name)]
+    asked = {(q.task, q.id): q for q in read_rows(folder / QUESTIONS, Asked)}
+    tasks = set(summary["asked"])
+    return Run(
+        folder, summary, [a for a in answers if a.task in tasks and (not asked or (a.task, a.id) in asked)], asked
     )
+
+
+def label_of(method: str) -> str:
+    return LABELS.get(method, f"sharer {method.removeprefix('sharer-')} alone")
+
+
+def methods_of(columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The methods of any column, in the order of the labels."""
+    there = {m for result in columns.values() for m, v in result.items() if isinstance(v, dict) and "accuracy" in v}
+    further = sorted(m for m in there if m not in LABELS)
+    return [m for known in LABELS for m in ([known, *further] if known == "sharer" else [known]) if m in there]
+
+
+def columns_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A way's tasks, and of several the average and the pool."""
+    columns = dict(found["tasks"])
+    return columns | {"average": found[AVERAGE], "all": found[POOLED]} if len(columns) > 1 else columns
+
+
+# ---- the terminal ----------------------------------------------------------------------------------------------------
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """One for each way to answer."""
+    settings = summary["settings"]
+    title = "accuracy {way}, % [95% interval]; {split}, {prompt} prompt"
+    return [table(summary[way], title.format(way=WORDS[way], **settings)) for way in WAYS if way in summary]
+
+
+def table(found: Mapping[str, Any], title: str) -> Table:
+    """A row per method, a column per task, and of several tasks the average and the pool."""
+    columns = columns_of(found)
+    made = Table(title=title)
     made.add_column("")
     for name, result in columns.items():
-        count = next(iter(result.values())).get("questions")
-        made.add_column(name if count is None else f"{name} ({count})", justify="right")
-    for method, label in LABELS.items():
-        if all(method in result for result in columns.values()):
-            made.add_row(label, *(_cell(result[method]) for result in columns.values()))
+        count = max((v.get("questions", 0) for v in result.values() if isinstance(v, dict)), default=0)
+        made.add_column(f"{name} ({count})" if count else name, justify="right")
+    for method in methods_of(columns):
+        made.add_row(label_of(method), *(_cell(result.get(method)) for result in columns.values()))
     for key, label in EFFECTS.items():
         if all(key in result for result in columns.values()):
-            cells = (_signed(result[key]) for result in columns.values())
-            made.add_row(label, *cells, style="bold")
-    for method, label in LABELS.items():
-        if all(method in result.get("paired", {}) for result in summary["tasks"].values()):
-            cells = (_p(result["paired"][method]["p"]) if "paired" in result else "" for result in columns.values())
-            made.add_row(f"p, C2C against {label}", *cells)
+            made.add_row(label, *(_signed(result[key]) for result in columns.values()), style="bold")
+    for method in methods_of(columns):
+        if any(method in result.get("paired", {}) for result in columns.values()):
+            cells = (_p(r["paired"][method]["p"]) if method in r.get("paired", {}) else "" for r in columns.values())
+            made.add_row(f"p, C2C against {label_of(method)}", *cells)
     return made
 
 
-def _cell(measured: dict[str, Any]) -> str:
+def _cell(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "–"
     cell = f"{measured['accuracy']:.1f}"
     if "interval" in measured:
         cell += "  [{:.1f}, {:.1f}]".format(*measured["interval"])
+    if "failed" in measured:
+        cell += f", {measured['failed']} failed"
     return f"{measured['skipped']:.1f} skipped: {cell}" if "skipped" in measured else cell
 
 
@@ -266,21 +165,307 @@ def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
-def fuser_hash(folder: Path) -> str:
-    """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
-    import hashlib
-
-    hashes = [file_hash(path) for path in checkpoint.weight_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def _interval(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else " [{:+.1f}, {:+.1f}]".format(*pair)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    import hashlib
+# ---- Markdown --------------------------------------------------------------------------------------------------------
 
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
+Rows = list[list[str]]
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The report of one run, or of several one below the other in each table."""
+    parts = ["# Evaluation", *_setups(runs)]
+    for title, header, rows, note in sections(runs):
+        if rows:
+            parts += [f"## {title}", *([note] if note else []), grid(header, rows)]
+    for run in runs:
+        name = f" of {_md(run.sharer)}" if len(runs) > 1 else ""
+        parts += [f"## What it is worth{name}", "\n".join(f"- {_md(line)}" for line in verdict(run.summary))]
+        if failed := run.summary.get("failed"):
+            rows = [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed]
+            parts += [
+                f"## {len(failed)} failed, counted as wrong{name}",
+                grid(["Task", "Id", "Method", "", "Error"], rows),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _setups(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        s = run.settings
+        yield (
+            f"Receiver {_md(s['receiver']['name'])}, sharer {_md(run.sharer)}, fuser {_md(s['fuser'])} "
+            f"({s['fuser_hash'][:12]}); {_md(s['split'])} split, {_md(s['prompt'])} prompt, seed {s.get('seed')}."
         )
+
+
+def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
+    """The report's tables: title, header, rows, a note."""
+    every = [
+        (run, way, task, result)
+        for run in runs
+        for way in run.ways
+        for task, result in columns_of(run.summary[way]).items()
+    ]
+    yield (
+        "Accuracy",
+        ["Sharer", "Task", "Answers", "Receiver", "Sharer alone", "Routing", "Text-to-text", "C2C"],
+        [[run.sharer, _task(task, result), way, *_table_4(run, way, result)] for run, way, task, result in every],
+        "In %, and behind the stroke median seconds of an answer in words where they were measured.",
+    )
+    yield (
+        "Every method",
+        ["Sharer", "Task", "Answers", "Method", "Accuracy [95%]", "C2C better : worse", "p", "C2C over it [95%]"],
+        [
+            [run.sharer, task, way, label_of(m), _cell(result[m]), *_paired(result.get("paired", {}).get(m))]
+            for run, way, task, result in every
+            for m in methods_of({task: result})
+        ],
+        "Intervals are Wilson's (scores: bootstrap); comparisons are paired, p is McNemar's (exact), differences have "
+        "bootstrap intervals.",
+    )
+    yield (
+        "Where the gain comes from",
+        ["Sharer", "Task", "Answers", "Gain", "Presence", "Content", "Recovered gap, %", "Rescued", "Harmed"],
+        [
+            [run.sharer, task, way, *(_effect(result, key) for key in ("gain", "presence", "content", "recovered")),
+             str(result.get("rescued", "")), _harmed(result)]
+            for run, way, task, result in every
+            if "gain" in result
+        ],
+        "Presence is what another question's cache gives as well; only content is communication. Harmed: right for the "
+        "receiver, wrong with C2C.",
+    )  # fmt: skip
+    yield (
+        "Routers",
+        ["Sharer", "Task", "Answers", "Router", "Sent to sharer, %", "Accuracy", "As many at random", "Over it [95%]"],
+        [
+            [run.sharer, task, way, label_of(m), f"{r['sent']:.1f}", f"{r['accuracy']:.1f}", f"{r['random']:.1f}",
+             _signed(r["over_random"]) + _interval(r["over_random_interval"])]
+            for run, way, task, result in every
+            for m in ("route", "route-confidence")
+            if "sent" in (r := result.get(m, {}))
+        ],
+        "",
+    )  # fmt: skip
+    words = [(run, task, result) for run, way, task, result in every if way == GENERATION]
+    yield (
+        "Answers in words",
+        ["Sharer", "Task", "Method", "Tokens", "No letter", "Message tokens", "Message bytes"],
+        [
+            [
+                run.sharer,
+                task,
+                label_of(m),
+                *(_plain(result[m].get(k)) for k in ("tokens", "no_letter", "message_tokens", "message_bytes")),
+            ]
+            for run, task, result in words
+            for m in methods_of({task: result})
+            if "tokens" in result[m]
+        ],
+        "Medians; answers without a letter are counted.",
+    )
+    yield (
+        "Time",
+        ["Sharer", "Method", "Prompts", "First token, s", *(f"{n} tokens, s" for n in LENGTHS), "Bytes", "Memory, GB"],
+        [
+            [run.sharer, label_of(m), str(t["prompts"]), _times(t["first_token"]),
+             *(_times(t["seconds"].get(str(n))) for n in LENGTHS),
+             f"{t['bytes_passed']:,.0f}", "" if t["memory"] is None else f"{t['memory'] / 1e9:.2f}"]
+            for run in runs
+            for m, t in run.summary.get("timing", {}).items()
+            if isinstance(t, dict)
+        ],
+        "One by one; median / 95th percentile.",
+    )  # fmt: skip
+    for name in ("subjects", "buckets"):
+        parts = [
+            (run, way, task, part, r) for run, way, task, result in every for part, r in result.get(name, {}).items()
+        ]
+        shown = [m for m in ("receiver", "sharer", "text", "c2c", "other") if any(m in r for *_, r in parts)]
+        yield (
+            {"subjects": "By subject", "buckets": "By length"}[name],
+            ["Sharer", "Task", "Answers", name[:-1].capitalize(), "Questions", *map(label_of, shown),
+             "C2C over the receiver", "p"],
+            [
+                [run.sharer, task, way, part, str(max(r[m]["questions"] for m in methods_of({"": r}))),
+                 *(_cell(r.get(m)) for m in shown), *_difference(r.get("paired", {}).get("receiver"))]
+                for run, way, task, part, r in parts
+            ],
+            "",
+        )  # fmt: skip
+
+
+def _task(task: str, result: Mapping[str, Any]) -> str:
+    count = max((v.get("questions", 0) for v in result.values() if isinstance(v, dict)), default=0)
+    return f"{task} ({count})" if count else task
+
+
+def _table_4(run: Run, way: str, result: Mapping[str, Any]) -> list[str]:
+    router = "route" if "route" in result else "route-confidence"
+    return [_with_seconds(run, way, result, m) for m in ("receiver", "sharer", router, "text", "c2c")]
+
+
+def _with_seconds(run: Run, way: str, result: Mapping[str, Any], method: str) -> str:
+    if method not in result:
+        return "–"
+    cell = f"{result[method]['accuracy']:.2f}"
+    seconds = seconds_of(run.summary, method, result) if way == GENERATION else None
+    return cell if seconds is None else f"{cell} / {seconds:.2f}"
+
+
+def seconds_of(summary: Mapping[str, Any], method: str, result: Mapping[str, Any]) -> float | None:
+    """Median seconds of an answer of this method's median length; a router's are those of whom it asks."""
+    timed = summary.get("timing", {})
+    measured = result.get(method, {})
+    if "sent" in measured:
+        mine, theirs = (seconds_of(summary, m, result) for m in ("receiver", "sharer"))
+        share = measured["sent"] / 100
+        return None if mine is None or theirs is None else share * theirs + (1 - share) * mine
+    if method not in timed or measured.get("tokens") is None:
+        return None
+    first, step = line_of_times(timed[method])
+    return float(first + step * max(0.0, measured["tokens"] - 1))
+
+
+def _paired(found: Mapping[str, Any] | None) -> list[str]:
+    return (
+        ["", "", ""]
+        if found is None
+        else [f"{found['only_first']} : {found['only_second']}", *reversed(_difference(found))]
+    )
+
+
+def _difference(found: Mapping[str, Any] | None) -> list[str]:
+    return ["", ""] if found is None else [_signed(found["difference"]) + _interval(found["interval"]), _p(found["p"])]
+
+
+def _effect(result: Mapping[str, Any], key: str) -> str:
+    return _signed(result[key]) + _interval(result.get(f"{key}_interval")) if key in result else ""
+
+
+def _harmed(result: Mapping[str, Any]) -> str:
+    share = result.get("harmed_share")
+    return "" if "harmed" not in result else str(result["harmed"]) + (f" ({share:.1f}%)" if share is not None else "")
+
+
+def _plain(value: Any) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+def _times(found: Mapping[str, float] | None) -> str:
+    return "" if found is None else f"{found['median']:.2f} / {found['p95']:.2f}"
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_md(cell) for cell in line) + " |" for line in lines)
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = " ".join(str(text).split())
+    for sign in "\\|`*_[]":
+        text = text.replace(sign, "\\" + sign)
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """Plain words: against the receiver, another question's cache, text, the sharer alone, and the clock."""
+    said = []
+    for way in WAYS:
+        for task, result in summary.get(way, {}).get("tasks", {}).items():
+            where, pairs = f"{task}, {WORDS[way]}", result.get("paired", {})
+            if "receiver" in pairs:
+                said.append(f"{where}: {_against(pairs['receiver'], 'the receiver alone')}.")
+            if "other" in pairs and result.get("gain", 0) > 0:
+                low = pairs["other"]["interval"][0]
+                said.append(
+                    f"{where}: {_CONTENT if low > 0 else _NO_CONTENT}, "
+                    f"{_signed(result['content'])} points{_interval(pairs['other']['interval'])}."
+                )
+            for form in ("text", "text-options", "text-answer"):
+                if form in pairs:
+                    said.append(f"{where}: {_against(pairs[form], label_of(form))}.")
+            if "sharer" in pairs:
+                worse = pairs["sharer"]["interval"][1] < 0
+                better = pairs["sharer"]["interval"][0] > 0
+                said.append(
+                    f"{where}: {_against(pairs['sharer'], 'the sharer alone')}."
+                    + ("" if better else _not_worth(summary, worse))
+                )
+            if result.get("off_differs"):
+                said.append(
+                    f"{where}: with fusion off {result['off_differs']} answers differ from the receiver's, an error."
+                )
+    if {"c2c", "sharer"} <= summary.get("timing", {}).keys():
+        said += list(_clock(summary["timing"]))
+    return said or ["C2C was not measured."]
+
+
+_CONTENT = "some of the gain is content"
+_NO_CONTENT = "no content is shown: another question's cache may do as well"
+
+
+def _against(found: Mapping[str, Any], whom: str) -> str:
+    low, high = found["interval"]
+    by = f"{abs(found['difference']):.1f} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])}"
+    if low > 0:
+        return f"C2C is better than {whom} by {by}"
+    if high < 0:
+        return f"C2C is worse than {whom} by {by}"
+    by = f"{_signed(found['difference'])} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])}"
+    return f"no difference between C2C and {whom} is shown ({by})"
+
+
+def _not_worth(summary: Mapping[str, Any], worse: bool) -> str:
+    """Where the sharer alone is no worse, C2C is worth it only for its time."""
+    reason = "the sharer alone is better" if worse else "the sharer alone is as good, as far as can be told"
+    timed = summary.get("timing", {})
+    if "cheaper_from" not in timed:
+        return f" C2C is worth it here only where it is cheaper, which was not measured: {reason}."
+    length = timed["cheaper_from"]
+    if length is None:
+        return f" C2C is not worth it here: {reason}, and takes less time at any length."
+    if length == 1:
+        return f" C2C is worth it here only for its time, being quicker at any length: {reason}."
+    return f" C2C is not worth it here for answers below {length} tokens: {reason}, and quicker."
+
+
+def _clock(timed: Mapping[str, Any]) -> Iterator[str]:
+    for n in LENGTHS:
+        both = [timed[m]["seconds"].get(str(n)) for m in ("c2c", "sharer")]
+        if all(both):
+            mine, theirs = (times["median"] for times in both)
+            yield f"An answer of {n} tokens takes C2C {mine:.2f} s and the sharer alone {theirs:.2f} s."
+    length = timed.get("cheaper_from")
+    if length is None:
+        yield "C2C is never cheaper than the sharer alone."
+    else:
+        yield f"C2C is cheaper than the sharer alone from {length} {'token' if length == 1 else 'tokens'} of answer on."
+
+
+def write(folder: Path, runs: Sequence[Run]) -> list[Path]:
+    """Put `report.md` and `report.html` into a folder."""
+    from .page import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "report.md", folder / "report.html"]
+    for path, text in zip(paths, (markdown(runs), page(runs)), strict=True):
+        replace_text(path, text)
+    return paths
+
+
+def publish(run: Run, folder: Path) -> None:
+    """Numbers and ids without any text: what may be shown where the questions may not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [replace(a, text=None, message=None) for a in run.answers]
+    replace_text(folder / SAMPLES, "".join(map(line_of, rows)))
+    replace_text(folder / SUMMARY, json.dumps(run.summary, indent=2) + "\n")
+    replace_text(folder / "report.md", markdown([run]))

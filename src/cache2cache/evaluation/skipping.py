@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .likelihood import Answer, read_answers
+from .answers import LIKELIHOOD, Answer, read_answers
 from .statistics import wilson
 
 
@@ -95,7 +95,8 @@ def cases_of(answers: Sequence[Answer]) -> list[Case]:
     Raises:
         C2CError: a question that only one of them has answered; answers without confidences.
     """
-    methods = {m: {(a.task, a.prompt, a.id): a for a in answers if a.method == m} for m in ("receiver", "c2c")}
+    rows = [a for a in answers if a.answers == LIKELIHOOD]
+    methods = {m: {(a.task, a.prompt, a.id): a for a in rows if a.method == m} for m in ("receiver", "c2c")}
     receiver, c2c = methods["receiver"], methods["c2c"]
     if not receiver or (missing := receiver.keys() ^ c2c.keys()):
         count = len(missing) if receiver else len(c2c)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 
@@ -49,6 +50,13 @@ def bootstrap(count: int, statistic: Callable[[np.ndarray], np.ndarray], seed: i
             computed from the same draw, so the interval is that of a paired comparison.
         seed: of the draws.
     """
-    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    low, high = np.quantile(statistic(times), [0.025, 0.975])
+    low, high = np.quantile(statistic(draws(count, seed)), [0.025, 0.975])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=1)  # a run compares many methods on the same questions
+def draws(count: int, seed: int) -> np.ndarray:
+    """How often each of `count` rows is in each of RESAMPLES draws with replacement: (RESAMPLES, count)."""
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+    times.setflags(write=False)
+    return times

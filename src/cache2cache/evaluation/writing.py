@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import decode
 from ..errors import C2CError
 from ..files import replace_text
-from ..kv import prefill_prompts
+from ..kv import Prefilled, prefill_prompts
 from ..models.load import LM
 
 Row = TypeVar("Row")
@@ -31,17 +31,22 @@ class Written:
 
 def write(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Written]:
     """What one model alone answers to prompts given as token ids, greedily."""
-    prompt = prefill_prompts(lm, rows)
-    sequences = decode.generate(lm, prompt, do_sample=False, max_new_tokens=max_new_tokens)
-    return written(lm, sequences[:, prompt.input_ids.shape[1] :])
+    return write_on(lm, prefill_prompts(lm, rows), [max_new_tokens] * len(rows))
 
 
-def written(lm: LM, new: Tensor) -> list[Written]:
+def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]:
+    """What a model answers on top of prefilled caches, greedily, in at most that many tokens each."""
+    sequences = decode.generate(lm, prompts, do_sample=False, max_new_tokens=max(limits))
+    return written(lm, sequences[:, prompts.input_ids.shape[1] :], limits)
+
+
+def written(lm: LM, new: Tensor, limits: Sequence[int] | None = None) -> list[Written]:
     """Each row of what `generate` added (B, new), up to its first end token: padding follows behind that."""
     ends = lm.model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     made = []
-    for row in new.tolist():
+    for row, limit in zip(new.tolist(), limits or [new.shape[1]] * len(new), strict=True):
+        row = row[:limit]
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
         text = str(lm.need_tokenizer().decode(row[:length], skip_special_tokens=True))
         made.append(Written(row[:length], text, length < len(row)))
@@ -64,10 +69,16 @@ def read_rows(path: Path, make: Callable[..., Row]) -> list[Row]:
         raise C2CError(f"{path} holds other rows than answers ({error}); choose another output") from error
 
 
-def add_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Add dataclass rows to a JSONL file, without what is None in them, and see them on the disk."""
-    lines = [json.dumps({name: value for name, value in asdict(row).items() if value is not None}) for row in rows]
+def line_of(row: Any) -> str:
+    """A dataclass row as a line of JSON, without what is None in it."""
+    return json.dumps({name: value for name, value in asdict(row).items() if value is not None}) + "\n"
+
+
+def add_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Add dataclass rows to a JSONL file, and see them on the disk."""
+    if not rows:
+        return
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(f"{line}\n" for line in lines))
+        file.write("".join(map(line_of, rows)))
         file.flush()
         os.fsync(file.fileno())

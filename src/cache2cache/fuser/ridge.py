@@ -153,7 +153,7 @@ def solve(train: Moments, holdout: Moments) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 @torch.no_grad()
-def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs) -> None:
+def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs, share: float = 1.0) -> None:
     """Let an untrained fuser's projection start as the best linear map of its hidden size.
 
     In the units that the fuser computes in, projected = blend * (W x + c - y), with W and c the ridge regression of the
@@ -164,6 +164,7 @@ def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs) -> None:
     Args:
         fuser: with in_sharer, in_receiver, proj_out and residual blocks, as `C2CFuser` and the bottleneck have them.
         train, holdout: as for `RidgeFuser.fit`.
+        share: of the way that `blend` says; less than all where several fusers' changes are summed.
     """
     normal = fuser.config.normalize
 
@@ -186,8 +187,8 @@ def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs) -> None:
     fuser.in_receiver.weight[..., :rank].copy_(entry[:, s:])
     fuser.in_sharer.bias.zero_()
     fuser.proj_out.weight.zero_()
-    fuser.proj_out.weight[:, :rank].copy_(fuser.config.blend * out)
-    fuser.proj_out.bias.copy_(fuser.config.blend * bias)
+    fuser.proj_out.weight[:, :rank].copy_(share * fuser.config.blend * out)
+    fuser.proj_out.bias.copy_(share * fuser.config.blend * bias)
     for block in (fuser.mlp1, *fuser.proj_mlp2):
         assert isinstance(block, StackedFFN)
         block.w2.weight.zero_()

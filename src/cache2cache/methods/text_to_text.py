@@ -7,7 +7,7 @@ keep the baseline from being handicapped: the sharer sees the options too, or se
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cache2cache.methods.base import Answer, Ask, grow, stream_lm
 from cache2cache.pair import C2C
@@ -23,26 +23,40 @@ _ANSWER = (
 )
 
 
+# What the sharer is told, by the form's name.
+FORMS: dict[str, Callable[[Ask], str]] = {
+    "text": lambda ask: BACKGROUND.format(question=ask.stem),
+    "text-options": lambda ask: BACKGROUND.format(question=ask.full),
+    "text-answer": lambda ask: _ANSWER.format(question=ask.full),
+}
+
+
 def published(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """As published: background knowledge for the question without its options (arXiv 2510.03215)."""
-    return _relay("text", BACKGROUND.format(question=ask.stem), pair, ask, max_new_tokens)
+    return _relay("text", pair, ask, max_new_tokens)
 
 
 def with_options(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """The sharer sees the options too."""
-    return _relay("text-options", BACKGROUND.format(question=ask.full), pair, ask, max_new_tokens)
+    return _relay("text-options", pair, ask, max_new_tokens)
 
 
 def with_answer(pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     """The sharer sees the options and may answer."""
-    return _relay("text-answer", _ANSWER.format(question=ask.full), pair, ask, max_new_tokens)
+    return _relay("text-answer", pair, ask, max_new_tokens)
 
 
-def _relay(method: str, instruction: str, pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
+def relayed(ask: Ask, form: str, message: str) -> list[dict[str, str]]:
+    """What the receiver reads: the instruction, the sharer's message, and the question."""
+    return ask.chat(("user", FORMS[form](ask)), ("assistant", message), ("user", ask.prompt))
+
+
+def _relay(form: str, pair: C2C, ask: Ask, max_new_tokens: int) -> Iterator[Answer]:
     began = time.perf_counter()
-    answer = blank = Answer(method)
-    words = stream_lm(pair.sharers[0], ask.chat(("user", instruction)), MAX_MESSAGE_TOKENS, pair.chat_template_kwargs)
+    answer = blank = Answer(form)
+    chat = ask.chat(("user", FORMS[form](ask)))
+    words = stream_lm(pair.sharers[0], chat, MAX_MESSAGE_TOKENS, pair.chat_template_kwargs)
     for answer in grow(blank, began, words, message=True):
         yield answer
-    chat = ask.chat(("user", instruction), ("assistant", answer.message), ("user", ask.prompt))
+    chat = relayed(ask, form, answer.message)
     yield from grow(answer, began, stream_lm(pair.receiver, chat, max_new_tokens, pair.chat_template_kwargs))

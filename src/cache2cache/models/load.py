@@ -14,6 +14,7 @@ import glob
 import hashlib
 import importlib.util
 import json
+import math
 import re
 import sys
 import threading
@@ -27,6 +28,7 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -233,6 +235,25 @@ def load_lm(
         if "device_map" not in options:
             model = cast(Any, model).to(device)
     return LM(model.eval().requires_grad_(False), tokenizer or own_tokenizer, found.name, found.revision)
+
+
+def weight_bytes(source: str | Path | ModelSpec, **overrides: Any) -> int:
+    """How much memory the weights of a model will take, by its files' headers; fetches it if need be.
+
+    Args:
+        source, overrides: as for `load_lm`; quantization is not counted.
+    """
+    spec = _spec(source, overrides)
+    path, itemsize = _find(spec).path, _dtype(spec, _device(spec)).itemsize
+    if path.suffix == ".gguf":
+        from gguf import GGUFReader
+
+        return itemsize * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    numbers = 0
+    for file in _weight_files(path)[0]:
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:  # loading says what is wrong with it
+            numbers += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return itemsize * numbers
 
 
 # --- options ----------------------------------------------------------------------------------------------------------

@@ -5,22 +5,18 @@ from __future__ import annotations
 import asyncio
 import hmac
 import inspect
-import ipaddress
-import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
-from starlette.types import Message, Send
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from transformers import PreTrainedTokenizerBase
 
 from ..alignment.chat import Rendered, render
@@ -31,6 +27,7 @@ from ..models.owner import Owner
 from ..packing import encode, format_of, pack
 from ..remote import ALIVE, ERROR, LAYER, PROTOCOL, AskedCache, Served, frame, layer_content
 from ..web import MAX_ERROR
+from .http import Refused, Streamed, listening, read_json
 
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 ALIVE_SECONDS = 5.0  # between two signs of life while a prompt waits for its turn or is read
@@ -180,27 +177,7 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
     max_body = 1 << 16 | sharer.max_tokens * 64
 
     async def asked(request: Request, kind: type[Any]) -> Any:
-        """The body of a request, or the answer that refuses it."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise _Refused(415, "the body must be application/json")
-        body = bytearray()
-
-        async def read() -> None:
-            async for chunk in request.stream():
-                body.extend(chunk)
-                if len(body) > max_body:
-                    raise _Refused(413, f"the body has more than {max_body} bytes; ask for fewer prompts at a time")
-
-        try:
-            await asyncio.wait_for(read(), STALL_SECONDS)
-        except asyncio.TimeoutError as error:
-            raise _Refused(408, f"the body took longer than {STALL_SECONDS:g} s") from error
-        try:
-            return await asyncio.to_thread(kind.model_validate_json, bytes(body))
-        except (ValidationError, RecursionError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deep"}
-            where = ".".join(map(str, first["loc"]))[:200]
-            raise _Refused(400, f"{where or 'the body'}: {first['msg'][:300]}") from error
+        return await read_json(request, kind, max_body, STALL_SECONDS)
 
     @app.middleware("http")
     async def allowed(request: Request, go_on: Callable[[Request], Any]) -> Response:
@@ -210,8 +187,8 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
         answer: Response = await go_on(request)
         return answer
 
-    @app.exception_handler(_Refused)
-    async def refused(_: Request, error: _Refused) -> Response:
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
         return _error(error.status, str(error))
 
     @app.exception_handler(C2CError)
@@ -233,7 +210,8 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
         await asyncio.to_thread(sharer.check, what)
         if not waiting.acquire(blocking=False):
             return _error(503, f"{MAX_WAITING} requests are waiting already; try again later")
-        return _Frames(_computed(sharer, what, worker), media_type="application/octet-stream", done=waiting.release)
+        frames = _computed(sharer, what, worker)
+        return Streamed(frames, media_type="application/octet-stream", done=waiting.release, seconds=STALL_SECONDS)
 
     return app
 
@@ -279,60 +257,14 @@ async def _computed(sharer: Sharer, asked: AskedCache, worker: ThreadPoolExecuto
             ready.get_nowait()
 
 
-class _Frames(StreamingResponse):
-    """A stream that gives up on a client that doesn't take it, and always closes its source."""
-
-    def __init__(self, content: AsyncGenerator[bytes, None], *, media_type: str, done: Callable[[], None]) -> None:
-        super().__init__(content, media_type=media_type)
-        self.source, self.done = content, done
-
-    async def stream_response(self, send: Send) -> None:
-        async def in_time(message: Message) -> None:
-            await asyncio.wait_for(send(message), STALL_SECONDS)
-
-        with suppress(asyncio.TimeoutError):
-            await super().stream_response(in_time)
-
-    async def __call__(self, *args: Any) -> None:
-        try:
-            await super().__call__(*args)
-        finally:
-            self.done()
-            await self.source.aclose()
-
-
-class _Refused(Exception):
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 def _error(status: int, message: str) -> Response:
     headers = {"Retry-After": "1"} if status == 503 else None
     return JSONResponse({"error": {"message": message}}, status, headers)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def serve(sharer: Sharer, host: str, port: int, key: str | None, ready: Callable[[str], None]) -> None:
     """Serve until interrupted; `ready` is called with the address once connections are taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP, so that asyncio turns Nagle's algorithm off: it costs 40 ms an answer.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise C2CError(f"can't listen on {host}:{port} ({error}); choose another host or port") from error
-    with listener:
+    with listening(host, port) as (listener, address):
         config = uvicorn.Config(
             make_app(sharer, key),
             log_level="warning",
@@ -342,6 +274,5 @@ def serve(sharer: Sharer, host: str, port: int, key: str | None, ready: Callable
             timeout_keep_alive=5,
             timeout_graceful_shutdown=5,
         )
-        name = f"[{host}]" if ":" in host else host
-        ready(f"http://{name}:{listener.getsockname()[1]}")
+        ready(address)
         uvicorn.Server(config).run(sockets=[listener])

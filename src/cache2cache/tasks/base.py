@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,37 @@ class Question:
         return self.letters[self.answer]
 
 
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A question that is answered in words and scored against references: `metrics.score`.
+
+    Attributes:
+        id: unique in its task and split.
+        prompt: the whole user turn.
+        references: right answers; the one that fits best counts.
+        metric: a name of `metrics.METRICS`.
+        max_new_tokens: how long an answer may be.
+        subject: what results are broken down by; of LongBench the name of the data set.
+        classes: what the metric `classification` chooses from.
+        length: in words, of Chinese characters, as LongBench states it for its buckets; 0 where unknown.
+        first_line: score only the first line of the answer.
+    """
+
+    id: str
+    prompt: str
+    references: tuple[str, ...]
+    metric: str
+    max_new_tokens: int
+    subject: str = ""
+    classes: tuple[str, ...] = ()
+    length: int = 0
+    first_line: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.references:
+            raise C2CError(f"question {self.id!r} has no reference answer; expected at least one")
+
+
 def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
     """The rows of one split of a hub data set, with the fields it has there.
 
@@ -62,6 +94,18 @@ def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) 
             return [json.loads(line) for line in lines if line.strip()]
     except (OSError, EOFError, ValueError) as error:
         raise C2CError(f"{path} cannot be read ({error}); expected gzipped JSON lines; fetch it again") from error
+
+
+def configs_there(repo: str, configs: Sequence[str], split: str, data_dir: Path | None) -> Sequence[str]:
+    """Those of a data set's configurations that a mirror has with this split; all without a mirror.
+
+    Where it has none, one that `read_rows` then explains.
+    """
+    if data_dir is None:
+        return configs
+    there = [config for config in configs if (data_dir / repo / config).is_dir()]
+    with_split = [config for config in there if (data_dir / repo / config / f"{split}.jsonl.gz").is_file()]
+    return with_split or there[:1] or configs[:1]
 
 
 def _from_hub(repo: str, config: str, split: str) -> list[dict[str, Any]]:

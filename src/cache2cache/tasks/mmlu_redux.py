@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cache2cache.tasks.base import Question, read_rows
+from cache2cache.tasks.base import Question, configs_there, read_rows
 from cache2cache.tasks.mmlu import SUBJECTS
 
 REPO = "edinburgh-dawg/mmlu-redux-2.0"
@@ -17,10 +17,9 @@ def load(split: str, data_dir: Path | None) -> list[Question]:
 
     Rows are left out as the paper's authors do, so that figures can be compared: see `right_option`.
     """
-    there = [s for s in SUBJECTS if data_dir is None or (data_dir / REPO / s).is_dir()]
     return [
         Question(f"{subject}-{number}", row["question"], tuple(row["choices"]), answer, subject)
-        for subject in there or SUBJECTS[:1]  # of an empty mirror the first, whose absence is then explained
+        for subject in configs_there(REPO, SUBJECTS, split, data_dir)
         for number, row in enumerate(read_rows(REPO, subject, split, data_dir))
         if (answer := right_option(row)) is not None
     ]

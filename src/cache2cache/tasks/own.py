@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import BaseModel, StrictInt, ValidationError
+from pydantic import BaseModel, PositiveInt, StrictInt, ValidationError
 
 from cache2cache.errors import C2CError
-from cache2cache.tasks.base import LETTERS, Question
+from cache2cache.tasks.base import LETTERS, OpenQuestion, Question
+from cache2cache.tasks.metrics import METRICS
 
 _INDEX = {letter: index for index, letter in enumerate(LETTERS)}
+_AnyRow = TypeVar("_AnyRow", bound=BaseModel)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -17,14 +21,32 @@ def read_questions(path: Path) -> list[Question]:
 
     The answer is a letter or an index from 0.
     """
+    return [_own_row(*numbered) for numbered in _lines(path)]
+
+
+def read_open_questions(path: Path) -> list[OpenQuestion]:
+    """The questions of a JSONL file with reference answers: {"question", "references"} in each row.
+
+    Perhaps also "metric" (of `metrics.METRICS`; `exact` otherwise), "max_new_tokens" (64), "id" and "subject".
+    """
+    return [_own_open_row(*numbered) for numbered in _lines(path)]
+
+
+def has_references(path: Path) -> bool:
+    """Whether the first row of a JSONL file has reference answers instead of options."""
+    try:
+        row = json.loads(_lines(path)[0][0])
+    except (ValueError, IndexError):
+        return False  # reading the questions says what is wrong
+    return isinstance(row, dict) and "references" in row
+
+
+def _lines(path: Path) -> list[tuple[str, str, str]]:
+    """The rows that aren't blank: text, place in words, and line number."""
     if not path.is_file():
         raise C2CError(f"no file {path}; expected JSON lines with question, options and answer; check the path")
     with path.open(encoding="utf-8") as lines:
-        return [
-            _own_row(line, f"{path}, line {number}", str(number))
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        return [(line, f"{path}, line {n}", str(n)) for n, line in enumerate(lines, 1) if line.strip()]
 
 
 class _Row(BaseModel):
@@ -35,16 +57,42 @@ class _Row(BaseModel):
     subject: str = ""
 
 
+class _OpenRow(BaseModel):
+    id: str | int | None = None
+    question: str
+    references: tuple[str, ...]
+    metric: str = "exact"
+    max_new_tokens: PositiveInt = 64
+    subject: str = ""
+
+
 def _own_row(line: str, where: str, default_id: str) -> Question:
+    row = _valid(_Row, line, where, '{"question": …, "options": [… , …], "answer": "A" or 0}')
+    answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer, -1)
     try:
-        row = _Row.model_validate_json(line)
-        answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer, -1)
         return Question(str(row.id or default_id), row.question, row.options, answer, row.subject)
+    except C2CError as error:
+        raise C2CError(f"{where}: {error}; mend the row") from error
+
+
+def _own_open_row(line: str, where: str, default_id: str) -> OpenQuestion:
+    row = _valid(_OpenRow, line, where, '{"question": …, "references": […]}')
+    if row.metric not in METRICS:
+        raise C2CError(f"{where}: unknown metric {row.metric!r}; expected one of {', '.join(METRICS)}; mend the row")
+    try:
+        return OpenQuestion(
+            str(row.id or default_id), row.question, row.references, row.metric, row.max_new_tokens, row.subject
+        )
+    except C2CError as error:
+        raise C2CError(f"{where}: {error}; mend the row") from error
+
+
+def _valid(kind: type[_AnyRow], line: str, where: str, expected: str) -> _AnyRow:
+    try:
+        return kind.model_validate_json(line)
     except ValidationError as error:
         first = error.errors()[0]
         raise C2CError(
             f"{where} is no question ({'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']}); "
-            'expected {"question": …, "options": [… , …], "answer": "A" or 0}; mend the row'
+            f"expected {expected}; mend the row"
         ) from error
-    except C2CError as error:
-        raise C2CError(f"{where}: {error}; mend the row") from error

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Sequence
 
+from cache2cache.errors import C2CError
 from cache2cache.tasks.base import LETTERS, Question
 
 # Appended behind the generation prompt when options are compared by the likelihood of their letters.
 ANSWER_PREFIX = "The correct answer is"
+CHINESE_ANSWER_PREFIX = "正确答案是"
 
 
 def option_lines(question: Question) -> str:
@@ -43,22 +47,156 @@ def short_prompt(question: Question) -> str:
     return f"{question.question}\n{option_lines(question)}\nAnswer with the letter."
 
 
+def chinese_prompt(question: Question, cot: bool = False) -> str:
+    """The paper's user turn in Chinese, for C-Eval."""
+    head = f"请准确回答下面的问题：\n\n{question.question}\n\n选项：\n{option_lines(question)}\n\n"
+    if cot:
+        return (
+            f"{head}要求：\n- 仔细阅读问题和所有选项。\n- 请一步一步地思考，并简要说明理由。\n"
+            f"- 最后给出答案，以{CHINESE_ANSWER_PREFIX}开头"
+        )
+    return (
+        f"{head}要求：\n- 仔细阅读问题和所有选项。\n- 选出唯一最正确的答案。\n"
+        f"- 只按以下格式回答：“{CHINESE_ANSWER_PREFIX}{'/'.join(question.letters)}”。\n"
+        f"- 除答案外，不要包含任何解释、其他文字或标点。\n\n{CHINESE_ANSWER_PREFIX}"
+    )
+
+
+def few_shot_prompt(question: Question, dev: Sequence[Question], n: int = 5) -> str:
+    """The paper's few-shot prompt: the first `n` questions of the same subject in `dev` with answers, then this one."""
+    examples = [other for other in dev if other.subject == question.subject and other != question][:n]
+    if len(examples) < n:
+        raise C2CError(
+            f"{n} examples about {question.subject or 'no subject'} were asked for, {len(examples)} are there; "
+            "give fewer, or questions of another split"
+        )
+    about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
+    blocks = [f"{q.question}\n{option_lines(q)}\nAnswer:" for q in (*examples, question)]
+    answered = [f"{block} {q.letter}" for block, q in zip(blocks, examples, strict=False)]
+    return "\n\n".join([f"The following are single choice questions (with answers){about}.", *answered, blocks[-1]])
+
+
 def extract_letter(text: str, n_options: int) -> str | None:
     """The letter that `text` gives as its answer, or None where it gives none, or several.
 
-    In this order: the last "answer is X" (or "答案是X"); a letter that opens the text; the only letter standing alone.
-    Letters are capitals, and the article in "A plant" is none.
+    In this order: what is stated ("the answer is X", "I choose X", "答案是X", \\boxed{X}); a line of nothing but a
+    letter; "X is correct"; a letter that opens the text; the only letter that stands by itself. A list of letters
+    ("A/B/C/D", "A or B") is several, and a letter that is denied ("not A", "B is wrong") is none. Of several that are
+    stated one after the other the last counts where the text corrects itself or concludes. What is thought (before
+    </think>) is not looked at, and a question that the text goes on to ask only if there is no answer before it.
     """
-    letters = LETTERS[:n_options]
-    letter = rf"([{letters}])(?![A-Za-z0-9_'])(?!/[A-Z])"  # "A/B/C/D" only repeats the instruction
-    stated = re.findall(
-        rf"(?i:answer|答案)[^A-Za-z0-9]*(?:(?i:is)|是|为)?[^A-Za-z0-9]*(?:(?i:option)\s+)?{letter}", text
+    plain = _plain(text)
+    for part in dict.fromkeys((_NEXT_QUESTION.split(plain)[0], plain)):
+        listed = _LIST.sub(lambda m: m[0] if len(set(re.findall(r"[A-Z]", m[0]))) == 1 else _SEVERAL, part)
+        told = _DENIED.sub(" ", listed)
+        for find in (_stated, _own_line, _called_right, _opening, _standing_alone):
+            if found := find(told):
+                return found if found in LETTERS[:n_options] else None
+    return None
+
+
+# A list of letters is put together into one sign first.
+_SEVERAL = "§"
+# A letter that may be an option's: no part of a word, a formula ("A + B", "C = 2"), an abbreviation ("B.C.") or a name
+# ("C++"), and neither pronoun nor, as a rule, article ("A plant").
+_FREE = r"(?<![\w'/+*^°])(?<!\w[.-])(?<![+*=^] )"
+_ENDED = r"(?![\w'/+*#^°%]|-\w|\.[A-Z](?![a-z])|[ ]*[=+*^<>])"
+_WORD = r"(?:[AI] (?!(?:is|because|since|as|and|or|but|for|with)\b)[A-Za-z]|I, [a-z])"
+_OPTION = rf"{_FREE}(?!{_WORD})[A-Z]{_ENDED}"
+_MENTION = rf"({_OPTION}|{_SEVERAL})"
+
+_JOIN = r"\s*(?:(?:[,/|&、]|\b(?:and|or|maybe|possibly|perhaps|even|also)\b|和|或|与)\s*)+\(?"
+_LIST = re.compile(rf"{_FREE}[A-Z]\)?(?:{_JOIN}(?!{_WORD})[A-Z](?![\w'])\)?)+", re.A)
+_KIND = r"(?:the\s+)?(?:(?i:options?|choices?|answers?|letters?)|选项)?\s*\(?"
+_DENIED = re.compile(
+    rf"(?:(?i:\b(?:not|isn't|neither|nor|never|eliminated?|exclude|reject|rule\s+out|rather\s+than|instead\s+of))\b"
+    rf"|不是|不选|排除)\s*{_KIND}{_MENTION}\)?(?:,?\s+but\b)?"
+    rf"|{_KIND}{_MENTION}\)?(?:选项|项)?\s*(?:(?:is|are|was|were|does|do|can|could|would)(?:\s+not\b|n't\b)|cannot\b"
+    r"|(?:is|are|was|were)\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|excluded|ruled\s+out|impossible)\b"
+    r"|不|错)",
+    re.A,
+)
+_NEXT_QUESTION = re.compile(
+    r"\n\s*(?:(?:Question|Human|User|Instructions?|Choices|Options|Q\d*)\s*:|Accurately answer|问题|题目|<\|)"
+)
+
+
+def _plain(text: str) -> str:
+    """Without what is thought and markup, full-width letters as plain ones, and a boxed letter as a stated one."""
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].replace("’", "'")
+    text = re.sub(r"\\(?:boxed|fbox)\b|<answer>", " answer: ", text)
+    text = re.sub(
+        r"\\(?:text|textbf|mathrm|mathbf)\b|</?\w+>|\\[()\[\]]|[*`$\"“”{}\[\]§]|(?<!\w)_+|_+(?!\w)|(?<!\w)'|'(?!\w)",
+        " ",
+        text,
     )
-    if stated:
-        return stated[-1]
-    not_article = r"(?![ \t]+[a-z])"
-    opening = re.match(rf"[^A-Za-z0-9]*{letter}{not_article}", text)
-    if opening:
-        return opening.group(1)
-    alone = set(re.findall(rf"(?<![A-Za-z0-9_'/]){letter}{not_article}", text))
-    return alone.pop() if len(alone) == 1 else None
+    text = re.sub(r"(?s)(\bQ\d*\s?:.*?)\bA\d*\s?:", r"\1", text)  # "Q: … A: …"
+    return re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text))  # long runs of space would take long
+
+
+_STATES = (
+    r"(?:(?i:\b(?:answer|ans\b\.?|solution|(?:correct|right|best|final|true)\s+(?:choice|option|one|statement|letter))"
+    r"(?:(?:\s+(?!is\b)[\w'-]+){0,6}?\s+(?:is|was|(?:would|should|must|will)\s+be))?"
+    r"|\b(?:choose|chose|pick|select|selected|say|go(?:ing)?\s+with|opt\s+for))\b|答案|选(?![项出])择?|正确的)"
+)
+_BETWEEN = (
+    r"(?:[^\w.!?;。§]|\b(?i:is|are|be|the|option|choice|letter|answer|most|likely|probably|clearly|definitely|indeed"
+    r"|therefore|thus|simply|only|correct|best|that)\b)*"
+)
+_LOWER = r"\(([a-z])\)|\b([a-z])(?=[.):]?\s*(?:\n|$)|[.):]\s)"  # only where it can be no word
+_NO_WORD = rf"(?!(?:(?<=[:\n])|(?<=[:\n] )|(?=I)){_WORD})"  # "is A plant" means the letter, "Answer: A plant" doesn't
+_STATED = re.compile(
+    rf"{_STATES}{_BETWEEN}(?<![\w'/])(?:({_NO_WORD}[A-Z]|{_SEVERAL}){_ENDED}|{_LOWER})",
+    re.A,
+)
+_TURNS = re.compile(
+    r"\?|(?i:\b(?:no|not|wait|actually|however|but|instead|rather|sorry|correction|mistake|wrong|incorrect|therefore|thus"
+    r"|hence|so|final|finally|conclusion|conclude|overall)\b)|因此|所以|但|不|综上|最终|最后",
+    re.A,
+)
+
+
+def _stated(text: str) -> str:
+    found = [("".join(g or "" for g in m.groups()).upper(), m.end()) for m in _STATED.finditer(text)]
+    single = [(letter, end) for letter, end in found if letter != _SEVERAL] or found
+    if not single or len({letter for letter, _ in single}) == 1:
+        return single[0][0] if single else ""
+    last = single[-1][0]
+    before = max(end for letter, end in single if letter != last)
+    after = min(end for letter, end in single if letter == last and end > before)
+    return last if _TURNS.search(text, before, after) else _SEVERAL
+
+
+def _own_line(text: str) -> str:
+    whole = re.fullmatch(r"\W*([a-z])\W*", text, re.A)
+    return whole[1].upper() if whole else _one(re.findall(rf"^[^\w\n]*{_MENTION}\W*$", text, re.A | re.M))
+
+
+def _called_right(text: str) -> str:
+    right = (
+        rf"{_MENTION}\)?(?:(?:[,.:]\s[^.!?\n]{{1,40}}?)?\s+(?:is|are|was|must\s+be|would\s+be)\s+(?:\w+\s+){{0,2}}?"
+        r"(?i:correct|right|best|true|answer)\b|\s*[:-]\s*(?i:correct|right|true)\b|(?:选项|项)?(?:是|为)?(?:正确|对))"
+    )
+    return _one(re.findall(right, text, re.A))
+
+
+def _opening(text: str) -> str:
+    first = re.match(rf"\W*?{_MENTION}|\W*([a-z])\)\s", text, re.A)
+    letter = (first[1] or first[2].upper()) if first else ""
+    heads = set(re.findall(rf"{_MENTION}[.):]\s", text, re.A))
+    return "" if not letter else letter if heads <= {letter} else _SEVERAL
+
+
+def _standing_alone(text: str) -> str:
+    """The letter mentioned behind nothing, a sign, or a word that points at it: not the one of "Vitamin C"."""
+    pointing = (
+        r"(?:^|[^\w\s]|\n|(?<![A-Za-z])(?i:option|choice|letter|is|be|so|thus|hence|then|because|since|as|to|with|it's|of"
+        r"|for|that|maybe|perhaps|yes|think|believe|guess|therefore|[a-z]+ly))\s*"
+    )
+    return _one(re.findall(rf"{pointing}{_MENTION}", text, re.A))
+
+
+def _one(letters: Sequence[str]) -> str:
+    """The letter that all are, "" for none, and the sign for several."""
+    different = set(letters)
+    return different.pop() if len(different) == 1 else _SEVERAL if different else ""

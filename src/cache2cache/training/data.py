@@ -18,6 +18,7 @@ from ..config import DataSource, TrainConfig
 from ..errors import C2CError
 from ..tasks import Question, load
 from ..tasks.base import read_rows
+from ..tasks.longbench import measured_on
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 
 Messages = tuple[Mapping[str, str], ...]
@@ -206,11 +207,6 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
 
 
 LONGBENCH = "THUDM/LongBench/"
-
-
-def measured_on(row: Mapping[str, Any]) -> bool:
-    """Whether a LongBench row is in the quarter that is not trained on, by the published rule: a hash of its id."""
-    return int(hashlib.sha256(str(row.get("_id")).encode()).hexdigest(), 16) % 4 == 1
 
 
 def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int, where: str) -> list[Example]:

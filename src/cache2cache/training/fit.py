@@ -15,7 +15,7 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser.ridge import Pairs
 from ..pair import C2C
-from .loop import Prepared, fused_inputs, start_run, write_fuser
+from .loop import Prepared, Stores, fused_inputs, one_each, start_run, write_fuser
 from .store import Store
 
 
@@ -29,12 +29,12 @@ class Fitted(Protocol):
 def fit(
     pair: C2C,
     config: TrainConfig,
-    store: Store | None,
+    store: Stores,
     data: Prepared,
     progress: Callable[[int], None] = lambda examples: None,
     receiver_store: Store | None = None,
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """Fit the pair's fuser on a recipe's examples, each read once.
+    """Fit the pair's (only) fuser on a recipe's examples, each read once.
 
     Nothing is written before the fit is done, so an interrupted one leaves nothing and starts again.
 
@@ -44,7 +44,9 @@ def fit(
     Returns:
         The fuser's folder and what the fit measured, a row per kind and layer (also in `log.jsonl`).
     """
-    fuser = pair.fusers[0]
+    if len(pair.sharers) > 1:
+        raise C2CError(f"a fuser is fitted for one sharer, {len(pair.sharers)} were given; fit one for each")
+    fuser, (own,) = pair.fusers[0], one_each(pair, store)
     assert isinstance(fuser, Fitted)
     if not data.holdout:
         raise C2CError("a fitted fuser chooses its penalty on the hold-out, which is empty; set holdout in the recipe")
@@ -52,7 +54,7 @@ def fit(
     began = time.perf_counter()
 
     def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin, inputs in enumerate(fused_inputs(pair, items, store, config.batch_size, receiver_store)):
+        for begin, inputs in enumerate(fused_inputs(pair, items, own, config.batch_size, receiver_store)):
             yield inputs
             progress(min(config.batch_size, len(items) - begin * config.batch_size))
 

@@ -19,12 +19,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import tee
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,11 +35,14 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
-from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled
+from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled, read_start
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
 from .store import Asked, Store
+
+# A pass of its own over the tokens that a batch's prompts all begin with has to save the others that many.
+WORTH = 256
 
 
 @dataclass(frozen=True)
@@ -158,10 +163,13 @@ def response_ids(tokenizer: Any, example: Example) -> list[int]:
     return ids
 
 
+Stores = Store | Sequence[Store] | None  # of a pair's sharers: the only one's, one each, or none
+
+
 def response_loss(
     pair: C2C,
     items: Sequence[Item],
-    store: Store | None,
+    store: Stores,
     per: str = "token",
     half: bool = False,
     receiver_store: Store | None = None,
@@ -170,28 +178,32 @@ def response_loss(
     """Mean negative log-likelihood of the responses on the fused cache, and which examples' tokens were all greedy.
 
     The prompts are prefilled without gradients, the sharer's from the store if there is one; then the receiver reads
-    the last prompt token and the response on top of the fused cache.
+    the last prompt token and the response on top of the fused cache. With several sharers every fuser reads the
+    receiver's clean cache, and the changes are summed.
 
     Args:
-        pair: with one sharer; gradients flow where its fuser has them enabled.
+        pair: gradients flow where its fusers have them enabled.
         items: the batch.
-        store: sharer prefills; None computes them.
+        store: sharer prefills, for several sharers one store each; None computes them.
         per: how tokens are averaged, see `TrainConfig.loss`.
         half: the fuser multiplies in bfloat16 (autocast); its weights and their gradients keep their type.
         receiver_store: the receiver's prefills; None computes them.
-        distill: weight of the divergence from the sharer's next-token distributions, added to each token's loss.
+        distill: weight of the divergence from the (only) sharer's next-token distributions, added to each token's
+            loss.
 
     Returns:
         The loss (), and (B,) bool.
     """
-    receiver, fuser = pair.receiver, pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
+    receiver, whole = pair.receiver, distill > 0
     prompts = [item.prompt for item in items]
     clean = receiver_prefill(pair, prompts, receiver_store)
-    known = sharer_prefill(pair, what_is_read(pair, prompts, whole=distill > 0), store)
-    where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, read_lengths(prompts, whole=distill > 0))
-    with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
-        fused = fuser(clean.kv, known, where.to(receiver.device))
+    fused: KV | None = None
+    for j, (fuser, own) in enumerate(zip(pair.fusers, one_each(pair, store), strict=True)):
+        known = sharer_prefill(pair, what_is_read(pair, prompts, whole, j), own, j)
+        where, _ = where_to_fuse(prompts, j, clean.kv.length, known.length, read_lengths(prompts, whole, j))
+        with torch.autocast(receiver.device.type, torch.bfloat16, enabled=half):
+            fused = fuser(clean.kv, known.to(receiver.device), where.to(receiver.device), fused)
+    assert fused is not None
 
     target = targets(items).to(receiver.device)
     logits = expected(receiver, replace(clean, kv=fused), target)
@@ -247,11 +259,21 @@ def loss_of(logits: Tensor, target: Tensor, per: str, more: Tensor | None = None
     return (nll.sum(1) / real.sum(1)).mean(), greedy
 
 
+def one_each(pair: C2C, store: Stores) -> list[Store | None]:
+    """A store, or None, for each of the pair's sharers."""
+    stores: list[Store | None] = [None] * len(pair.sharers)
+    if store is not None:
+        stores = [store] if isinstance(store, Store) else list(store)
+    if len(stores) != len(pair.sharers):
+        raise C2CError(f"{len(stores)} stores for {len(pair.sharers)} sharers; give one for each, in the same order")
+    return stores
+
+
 def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> Prefilled:
     """The receiver's clean caches of prompts but their last token, from a store of its own or computed."""
     rows = [p.receiver for p in prompts]
     if store is None:
-        return prefill_prompts(pair.receiver, rows)
+        return prefill_prompts(pair.receiver, rows, past=[read_start(pair.receiver, rows, WORTH)] * len(rows))
     return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
 
 
@@ -267,42 +289,48 @@ def check_one_vocabulary(pair: C2C) -> None:
         )
 
 
-def what_is_read(pair: C2C, prompts: Sequence[PromptIds], whole: bool = False) -> Asked:
-    """What training reads of the sharer: the layers that the fuser reads, up to the last mapped token; or `whole`."""
-    layers = pair.fusers[0].sharer_layers
+def what_is_read(pair: C2C, prompts: Sequence[PromptIds], whole: bool = False, j: int = 0) -> Asked:
+    """What training reads of sharer j: the layers that its fuser reads, up to the last mapped token; or `whole`."""
+    layers = pair.fusers[j].sharer_layers
     assert isinstance(layers, Tensor)
     reads = None if whole else (int(layers.min()), int(layers.max()) + 1)
-    return Asked([p.sharers[0] for p in prompts], read_lengths(prompts, whole), layers=reads)
+    return Asked([p.sharers[j] for p in prompts], read_lengths(prompts, whole, j), layers=reads)
 
 
-def read_lengths(prompts: Sequence[PromptIds], whole: bool = False) -> list[int]:
-    """How many tokens of each prompt are read of the sharer's cache."""
-    return [len(p.sharers[0]) for p in prompts] if whole else list(sharer_lengths(prompts, 0))
+def read_lengths(prompts: Sequence[PromptIds], whole: bool = False, j: int = 0) -> list[int]:
+    """How many tokens of each prompt are read of sharer j's cache."""
+    return [len(p.sharers[j]) for p in prompts] if whole else list(sharer_lengths(prompts, j))
 
 
-def sharer_prefill(pair: C2C, asked: Asked, store: Store | None) -> KV:
-    """The sharer's caches, from a store or computed."""
-    sharer = pair.sharers[0]
+def sharer_prefill(pair: C2C, asked: Asked, store: Store | None, j: int = 0) -> KV:
+    """Sharer j's caches, from a store or computed."""
+    sharer = pair.sharers[j]
     if store is not None:
         return store.read(*asked).to(sharer.device)
     assert asked.lengths is not None
     rows = [row[:n] for row, n in zip(asked.rows, asked.lengths, strict=True)]
-    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device))
+    past = [read_start(sharer, rows, WORTH)] * len(rows)
+    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), past=past)
 
 
 @torch.no_grad()
 def fused_inputs(
-    pair: C2C, items: Sequence[Item], store: Store | None, batch_size: int, receiver_store: Store | None = None
+    pair: C2C,
+    items: Sequence[Item],
+    store: Store | None,
+    batch_size: int,
+    receiver_store: Store | None = None,
+    j: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the fuser reads at the positions that are fused, batch by batch: the sharer's (G, N, S), the receiver's
-    (G, N, T)."""
-    fuser = pair.fusers[0]
+    """What fuser j reads at the positions that are fused, batch by batch: the sharer's (G, N, S), the receiver's
+    (G, N, T). `store` is that sharer's."""
+    fuser = pair.fusers[j]
     assert isinstance(fuser, C2CFuser)
     for begin in range(0, len(items), batch_size):
         prompts = [item.prompt for item in items[begin : begin + batch_size]]
         clean = receiver_prefill(pair, prompts, receiver_store)
-        known = sharer_prefill(pair, what_is_read(pair, prompts), store).to(pair.receiver.device)
-        where, _ = where_to_fuse(prompts, 0, clean.kv.length, known.length, read_lengths(prompts))
+        known = sharer_prefill(pair, what_is_read(pair, prompts, j=j), store, j).to(pair.receiver.device)
+        where, _ = where_to_fuse(prompts, j, clean.kv.length, known.length, read_lengths(prompts, j=j))
         yield fuser.inputs(clean.kv, known, where.to(pair.receiver.device))
 
 
@@ -356,7 +384,7 @@ def optimizer_for(trained: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with decay on matrices only; a fuser's gates may have a rate of their own."""
     groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
     for name, parameter in trained.named_parameters():
-        kind = "gates" if name == "gate_logit" else "matrices" if name.endswith("weight") else "vectors"
+        kind = "gates" if name.endswith("gate_logit") else "matrices" if name.endswith("weight") else "vectors"
         groups[kind].append(parameter)
     return torch.optim.AdamW(
         [
@@ -413,13 +441,14 @@ class Objective(nn.Module):
 
 
 class FuserObjective(Objective):
-    """`response_loss` of a pair's fuser.
+    """`response_loss` of a pair: what is trained is its fuser, or all of its fusers together.
 
     Args:
         pair, store, half, receiver_store, distill: as for `response_loss`; the last one counts in training only.
 
     Raises:
-        C2CError: several sharers; distillation between models of unlike vocabularies.
+        C2CError: distillation between models of unlike vocabularies, or from several sharers; several sharers that are
+            fused in sequence, or more or fewer stores.
     """
 
     folder = "fuser"
@@ -427,56 +456,76 @@ class FuserObjective(Objective):
     def __init__(
         self,
         pair: C2C,
-        store: Store | None,
+        store: Stores,
         half: bool,
         receiver_store: Store | None = None,
         distill: float = 0.0,
     ) -> None:
-        if len(pair.sharers) != 1:
-            raise C2CError(
-                f"training takes one sharer at a time, {len(pair.sharers)} were given; train a fuser for each"
-            )
+        several = len(pair.sharers) > 1
+        if several and distill:
+            raise C2CError(f"distill is towards one sharer, {len(pair.sharers)} were given; leave it out")
+        if several and pair.mode != "parallel":
+            raise C2CError(f"several fusers are trained in the mode parallel, the pair's is {pair.mode}")
         if distill:
             check_one_vocabulary(pair)
         super().__init__()
-        self.trained = pair.fusers[0]
-        self.frozen = {"receiver": pair.receiver.model, "sharer": pair.sharers[0].model}
+        self.trained = pair.fusers if several else pair.fusers[0]
+        # A module list, so that models which are the same one count once.
+        self.frozen = {
+            "receiver": pair.receiver.model,
+            "sharers": nn.ModuleList(sharer.model for sharer in pair.sharers),
+        }
         self.pair, self.store, self.in_half = pair, store, half
+        self.stores = one_each(pair, store)
         self.receiver_store, self.distill = receiver_store, distill
 
     @property
-    def fuser(self) -> C2CFuser:
-        assert isinstance(self.trained, C2CFuser)
-        return self.trained
+    def fusers(self) -> list[C2CFuser]:
+        return [fuser for fuser in self.pair.fusers if isinstance(fuser, C2CFuser)]
 
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         distill = self.distill if self.training else 0.0
         loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half, self.receiver_store, distill)
-        if torch.is_grad_enabled() and not loss.requires_grad:  # no position was fused: the gradient is zero
-            loss = loss + 0.0 * sum(p.sum() for p in self.trained.parameters())
+        if torch.is_grad_enabled():
+            for j, fuser in enumerate(self.fusers):
+                if not any(sharer_lengths([item.prompt for item in items], j)):  # nothing to fuse: the gradient is zero
+                    loss = loss + 0.0 * sum(p.sum() for p in fuser.parameters())
         return loss, greedy
 
     def start(self, config: TrainConfig, data: Prepared) -> None:
-        prompts, ridge = data.train[: config.calibration_prompts], self.fuser.config.projection_init == "ridge"
-        if not (ridge or self.fuser.config.normalize):
-            return
-        groups = [[p for i, p in enumerate(prompts) if i % 5], prompts[::5]] if ridge else [prompts]
-        read = [list(fused_inputs(self.pair, some, self.store, 16, self.receiver_store)) for some in groups]
-        if self.fuser.config.normalize:
-            calibrate(self.fuser, (piece for pieces in read for piece in pieces))
-        if ridge:
-            start_from_ridge(self.fuser, *read)
+        prompts = data.train[: config.calibration_prompts]
+        for j, (fuser, store) in enumerate(zip(self.fusers, self.stores, strict=True)):
+            ridge = fuser.config.projection_init == "ridge"
+            if not (ridge or fuser.config.normalize):
+                continue
+            groups = [[p for i, p in enumerate(prompts) if i % 5], prompts[::5]] if ridge else [prompts]
+            read = [list(fused_inputs(self.pair, some, store, 16, self.receiver_store, j)) for some in groups]
+            if fuser.config.normalize:
+                calibrate(fuser, (piece for pieces in read for piece in pieces))
+            if ridge:  # each predicts the receiver's cache, so each goes its part of the way there
+                start_from_ridge(fuser, read[0], read[1], share=1 / len(self.fusers))
 
     def set_progress(self, step: int) -> None:
-        self.fuser.set_progress(step)
+        for fuser in self.fusers:
+            fuser.set_progress(step)
 
     def after_step(self) -> dict[str, Any]:
-        return {"gates_open": int(self.fuser.open_gates.sum())}
+        """Over all fusers: how many gates are open, and the mean of the dynamic weights that this process computed."""
+        totals, counts = zip(*(fuser.take_weights() for fuser in self.fusers), strict=True)
+        weight = {"mean_weight": sum(totals) / sum(counts)} if sum(counts) else {}
+        return {"gates_open": sum(int(fuser.open_gates.sum()) for fuser in self.fusers), **weight}
 
     def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-        if self.store is None:
+        stores = [store for store in self.stores if store is not None]
+        if not stores:
             return batches
-        return self.store.ahead(batches, lambda b: what_is_read(self.pair, [i.prompt for i in b], self.distill > 0))
+        # All read ahead of the same batch: each has its turn when the last of them yields.
+        copies = zip(stores, tee(batches, len(stores)), strict=True)
+        turns = [store.ahead(copy, partial(self._asked, j)) for j, (store, copy) in enumerate(copies)]
+        return (batch for batch, *_ in zip(*turns, strict=True))
+
+    def _asked(self, j: int, batch: Sequence[Item]) -> Asked:
+        return what_is_read(self.pair, [item.prompt for item in batch], self.distill > 0, j)
 
     def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
         return write_fuser(self.pair, config, data, measured)
@@ -506,7 +555,8 @@ class Best:
 
 
 class Trainer:
-    """One training run in a folder: resumes from `checkpoint.pt` there, leaves the fuser in `fuser/`.
+    """One training run in a folder: resumes from `checkpoint.pt` there, leaves the fuser in `fuser/` (several in
+    folders 0, 1, … of it).
 
     `log.jsonl` has a line per step and per evaluation; `recipe.json` the configuration that a resumed run must share.
     Every process of a run has a trainer of its own; the first one writes.
@@ -516,13 +566,18 @@ class Trainer:
         self,
         what: C2C | Objective,
         config: TrainConfig,
-        store: Store | None,
+        store: Stores,
         data: Prepared,
         receiver_store: Store | None = None,
     ) -> None:
-        """`what` is trained: the fuser of a pair, whose models' prefills may be read from stores, or an objective of
-        its own."""
+        """`what` is trained: the fusers of a pair, whose models' prefills may be read from stores (`store` is that of
+        the sharer, or one for each of several), or an objective of its own."""
         if isinstance(what, C2C):
+            if len(what.sharers) != len(config.sharers):
+                raise C2CError(
+                    f"the pair has {len(what.sharers)} sharers, the recipe names {len(config.sharers)}; give both the "
+                    "same number"
+                )
             what = FuserObjective(what, store, in_half(config, what.receiver.device), receiver_store, config.distill)
         self.objective, self.trained, self.config, self.data = what, what.trained, config, data
         self.output = config.output
@@ -658,7 +713,12 @@ class Trainer:
     # ---- several processes --------------------------------------------------------------------------------------
 
     def _check_processes(self) -> None:
-        processes = self.accelerator.num_processes
+        processes, kind = self.accelerator.num_processes, self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise C2CError(
+                f"the launcher asks for {kind.value}, which would shard what is trained, the small part, and leave the "
+                "frozen models whole; start it with --multi_gpu alone, see docs/training.md"
+            )
         if processes > 1 and self.accelerator.device.type != self.device.type:
             raise C2CError(
                 f"{processes} processes train on {self.accelerator.device.type}, the receiver is on "
@@ -806,12 +866,15 @@ def start_run(config: TrainConfig) -> bool:
 
 
 def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
-    """Write the pair's fuser into `fuser/` of the run, with what it was made from and the ids of the examples."""
-    fuser, folder = pair.fusers[0], config.output / "fuser"
-    assert isinstance(fuser, C2CFuser)
+    """Write the pair's fuser into `fuser/` of the run, several into `fuser/0`, `fuser/1`, … as `save_pretrained` does,
+    with what they were made from and the ids of the examples."""
+    folder = config.output / "fuser"
     training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
-    checkpoint.save(fuser, folder, dtype=getattr(torch, config.weights_on_disk), training=training)
-    write_ids(folder, data)
+    for j, fuser in enumerate(pair.fusers):
+        assert isinstance(fuser, C2CFuser)
+        place = folder / str(j) if len(pair.fusers) > 1 else folder
+        checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training)
+        write_ids(place, data)
     return folder
 
 

@@ -18,10 +18,10 @@ class Plan:
     """Sizes in bytes, for one process; times in seconds.
 
     Attributes:
-        parameters: of the fuser.
+        parameters: of what is trained.
         steps: of the whole run.
-        receiver, sharer: the weights of the frozen models.
-        fuser: weights, gradients and AdamW's two moments.
+        receiver, sharers: the weights of the frozen models.
+        fuser: what is trained: weights, gradients and AdamW's two moments.
         activations: what the largest part of a batch keeps for its backward pass, measured.
         seconds_per_step, seconds: of a step on average, and of all steps and evaluations.
         checkpoint, weights: what will be written, the checkpoint and the fuser.
@@ -31,7 +31,7 @@ class Plan:
     parameters: int
     steps: int
     receiver: int
-    sharer: int
+    sharers: int
     fuser: int
     activations: int
     seconds_per_step: float
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def memory(self) -> int:
-        return self.receiver + self.sharer + self.fuser + self.activations
+        return self.receiver + self.sharers + self.fuser + self.activations
 
 
 def plan(trainer: Trainer) -> Plan:
@@ -75,7 +75,7 @@ def plan(trainer: Trainer) -> Plan:
         parameters=parameters,
         steps=trainer.steps,
         receiver=_bytes(frozen["receiver"]),
-        sharer=_bytes(frozen["sharer"]) if "sharer" in frozen else 0,
+        sharers=_bytes(frozen["sharers"]) if "sharers" in frozen else 0,
         fuser=16 * parameters,
         activations=activations,
         seconds_per_step=epoch_seconds / steps_per_epoch,

@@ -19,27 +19,29 @@ from .store import Store
 
 def precompute(
     config: TrainConfig, *, precision: str, dtype: str, max_bytes: int, batch_tokens: int, dry_run: bool = False
-) -> Store | None:
-    """Compute every prefill that the recipe's training will read. Returns the sharer's store; None after a dry run."""
+) -> None:
+    """Compute every prefill that the recipe's training will read."""
     if config.method == "single":
         raise C2CError("method single has no sharer, so there is nothing to precompute; train at once")
-    assert config.store is not None
     console = Console(stderr=True)
-    sharer = load_lm(config.sharer, None, **({} if dtype == "auto" else {"dtype": dtype}))
-    store = Store(config.store, sharer, precision)
-    same = config.receiver == config.sharer  # which reads nothing here, so that the dtype doesn't matter
-    pair = C2C.from_models(sharer if same else load_lm(config.receiver), sharer, config.fuser)
+    sharers = [load_lm(spec, None, **({} if dtype == "auto" else {"dtype": dtype})) for spec in config.sharers]
+    stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]
+    # A receiver that is a sharer too reads nothing here, so that its dtype doesn't matter.
+    same = [lm for spec, lm in zip(config.sharers, sharers, strict=True) if spec == config.receiver]
+    pair = C2C.from_models(same[0] if same else load_lm(config.receiver), sharers, config.fuser)
     data = prepare(pair, config)
     # An example that weights repeat counts once.
     prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())
     console.print(f"{len(prompts)} prompts, {data.truncation}")
-    work = [(store, sharer, [list(p.sharers[0]) for p in prompts])]
+    work = [
+        (store, sharer, [list(p.sharers[j]) for p in prompts])
+        for j, (store, sharer) in enumerate(zip(stores, sharers, strict=True))
+    ]
     if config.receiver_store is not None:
         own = Store(config.receiver_store, pair.receiver, precision)
         work.append((own, pair.receiver, [list(p.receiver) for p in prompts]))
     for place, lm, rows in work:
         _fill(console, place, lm, rows, max_bytes=max_bytes, batch_tokens=batch_tokens, dry_run=dry_run)
-    return None if dry_run else store
 
 
 def _fill(

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file, overridden by KEY=VALUE settings, checked into a `TrainConfig`."""
+"""Recipes: a YAML file, overridden by KEY=VALUE settings, checked into the configuration of a run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ..config import TrainConfig
+from ..config import COUNTS, TrainConfig
 from ..errors import C2CError
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
-    """A recipe with settings such as `epochs=2`, `fuser.hidden_dim=64` or `data.0.limit=100` put over it.
+    """A training recipe with settings such as `epochs=2`, `fuser.hidden_dim=64` or `data.0.limit=100` put over it.
 
     Raises:
         C2CError: an unreadable file, an unknown key (with a suggestion), a value that doesn't fit.
     """
+    return checked(TrainConfig, with_settings(read_yaml(path), settings), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a recipe, as they are written."""
     try:
         recipe = yaml.safe_load(path.read_bytes())
     except OSError as error:
@@ -32,7 +39,12 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
     except yaml.YAMLError as error:
         raise C2CError(f"{path} is no valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
-        raise C2CError(f"{path} holds {type(recipe).__name__}; expected keys and values of a training run")
+        raise C2CError(f"{path} holds {type(recipe).__name__}; expected keys and values of a run")
+    return recipe
+
+
+def with_settings(recipe: dict[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """The recipe, changed in place, with KEY=VALUE settings over it."""
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -41,10 +53,15 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
             _put(recipe, key.split("."), yaml.safe_load(value), setting)
         except yaml.YAMLError as error:
             raise C2CError(f"the value of the setting {setting!r} is no valid YAML; quote it") from error
+    return recipe
+
+
+def checked(model: type[Config], recipe: dict[str, Any], where: str) -> Config:
+    """The configuration that a recipe's keys and values give; `where` they come from begins an error."""
     try:
-        return TrainConfig.model_validate(recipe)
+        return model.model_validate(recipe)
     except ValidationError as error:
-        raise C2CError(f"{path}: {_explain(error)}") from error
+        raise C2CError(f"{where}: {_explain(error, model)}") from error
 
 
 def _put(recipe: dict[str, Any], path: Sequence[str], value: Any, setting: str) -> None:
@@ -74,7 +91,7 @@ class Key:
     """A key of a recipe as it is written there, `N` being the number of a list's entry.
 
     Attributes:
-        name: with the keys above it, as `fuser.hidden_dim`.
+        name: with the keys above it, as `fuser.hidden_dim`; `[.N]` where one may stand for a list of one.
         type: as in the source of `TrainConfig`.
         default: as in YAML; "" for a key that has to be given.
         description: what it means, with its bounds.
@@ -92,7 +109,7 @@ def keys(model: type[BaseModel] = TrainConfig, above: str = "") -> Iterator[Key]
     for name, field in model.model_fields.items():
         kind, entry = _nested(field)
         if kind is not None:
-            yield from keys(kind, f"{above}{name}.{entry}")
+            yield from keys(kind, f"{above}{name}{entry}.")
             continue
         bounds = [f"{sign} {getattr(m, k)}" for m in field.metadata for k, sign in _BOUNDS.items() if hasattr(m, k)]
         limits = f" ({', '.join(bounds)})" if bounds else ""
@@ -104,27 +121,44 @@ _BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _nested(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
-    """The configuration whose keys a field takes, and "N." where it takes a list of them."""
-    if not field.is_required() and not isinstance(field.default, BaseModel):
+    """The configuration whose keys a field takes; ".N" where it takes a list of them, "[.N]" where one or a list."""
+    entries = field.default if isinstance(field.default, list) else [field.default]
+    if not field.is_required() and not all(isinstance(entry, BaseModel) for entry in entries):
         return None, ""  # one that may be left out altogether, which nobody writes
-    kinds = (field.annotation, *get_args(field.annotation))
-    found = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-    return found, "N." if get_origin(field.annotation) is list else ""
+    found = next(_models(field), None)
+    lists = get_origin(field.annotation) is list
+    return found, ".N" if lists else "[.N]" if field.annotation is not found else ""
+
+
+def _models(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """The configurations that a field's type names."""
+    waiting: list[Any] = [field.annotation]
+    while waiting:
+        kind = waiting.pop(0)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield kind
+        waiting += get_args(kind)
 
 
 def _as_yaml(value: Any) -> str:
-    value = value.as_posix() if isinstance(value, Path) else value
+    if isinstance(value, (list, Path)):
+        value = [_plain(v) for v in value] if isinstance(value, list) else _plain(value)
     return str(yaml.safe_dump(value, default_flow_style=True)).removesuffix("\n").removesuffix("\n...")
 
 
-def _explain(error: ValidationError) -> str:
+def _plain(value: Any) -> Any:
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     errors = error.errors()
     # A misspelt key comes first: what it leaves unset is an error of its own.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    place = ".".join(map(str, first["loc"]))
+    keys = [key for key in first["loc"] if key not in COUNTS]
+    place = ".".join(map(str, keys))
     if first["type"] == "extra_forbidden":
-        known = _fields(TrainConfig, first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        known = _fields(model, keys[:-1])
+        close = difflib.get_close_matches(str(keys[-1]), known, n=1)
         return f"unknown key {place}; " + (
             f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
         )
@@ -137,6 +171,5 @@ def _fields(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
         field = model.model_fields.get(str(name))
         if field is None:
             continue  # an index into a list
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+        model = next(_models(field), model)
     return list(model.model_fields)

@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import C2CError
-from ..kv import KV, Read, pad_left, prefill
+from ..kv import KV, pad_left, prefill, read_start
 from ..models.load import LM
 from ..packing import dequantize, quantize
 from ..pair import identity
@@ -416,11 +416,7 @@ class Store:
         tensors = {"kv": torch.empty(sum(map(len, prompts)), *width, dtype=torch.int8 if int8 else torch.bfloat16)}
         if int8:
             tensors |= {name: torch.empty(len(prompts), *width) for name in ("low", "scale")}
-        # What all prompts begin with, the system message mostly, is computed once.
-        common = _common_start(prompts) if len(prompts) > 1 else []
-        read = None
-        if common:
-            read = Read(common, prefill(sharer, *pad_left([common], sharer.pad_token_id, sharer.device)))
+        read = read_start(sharer, prompts)
         entries, start, begin = [], 0, 0
         while begin < len(prompts):
             size = max(1, batch_tokens // len(prompts[begin]))  # the first is the longest
@@ -452,12 +448,6 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
-
-
-def _common_start(prompts: Sequence[list[int]]) -> list[int]:
-    """The tokens that all prompts begin with."""
-    first, last = min(prompts), max(prompts)  # in the order of dictionaries, where the others lie between
-    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
 def _name(dtype: torch.dtype) -> str:

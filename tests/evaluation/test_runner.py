@@ -13,8 +13,10 @@ import torch
 from cache2cache import C2C, C2CError
 from cache2cache.alignment.chat import render
 from cache2cache.decode import score
-from cache2cache.evaluation import likelihood
-from cache2cache.evaluation.likelihood import WRITTEN, Answer, evaluate, fuse_others, with_others_cache
+from cache2cache.evaluation import asking, runner
+from cache2cache.evaluation.answers import Answer
+from cache2cache.evaluation.controls import fuse_others, next_rows, rows_of, with_others_cache
+from cache2cache.evaluation.runner import batches_of, evaluate
 from cache2cache.evaluation.writing import Written
 from cache2cache.kv import CACHE, KV, pad_left, prefill, prefill_prompts
 from cache2cache.methods import METHODS as streaming
@@ -126,7 +128,10 @@ def caches_of(pair: C2C, prompts: list[PromptIds]) -> KV:
 
 
 def control(pair: C2C, prompts: list[PromptIds], cache: KV) -> FusedCache:
-    return fuse_others(pair, prompts, prefill_prompts(pair.receiver, [p.receiver for p in prompts]), cache)
+    turned = next_rows(len(prompts))
+    theirs = rows_of([(cache, [len(p.sharers[0]) for p in prompts])], turned)
+    clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
+    return fuse_others(pair, prompts, [prompts[i] for i in turned], clean, theirs)
 
 
 def test_the_control_reads_the_next_question_alone() -> None:
@@ -181,7 +186,7 @@ def test_the_last_tokens_keep_their_partners() -> None:
 
 
 def test_a_single_question_has_no_other(questions: list[Question], tmp_path: Path) -> None:
-    with pytest.raises(C2CError, match="the control needs another question; give at least two"):
+    with pytest.raises(C2CError, match="the control other needs another question; give at least two"):
         evaluate(pair_of(), "own", questions[:1], tmp_path / "samples.jsonl")
     assert len(evaluate(pair_of(), "own", questions[:1], tmp_path / "s.jsonl", methods=["receiver", "c2c"])) == 2
 
@@ -190,7 +195,7 @@ def test_no_batch_holds_a_single_question() -> None:
     for count in range(2, 70):
         items: list[Any] = list(range(count))
         for size in range(2, 20):
-            made = likelihood.batches_of(items, size)
+            made = batches_of(items, size)
             assert [i for batch in made for i in batch] == items
             assert all(2 <= len(batch) <= max(size, 3) for batch in made)
             assert max(map(len, made)) - min(map(len, made)) <= 1
@@ -212,13 +217,13 @@ def test_a_cut_samples_file_is_completed(
         path.write_bytes(whole[:cut])
         again = evaluate(pair, "own", questions, path, batch_size=4)
         assert path.read_bytes() == whole
-        assert sorted(again, key=str) == sorted(once, key=str)
+        assert again == once
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("samples.jsonl", "questions.jsonl")] == []
 
     def never(*_: Any) -> None:
         raise AssertionError("everything has been answered")
 
-    monkeypatch.setattr(likelihood, "_answer", never)
+    monkeypatch.setattr(runner, "_answered", never)
     assert len(evaluate(pair, "own", questions, path, batch_size=4)) == 36
 
 
@@ -282,9 +287,6 @@ def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
         evaluate(pair, "own", questions, path, methods=["skip"], skip=2.0)
     with pytest.raises(C2CError, match="two questions of own have the same id"):
         evaluate(pair, "own", [questions[0], replace(questions[1], id=questions[0].id)], path)
-    both = C2C(pair.receiver, [pair.sharers[0]] * 2, [pair.fusers[0]] * 2)  # type: ignore[list-item]
-    with pytest.raises(C2CError, match="a pair with one sharer, 2 were given"):
-        evaluate(both, "own", questions, path)
     assert not path.exists()
     for content in ('{"other": 1}\n', "text\n", "[]\n", json.dumps([1]) + "\n"):
         path.write_text(content)
@@ -293,12 +295,6 @@ def test_wrong_input(questions: list[Question], tmp_path: Path) -> None:
         ):
             evaluate(pair, "own", questions, path)
         assert path.read_text() == content
-
-
-def test_a_published_token_map_is_refused(questions: list[Question], tmp_path: Path) -> None:
-    pair = pair_of("qwen3", "qwen2", token_map="first")
-    with pytest.raises(C2CError, match="token map 'first' doesn't let the sharer read its own tokens"):
-        evaluate(pair, "own", questions, tmp_path / "samples.jsonl")
 
 
 # ---- from a store ---------------------------------------------------------------------------------------------------
@@ -390,27 +386,35 @@ def test_a_store_that_would_grow_too_large(questions: list[Question], tmp_path: 
 @pytest.fixture
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models hardly ever come to an end."""
-    for module in (likelihood, text_to_text):
+    for module in (asking, text_to_text):
         monkeypatch.setattr(module, "MAX_MESSAGE_TOKENS", 12)
-    monkeypatch.setattr(likelihood, "MAX_NEW_TOKENS", 16)
+
+
+WRITTEN: dict[str, Any] = {"methods": ["receiver", "text"], "answers": "both", "max_new_tokens": 16}
 
 
 @pytest.mark.usefixtures("brief")
 def test_written_answers_are_those_of_one_by_one(questions: list[Question], tmp_path: Path) -> None:
-    """As the streaming methods of `cache2cache.methods` write, question by question."""
-    pair, questions = pair_of(), questions[:5]
-    answers = evaluate(pair, "own", questions, tmp_path / "s.jsonl", methods=WRITTEN, prompt="short", batch_size=4)
+    """As the streaming methods of `cache2cache.methods` write, question by question; in every form and from fused
+    caches too."""
+    pair, questions = pair_of(gate_init=1.0), questions[:5]
+    methods = ["receiver", "sharer", "c2c", "text", "text-options", "text-answer"]
+    options: dict[str, Any] = {"methods": methods, "answers": "both", "max_new_tokens": 16}
+    answers = evaluate(pair, "own", questions, tmp_path / "s.jsonl", prompt="short", batch_size=4, **options)
+    assert len(answers) == 5 * 6 * 2
     for question in questions:
         ask = Ask.of(question)
-        mine = by_method(answers, "receiver-generate")[question.id]
-        *_, alone = streaming["receiver"](pair, ask, 16)
-        assert mine.text == alone.text and mine.logprobs == []
-        letter = extract_letter(alone.text, len(question.options))
-        assert mine.choice == (-1 if letter is None else question.letters.index(letter))
-        assert mine.correct == (mine.choice == question.answer)
-        relayed = by_method(answers, "text")[question.id]
+        for method in methods:
+            mine = by_method([a for a in answers if a.answers == "generation"], method)[question.id]
+            *_, alone = streaming[method](pair, ask, 16)
+            assert mine.text is not None and mine.text.rstrip("\ufffd") == alone.text.rstrip("\ufffd"), method
+            assert mine.logprobs == [] and (mine.tokens or 0) <= alone.new_tokens <= (mine.tokens or 0) + 1
+            letter = extract_letter(alone.text, len(question.options))
+            assert mine.choice == (-1 if letter is None else question.letters.index(letter))
+            assert mine.correct == (mine.choice == question.answer)
+        relayed = by_method([a for a in answers if a.answers == "likelihood"], "text")[question.id]
         *_, told = streaming["text"](pair, ask, 1)
-        assert relayed.text == told.message
+        assert relayed.message == told.message and relayed.text is None
         chat = [
             {"role": "user", "content": BACKGROUND.format(question=question.question)},
             {"role": "assistant", "content": told.message},
@@ -426,21 +430,29 @@ def test_an_answer_in_words_is_right_or_wrong(
     questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = iter(["The correct answer is A.", "No idea.", "C"] * 3)
-    monkeypatch.setattr(likelihood, "write", lambda lm, rows, n: [Written([], next(texts), True) for _ in rows])
+    monkeypatch.setattr(asking, "write_on", lambda lm, state, n: [Written([], next(texts), True) for _ in n])
     answers = evaluate(pair_of(), "own", questions, tmp_path / "s.jsonl", methods=["receiver-generate"], batch_size=9)
     assert [a.choice for a in answers] == [0, -1, 2] * 3
+    assert {(a.method, a.answers) for a in answers} == {("receiver", "generation")}
     right = {q.id: q.answer for q in questions}
     assert [a.correct for a in answers] == [a.choice == right[a.id] for a in answers]
     assert not any(a.correct for a in answers if a.choice == -1) and any(a.correct for a in answers)
 
 
 @pytest.mark.usefixtures("brief")
-def test_written_answers_are_completed(questions: list[Question], tmp_path: Path) -> None:
+def test_written_answers_are_completed(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a message that is known isn't written again."""
     pair, path = pair_of(), tmp_path / "samples.jsonl"
-    once = evaluate(pair, "own", questions[:4], path, batch_size=2, methods=WRITTEN)
+    once = evaluate(pair, "own", questions[:4], path, batch_size=2, **WRITTEN)
     whole = path.read_bytes()
-    assert whole.count(b"\n") == 8
+    assert whole.count(b"\n") == 16
     for cut in (len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:cut])
-        again = evaluate(pair, "own", questions[:4], path, batch_size=2, methods=WRITTEN)
-        assert path.read_bytes() == whole and sorted(again, key=str) == sorted(once, key=str)
+        again = evaluate(pair, "own", questions[:4], path, batch_size=2, **WRITTEN)
+        assert path.read_bytes() == whole and again == once
+    likely = [line for line in whole.splitlines(keepends=True) if b"likelihood" in line]
+    path.write_bytes(b"".join(likely))
+    monkeypatch.setattr(asking, "write", lambda *_: pytest.fail("the messages are known"))
+    assert evaluate(pair, "own", questions[:4], path, batch_size=2, **WRITTEN) == once and path.read_bytes() == whole

@@ -1,0 +1,347 @@
+"""A load on the server: many clients at once against the same requests one at a time; and one that misbehaves.
+
+python benchmarks/serve.py                                  # the default pair, 32 clients × 4 requests
+python benchmarks/serve.py --clients 4 --requests 2         # fewer
+python benchmarks/serve.py --chaos 1000 --fuser FOLDER …    # random cancellations, disconnects and malformed bodies
+
+The load: prompts of mixed lengths up to 64 tokens, 128 new tokens, greedy, half of the requests streaming. Every answer
+is compared with the library's own to the same chat. Reported: requests lost, answers that differ, throughput over that
+of one at a time, time to first token under load. Then a second turn behind a history of 1,000 tokens: its time to first
+token over the prefill of its new tokens alone, and whether its tokens are those without reuse.
+
+The chaos: nothing may be lost, stuck or answered with the wrong code, and memory is back within 5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import measure
+
+from cache2cache.cli.options import load_pair
+from cache2cache.kv import prefill_prompts
+from cache2cache.pair import C2C
+from cache2cache.serving.engine import EngineError, Finished, Job, Limits, PairEngine, PairSpec, Piece, Started
+
+WORDS = [
+    "iron",
+    "water",
+    "light",
+    "stone",
+    "river",
+    "metal",
+    "plant",
+    "heat",
+    "salt",
+    "glass",
+    "wood",
+    "sand",
+    "wind",
+    "ice",
+    "fire",
+]
+
+
+def prompts(pair: C2C, count: int, seed: int) -> list[list[dict[str, str]]]:
+    """Chats of mixed lengths, up to 64 tokens of the receiver."""
+    drawn, chats = random.Random(seed), []
+    while len(chats) < count:
+        words = " ".join(drawn.choices(WORDS, k=drawn.randint(3, 40)))
+        chat = [{"role": "user", "content": f"Number {len(chats)}: tell me about {words}."}]
+        if len(pair.encode(chat).receiver) <= 64:
+            chats.append(chat)
+    return chats
+
+
+# ---- HTTP, with what misbehaving takes -------------------------------------------------------------------------------
+
+
+async def request(address: str, raw: bytes, *, leave_after: float | None = None) -> tuple[int, bytes, float | None]:
+    """Status, body and seconds to the first piece of a stream; status 0 if this client left."""
+    host, port = address.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    began, first = time.perf_counter(), None
+    try:
+        head = (
+            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        )
+        writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        await writer.drain()
+        if leave_after is not None:
+            await asyncio.sleep(leave_after)
+            return 0, b"", None
+        answer = b""
+        while piece := await asyncio.wait_for(reader.read(65536), 600):
+            answer += piece
+            if first is None and b'"content":"' in answer.partition(b"\r\n\r\n")[2].replace(b'"content":""', b""):
+                first = time.perf_counter() - began
+        top, _, body = answer.partition(b"\r\n\r\n")
+        if b"chunked" in top.lower():
+            body = unchunked(body)
+        return int(top.split(maxsplit=2)[1]), body, first
+    finally:
+        writer.close()
+
+
+def unchunked(body: bytes) -> bytes:
+    out = b""
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        out, body = out + body[: int(size, 16)], body[int(size, 16) + 2 :]
+    return out
+
+
+def text_of(body: bytes, stream: bool) -> str:
+    if not stream:
+        return str(json.loads(body)["choices"][0]["message"]["content"])
+    events = body.decode().split("\n\n")
+    if events[-2:] != ["data: [DONE]", ""]:
+        raise ValueError("the stream has no end")
+    chunks = [json.loads(event[6:]) for event in events[:-2]]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def start(engine: PairEngine, **settings: Any) -> tuple[Any, str]:
+    """The server in a thread, and its address."""
+    import threading
+
+    from cache2cache.serving import openai
+
+    up, found = threading.Event(), {}
+
+    def ready(address: str) -> None:
+        found["address"] = address
+        up.set()
+
+    def run() -> None:
+        openai.serve(
+            [engine],
+            "127.0.0.1",
+            0,
+            ready=ready,
+            make=lambda: openai.make_app([engine], **settings),
+            on_server=lambda server: found.update(server=server),
+        )
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while not up.wait(1):
+        if not thread.is_alive():
+            raise SystemExit("the server didn't start")
+    return found["server"], found["address"]
+
+
+# ---- the load --------------------------------------------------------------------------------------------------------
+
+
+async def load(address: str, chats: list[Any], clients: int, new: int) -> tuple[list[Any], float]:
+    """Every client asks its share, one request after the other; half of the requests stream."""
+    results: list[Any] = [None] * len(chats)
+
+    async def client(number: int) -> None:
+        for i in range(number, len(chats), clients):
+            stream = (i // clients + i) % 2 == 0
+            asked = {"model": "pair", "messages": chats[i], "max_tokens": new, "temperature": 0, "stream": stream}
+            status, body, first = await request(address, json.dumps(asked).encode())
+            results[i] = (status, text_of(body, stream) if status == 200 else body, first)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client(number) for number in range(clients)))
+    return results, time.perf_counter() - began
+
+
+def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespace) -> dict[str, Any]:
+    chats = prompts(pair, args.clients * args.requests, args.seed)
+    results, together = asyncio.run(load(address, chats, args.clients, args.new))
+    sample = range(0, len(chats), max(1, len(chats) // args.alone))
+    began = time.perf_counter()
+    alone = {i: str(pair.chat(chats[i], max_new_tokens=args.new, do_sample=False)) for i in sample}
+    one_by_one = (time.perf_counter() - began) / len(alone) * len(chats)
+    lost = sum(result is None or result[0] != 200 for result in results)
+    firsts = sorted(first for _, _, first in results if first is not None)
+    return {
+        "requests": len(chats),
+        "clients": args.clients,
+        "new_tokens": args.new,
+        "lost": lost,
+        "compared": len(alone),
+        "different": sum(results[i][1] != text for i, text in alone.items()),
+        "seconds": together,
+        "one_at_a_time_seconds": one_by_one,
+        "throughput_ratio": one_by_one / together,
+        "first_token_s": {"median": median(firsts), "worst": firsts[-1]} if firsts else {},
+    }
+
+
+def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
+    """A second turn: time to first token against the prefill of what is new, and its tokens with and without reuse."""
+
+    async def ask(chat: list[Any], new: int) -> tuple[str, float, int, int]:
+        began, first, text, started = time.perf_counter(), 0.0, "", None
+        async for event in engine.submit(Job(chat, max_tokens=new)):
+            if isinstance(event, Started):
+                started = event
+            elif isinstance(event, Piece):
+                first, text = first or time.perf_counter() - began, text + event.text
+        assert started is not None
+        return text, first, started.prompt_tokens, started.reused
+
+    words = random.Random(0).choices(WORDS, k=history)
+    while len(pair.encode([{"role": "user", "content": " ".join(words)}]).receiver) > history:
+        words.pop()
+    chat: list[Any] = [{"role": "user", "content": " ".join(words)}]
+    told, _, _, _ = asyncio.run(ask(chat, 16))
+    chat += [{"role": "assistant", "content": told}, {"role": "user", "content": "Which of these is the hardest?"}]
+    text, first, tokens, reused = asyncio.run(ask(chat, 16))
+    prompt = pair.encode(chat)
+    new = list(prompt.receiver)[reused:]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        prefill_prompts(pair.receiver, [new])
+        for sharer in pair.sharers:
+            prefill_prompts(sharer, [list(prompt.sharers[0])[-len(new) :]])
+        seconds.append(time.perf_counter() - began)
+    return {
+        "history_tokens": history,
+        "prompt_tokens": tokens,
+        "reused_tokens": reused,
+        "first_token_s": first,
+        "prefill_of_new_s": median(seconds),
+        "ratio": first / median(seconds),
+        "same_tokens": text == pair.chat(chat, max_new_tokens=16, do_sample=False),
+    }
+
+
+# ---- the chaos -------------------------------------------------------------------------------------------------------
+
+BAD = [b"", b"{", b"[]", b'{"model": 1}', b'{"model": "pair", "messages": []}', b"\xff\xfe", b"[" * 5000]
+REFUSED = {400, 429}
+
+
+async def chaos(address: str, count: int, seed: int, at_once: int = 24) -> dict[int, int]:
+    """So many requests, of which a third leaves early and a quarter is malformed; returns how often which status came.
+
+    Raises an AssertionError for an answer that isn't the right one.
+    """
+    statuses: dict[int, int] = {}
+    gate = asyncio.Semaphore(at_once)
+
+    async def one(i: int) -> None:
+        drawn = random.Random(seed * 1_000_003 + i)
+        async with gate:
+            kind = drawn.random()
+            stream, n = drawn.random() < 0.5, drawn.choice([1, 1, 1, 2])
+            chat = [{"role": "user", "content": " ".join(drawn.choices(WORDS, k=drawn.randint(1, 30)))}]
+            asked: dict[str, Any] = {"model": drawn.choice(["pair", "pair", "pair:receiver"]), "messages": chat, "n": n}
+            asked.update(stream=stream, max_tokens=drawn.randint(1, 24), temperature=drawn.choice([0, 1]))
+            if kind < 0.25:
+                wrong = drawn.choice([{"n": -1}, {"max_tokens": "x"}, {"temperature": 9}, {"messages": chat * 300}, {}])
+                raw = json.dumps({**asked, **wrong}).encode() if wrong else drawn.choice(BAD)
+                status, body, _ = await request(address, raw)
+                assert status in REFUSED, (status, body[:200])
+                assert json.loads(body)["error"]["message"]
+            elif kind < 0.58:
+                status, _, _ = await request(address, json.dumps(asked).encode(), leave_after=drawn.random() * 0.1)
+            else:
+                status, body, _ = await request(address, json.dumps(asked).encode())
+                assert status in (200, 429), (status, body[:200])
+                if status == 200:
+                    text_of(body, stream)
+            statuses[status] = statuses.get(status, 0) + 1
+
+    await asyncio.gather(*(one(i) for i in range(count)))
+    return statuses
+
+
+def resident(pid: int | None) -> int:
+    """Bytes of a process that are in memory."""
+    status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS:"))
+
+
+def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[str, Any]:
+    """Warm up with a part, then all of them: statuses, and memory of the worker and of the server before and after."""
+    asyncio.run(chaos(address, max(1, count // 3), seed))
+    idle(engine)
+    before = resident(engine.pid), resident(None)
+    statuses = asyncio.run(chaos(address, count, seed + 1))
+    idle(engine)
+    after = resident(engine.pid), resident(None)
+
+    async def alive() -> int:
+        async for event in engine.submit(Job("still there", max_tokens=2)):
+            if isinstance(event, Finished):
+                return event.new_tokens
+        return 0
+
+    return {
+        "requests": count,
+        "statuses": {str(status): number for status, number in sorted(statuses.items())},
+        "worker_memory_ratio": after[0] / before[0],
+        "server_memory_ratio": after[1] / before[1],
+        "restarts": engine.restarts,
+        "answers_afterwards": asyncio.run(alive()) > 0,
+    }
+
+
+def idle(engine: PairEngine, seconds: float = 60) -> None:
+    """Wait until nobody is waited for."""
+    deadline = time.monotonic() + seconds
+    while engine.waiting or engine.running:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"stuck: {engine.waiting} waiting, {engine.running} running")
+        time.sleep(0.05)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fuser", help="a folder or hub id; the one that comes along without it")
+    parser.add_argument("--receiver")
+    parser.add_argument("--sharer")
+    parser.add_argument("--dtype")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--requests", type=int, default=4, help="of each client")
+    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--alone", type=int, default=16, help="how many of the requests are also asked one at a time")
+    parser.add_argument("--history", type=int, default=1000, help="tokens before the second turn; 0: leave it out")
+    parser.add_argument("--chaos", type=int, default=0, help="instead: so many requests, many of them bad")
+    parser.add_argument("--max-batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    sharers = [args.sharer] if args.sharer else None
+    spec = PairSpec(args.fuser, None, args.receiver, sharers, args.dtype)
+    waiting = max(64, args.clients * args.requests) if not args.chaos else 64
+    engine = PairEngine("pair", spec, Limits(max_waiting=waiting, max_batch=args.max_batch), warmup=True)
+    server, address = start(engine)
+    try:
+        if args.chaos:
+            results = run_chaos(engine, address, args.chaos, args.seed)
+        else:
+            pair = load_pair([args.fuser] if args.fuser else None, None, args.receiver, sharers, args.dtype, None)
+            results = run_load(pair, engine, address, args)
+            if args.history:
+                results["second_turn"] = run_turns(pair, engine, args.history)
+    except (EngineError, AssertionError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        server.should_exit = True
+        idle(engine)
+    results = {"machine": measure.machine(), **results}
+    print(json.dumps(results, indent=2))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

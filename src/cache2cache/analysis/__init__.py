@@ -1,0 +1,1 @@
+"""Looking inside a pair: effective rank, gates and weights, positions, agreement, and one prompt as a page."""

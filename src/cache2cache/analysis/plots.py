@@ -1,0 +1,68 @@
+"""Figures: PNG and SVG beside each other, the same for the same numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import C2CError
+
+# Colours that are told apart with the usual kinds of colour blindness (Okabe and Ito).
+COLOURS = {
+    "receiver": "#0072B2",
+    "sharer": "#D55E00",
+    "c2c": "#009E73",
+    "fused": "#009E73",
+    "text": "#CC79A7",
+    "keys": "#0072B2",
+    "values": "#D55E00",
+    "front": "#0072B2",
+    "back": "#D55E00",
+}
+DASHES = ("-", "--", ":", "-.")  # one for each of several runs
+STYLE: dict[Any, Any] = {
+    "svg.hashsalt": "cache2cache",  # ids in the file, which would be random
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def check() -> None:
+    """Raise a C2CError where figures can't be drawn, before hours of work."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise C2CError("figures need matplotlib; install it with: pip install 'cache2cache[plots]'") from error
+
+
+def figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        made = Figure(figsize=size, layout="constrained")
+        return made, made.subplots(rows, columns, squeeze=False, **options)
+
+
+def save(made: Any, output: Path, name: str) -> None:
+    """Write `name`.png and `name`.svg."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            partial = output / f".{name}.{os.getpid()}.{kind}"
+            made.savefig(partial, format=kind, dpi=160, metadata=metadata)
+            os.replace(partial, output / f"{name}.{kind}")
+
+
+def titled(runs: Sequence[tuple[str, Any]], index: int, label: str) -> str:
+    """A legend entry: with several runs, of which one."""
+    return label if len(runs) == 1 else f"{runs[index][0]}: {label}"

@@ -1,0 +1,269 @@
+"""What the analyses share: which prompts they run on, how these are read, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import __version__
+from ..config import DataSource
+from ..errors import C2CError
+from ..evaluation.answers import GENERATION
+from ..evaluation.asking import PROMPTS, check_names
+from ..evaluation.controls import sharer_cache
+from ..evaluation.run import COLUMNS, claim, load_pair, open_store
+from ..evaluation.runner import batches_of
+from ..files import replace_text
+from ..kv import KV, Prefilled, prefill_prompts
+from ..pair import C2C, PromptIds
+from ..tasks import Question, load
+from ..tasks.prompts import ANSWER_PREFIX
+from ..training.data import Example, draw
+from ..training.loop import Item, response_ids
+from ..training.store import Store
+
+RESPONSE_TOKENS = 64  # of a response are scored at most, which bounds the memory of logits
+SAVE_EVERY = 30.0  # seconds
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is run and where its results go.
+
+    Attributes:
+        fuser, subfolder: as for `C2C.from_pretrained`.
+        receiver, sharer: source (None: the fuser's own) and dtype.
+        store: folder and precision of a prefill store of the sharer; None: computed.
+        max_bytes: refuse to put more into it.
+        batch_size: prompts at once.
+        output: folder of the results.
+        seed: of what is drawn from the data.
+        command: how the run was called, for the record.
+    """
+
+    fuser: str | None
+    output: Path
+    subfolder: str | None = None
+    receiver: tuple[str | None, str] = (None, "auto")
+    sharer: tuple[str | None, str] = (None, "auto")
+    store: tuple[Path | None, str | None] = (None, None)
+    max_bytes: int = 20 * 10**9
+    batch_size: int = 8
+    seed: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which prompts: question sets, or rows of instruction data (`jsonl`), or a prompt a line (`text`).
+
+    Attributes:
+        tasks, split, data_dir: question sets, see `tasks.load`.
+        prompt: how questions are put, "paper" or "short".
+        limit: that many of each set or file, drawn with the seed; None: all.
+    """
+
+    tasks: Sequence[str] = ()
+    split: str = "validation"
+    data_dir: Path | None = None
+    prompt: str = "paper"
+    jsonl: Path | None = None
+    text: Path | None = None
+    limit: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For the settings of a run."""
+        if self.tasks:
+            return {"tasks": list(self.tasks), "split": self.split, "prompt": self.prompt, "limit": self.limit}
+        return {"file": str(self.jsonl or self.text), "limit": self.limit}
+
+
+def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
+    """The questions of each set, in its order."""
+    check_names(data.prompt, [], GENERATION)
+    found = {task: load(task, data.split, data.data_dir) for task in data.tasks}
+    if empty := [task for task, rows in found.items() if not rows]:
+        raise C2CError(f"{empty[0]} holds no questions; give at least one")
+    return {task: _drawn(rows, data.limit, f"{seed}:{task}") for task, rows in found.items()}
+
+
+def _drawn(rows: list[Any], limit: int | None, seed: str) -> list[Any]:
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+
+
+def examples_of(data: Data, seed: int) -> list[Example]:
+    """Prompts with the response that is expected: of a question the letter behind "The correct answer is"; of a plain
+    prompt none."""
+    if sum(map(bool, (data.tasks, data.jsonl, data.text))) != 1:
+        raise C2CError("give exactly one kind of data: question sets, instruction rows, or a file of prompts")
+    if data.tasks:
+        return [
+            Example(f"{task}:{q.id}", question_chat(q, data.prompt), ANSWER_PREFIX, f" {q.letter}", ends=False)
+            for task, rows in questions_of(data, seed).items()
+            for q in rows
+        ]
+    if data.jsonl:
+        return draw(DataSource(jsonl=data.jsonl, limit=data.limit, on_bad_rows="skip"), seed, None)
+    assert data.text is not None
+    if not data.text.is_file():
+        raise C2CError(f"no file {data.text}; expected a prompt in each line; check the path")
+    lines = [line for line in data.text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise C2CError(f"{data.text} holds no prompts; expected one in each line")
+    numbered = _drawn(list(enumerate(lines, 1)), data.limit, f"{seed}:{data.text.name}")
+    return [Example(f"line {n}", ({"role": "user", "content": line},), "", "") for n, line in numbered]
+
+
+def question_chat(question: Question, prompt: str) -> tuple[dict[str, str], ...]:
+    """The chat that puts a question."""
+    return ({"role": "user", "content": PROMPTS[prompt](question)},)
+
+
+def items_of(pair: C2C, examples: Sequence[Example]) -> list[Item]:
+    """Examples as token ids, those of like length together; a response of more than RESPONSE_TOKENS is cut."""
+    items = []
+    for e in examples:
+        try:
+            prompt = pair.encode(list(e.messages), prefix=e.prefix)
+        except C2CError as error:
+            raise C2CError(f"{e.id}: {error}") from error
+        response = response_ids(pair.receiver.need_tokenizer(), e) if e.response else []
+        items.append(Item(e.id, prompt, response[:RESPONSE_TOKENS]))
+    return sorted(items, key=lambda i: (len(i.prompt.sharers[0]), len(i.prompt.receiver), i.id))
+
+
+def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
+    """The pair, the store, and the settings that identify them."""
+    pair, settings = load_pair([setup.fuser], [setup.subfolder], setup.receiver, ([setup.sharer[0]], setup.sharer[1]))
+    if len(pair.sharers) != 1:
+        raise C2CError(f"the analyses look at a pair with one sharer, {len(pair.sharers)} were given")
+    store = open_store(*setup.store, pair.sharers[0])
+    if store is not None and pair.fusers[0].config.token_map != "span":  # type: ignore[union-attr]
+        raise C2CError(
+            "a store knows prompts by their tokens, and with a published token map the sharer reads them at positions "
+            "of their own; leave out --store"
+        )
+    return pair, store, {**settings, "store": store.config["precision"] if store else None}
+
+
+def read(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> tuple[Prefilled, KV]:
+    """The receiver's clean caches of prompts but their last token, and the sharer's of whole prompts, padded left."""
+    clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts], [p.positions for p in prompts])
+    return clean, sharer_cache(pair, 0, prompts, store)
+
+
+def lengths_of(prompts: Sequence[PromptIds]) -> list[int]:
+    """How many tokens of each prompt `read` has the sharer read."""
+    return [len(p.sharers[0]) for p in prompts]
+
+
+# ---- a run's files ---------------------------------------------------------------------------------------------------
+
+
+def begin(setup: Setup, settings: dict[str, Any], kind: str, ids: Sequence[str]) -> dict[str, Any]:
+    """Claim the output folder, and return what a result says about its run.
+
+    A folder that holds a run with other settings, or on other rows (`ids`), is refused.
+    """
+    rows = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    settings = {**settings, "kind": kind, "seed": setup.seed, "rows": len(ids), "rows_hash": rows}
+    claim(setup.output, settings)
+    versions = {"cache2cache": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**settings, "command": setup.command, "versions": versions}
+
+
+def batches(
+    items: Sequence[Item], setup: Setup, state: dict[str, Tensor], label: str
+) -> Iterator[tuple[int, Sequence[Item]]]:
+    """Batches of items, with the number of the first; those that a stopped run has done are left out.
+
+    `state` is what the run sums up, in place; it is restored first and saved from time to time.
+    """
+    path = setup.output / "state.safetensors"
+    done = _restore(path, state)
+    saved = time.monotonic()
+    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+        task = bar.add_task(label, total=len(items), completed=done)
+        start = 0
+        for batch in batches_of(items, setup.batch_size):
+            if start >= done:
+                yield start, batch
+                bar.advance(task, len(batch))
+                if time.monotonic() - saved > SAVE_EVERY or start + len(batch) == len(items):
+                    _save(path, state, start + len(batch))
+                    saved = time.monotonic()
+            start += len(batch)
+
+
+def _save(path: Path, state: dict[str, Tensor], done: int) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({**state, "done": torch.tensor(done)}, partial)
+    os.replace(partial, path)
+
+
+def _restore(path: Path, state: dict[str, Tensor]) -> int:
+    """Put a saved state into `state`; how many items it has seen."""
+    if not path.exists():
+        return 0
+    try:
+        saved = load_file(path)
+        done = int(saved.pop("done"))
+        if {k: (v.shape, v.dtype) for k, v in saved.items()} != {k: (v.shape, v.dtype) for k, v in state.items()}:
+            raise ValueError("other tensors")
+    except Exception as error:
+        raise C2CError(
+            f"{path} is no state of this run ({' '.join(str(error).split())}); remove it to start again"
+        ) from error
+    for name, tensor in saved.items():
+        state[name].copy_(tensor)
+    return done
+
+
+def finish(output: Path, result: dict[str, Any]) -> None:
+    """Write a run's numbers."""
+    replace_text(output / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def earlier(folders: Sequence[Path], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The results of other runs of one kind, with a label each, to be drawn beside one's own."""
+    found = []
+    for folder in folders:
+        path = folder / "result.json"
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            made = result["about"]["kind"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise C2CError(f"{folder} holds no finished run of c2c analyze {kind}; give its output folder") from error
+        if made != kind:
+            raise C2CError(f"{folder} holds a run of c2c analyze {made}; give one of {kind}")
+        found.append((folder.name, result))
+    return found
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Tensors and floats as JSON takes them, rounded; NaN becomes None."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v, digits) for v in value]
+    if isinstance(value, float):
+        return None if value != value else round(value, digits)
+    return value

@@ -1,0 +1,115 @@
+"""A row of samples.jsonl: one method's answer to one question."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from .writing import read_rows
+
+LIKELIHOOD, GENERATION = "likelihood", "generation"
+WAYS = (LIKELIHOOD, GENERATION)
+
+# The files of a run's folder.
+SAMPLES, SUMMARY, SETTINGS, QUESTIONS = "samples.jsonl", "summary.json", "settings.json", "questions.jsonl"
+ROUTED_ROWS, ROUTER, ROUTER_ROWS, TIMES = "routed.jsonl", "router.json", "router-samples.jsonl", "timing.jsonl"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One method's answer to one question.
+
+    Attributes:
+        choice: the index of the chosen option; -1 where an answer in words names none, and without options.
+        correct: whether it is right; with reference answers whether its score is 1.
+        logprobs: the options' letters' log-likelihoods; empty where the answer is in words.
+        confidence: the receiver's own (`decode.confidence`), in its rows: what `c2c calibrate` reads.
+        skipped: whether the sharer was skipped, in the rows of the method skip.
+        text: what was answered in words.
+        answers: likelihood or generation.
+        subject, bucket: of the question: what results are broken down by.
+        score: from 0 to 1, of an answer scored against references.
+        message: what the sharer wrote to the receiver.
+        tokens, message_tokens: written, without the one that ends a text.
+        partner: whose cache was fused instead, in the rows of the control other.
+        sent: whether a router sent the question to the sharer.
+        error: why there is no answer, which counts as a wrong one.
+    """
+
+    task: str
+    prompt: str
+    id: str
+    method: str
+    choice: int
+    correct: bool
+    logprobs: list[float]
+    confidence: float | None = None
+    skipped: bool | None = None
+    text: str | None = None
+    answers: str = LIKELIHOOD
+    subject: str | None = None
+    bucket: str | None = None
+    score: float | None = None
+    message: str | None = None
+    tokens: int | None = None
+    message_tokens: int | None = None
+    partner: str | None = None
+    sent: bool | None = None
+    error: str | None = None
+
+    @property
+    def value(self) -> float:
+        """What it is worth, from 0 to 1."""
+        return float(self.correct) if self.score is None else self.score
+
+    @property
+    def key(self) -> Key:
+        return self.task, self.prompt, self.id, self.method, self.answers
+
+
+Key = tuple[str, str, str, str, str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as a report shows it."""
+
+    task: str
+    id: str
+    prompt: str
+    answer: str
+
+
+def read_answers(samples: Path) -> list[Answer]:
+    """The rows of a samples file; a last line that a kill cut short is dropped from the file."""
+    return read_rows(samples, _answer)
+
+
+def _answer(**row: Any) -> Answer:
+    """A row as it is, or one of earlier versions, where a method's name said that the answer is in words."""
+    if row.get("method") == "receiver-generate":
+        row |= {"method": "receiver", "answers": GENERATION}
+    elif row.get("method") == "text" and "answers" not in row:
+        row["message"] = row.pop("text", None)
+    return Answer(**row)
+
+
+class Named(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Some = TypeVar("Some", bound=Named)
+
+
+def drawn(questions: Sequence[Some], limit: int | None, seed: int) -> list[Some]:
+    """At most that many of the questions, in their order; a smaller limit draws from the same ones.
+
+    By the hash of seed and id, so that a draw depends on no other question.
+    """
+    ranked = sorted(questions, key=lambda q: hashlib.sha256(f"{seed}:{q.id}".encode()).digest())
+    chosen = {q.id for q in ranked[:limit]}
+    return [q for q in questions if q.id in chosen]

@@ -1,0 +1,385 @@
+"""How each method answers a batch of questions: by the likeliest option, or in words.
+
+Every method is a cache to answer on top of, so both ways to answer are the same for all of them. What methods share is
+computed once for a batch: the sharers' prefills for sharer, C2C and all controls, the receiver's own, and the messages
+of text-to-text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from .. import response
+from ..alignment.chat import render
+from ..decode import confidence, score
+from ..errors import C2CError
+from ..fuser import C2CFuser
+from ..kv import Prefilled, prefill_prompts, prefilled
+from ..methods.base import Ask
+from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
+from ..models.load import LM
+from ..pair import C2C, PromptIds
+from ..tasks import OpenQuestion, Question
+from ..tasks import score as worth
+from ..tasks.prompts import (
+    ANSWER_PREFIX,
+    CHINESE_ANSWER_PREFIX,
+    chinese_prompt,
+    extract_letter,
+    paper_prompt,
+    short_prompt,
+)
+from ..training.store import Store
+from .answers import GENERATION, LIKELIHOOD, Answer
+from .controls import Known, fuse_others, gaussian, rows_of, sharer_cache, starts_of, zeroed
+from .writing import write, write_on
+
+METHODS = ("receiver", "sharer", "c2c", "other")  # unless others are asked for
+CONTROLS = ("other", "zeroed", "gaussian", "self", "off")
+SKIP = "skip"  # asked for with a threshold
+SINGLE = "single"  # asked for with an adapter
+FEW_SHOT = "few-shot"
+ROUTED = ("route", "route-confidence")  # follow from the answers of receiver and sharer
+IN_WORDS = "receiver-generate"  # the receiver in words, where all else is by likelihood
+EVERY = (*dict.fromkeys([*METHODS, *CONTROLS, *FORMS, FEW_SHOT, SKIP, SINGLE, *ROUTED, IN_WORDS]),)
+READ_SHARER = {"sharer", "c2c", "other", "zeroed", "gaussian"}
+SHOT_PREFIX = "Answer:"
+
+Messages = Mapping[tuple[str, str, str], tuple[str, int]]  # task, form of text-to-text, id: text, number of tokens
+
+PROMPTS: dict[str, Callable[[Question], str]] = {
+    "paper": paper_prompt,
+    "short": short_prompt,
+    "chinese": chinese_prompt,
+    "cot": partial(paper_prompt, cot=True),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Who answers, and how.
+
+    Attributes:
+        pair: the models and what fuses them.
+        prompt: a name of PROMPTS.
+        skip: the threshold of the method skip.
+        single: the fine-tuned receiver of the method single.
+        identical: the pair of the method self, the receiver being its own sharer.
+        stores: per sharer, where its prefills are read from, and put first where they are missing; None computes them.
+        max_new_tokens: of answers in words to questions with options.
+        seed: of the noise of gaussian.
+    """
+
+    pair: C2C
+    prompt: str = "paper"
+    skip: float | None = None
+    single: LM | None = None
+    identical: C2C | None = None
+    stores: Sequence[Store | None] = ()
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    @property
+    def prefix(self) -> str:
+        """The start of the answer, behind which options are compared."""
+        return CHINESE_ANSWER_PREFIX if self.prompt == "chinese" else ANSWER_PREFIX
+
+    def store(self, j: int) -> Store | None:
+        return self.stores[j] if self.stores else None
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question as the models read it.
+
+    Attributes:
+        whole: with the start of the answer, behind which the options are compared; of an open question as it is.
+        bare: as it is answered in words; None where it never is.
+        few_shot: the user turn of few-shot.
+    """
+
+    task: str
+    question: Question | OpenQuestion
+    ask: Ask
+    whole: PromptIds
+    bare: PromptIds | None = None
+    bucket: str | None = None
+    few_shot: str | None = None
+
+    @property
+    def id(self) -> str:
+        return self.question.id
+
+    def prompt(self, way: str) -> PromptIds:
+        if way == LIKELIHOOD:
+            return self.whole
+        assert self.bare is not None
+        return self.bare
+
+
+@dataclass(frozen=True)
+class State:
+    """What is answered on top of, and what is known about it, row by row."""
+
+    lm: LM
+    prompts: Prefilled
+    confidence: Sequence[float] = ()
+    skipped: Sequence[bool] = ()
+    messages: Sequence[tuple[str, int]] = ()
+    partners: Sequence[str] = ()
+
+
+class Batch:
+    """A batch of questions, and what its methods have in common, computed at first use.
+
+    Args:
+        setup: who answers.
+        cases: what is asked, of like length.
+        partners: per case the one whose caches the control other is given.
+        methods: all that will be asked for.
+        messages: the sharer's messages that are known.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        cases: Sequence[Case],
+        partners: Sequence[Case],
+        methods: Sequence[str],
+        messages: Messages,
+    ) -> None:
+        self.setup, self.cases, self.messages = setup, cases, messages
+        everyone = {c.id: c for c in [*cases, *(partners if "other" in methods else ())]}
+        self.members = list(everyone.values())
+        place = {name: row for row, name in enumerate(everyone)}
+        self.partners = [place[p.id] for p in partners] if "other" in methods else []
+        self.alone = any(m.startswith("sharer") for m in methods)
+        self._known: dict[str, list[Known]] = {}
+        self._clean: dict[str, Prefilled] = {}
+        self._own: dict[str, Prefilled] = {}
+        self._told: dict[str, list[tuple[str, int]]] = {}
+
+    def known(self, way: str) -> list[Known]:
+        """The sharers' caches of all members."""
+        if way not in self._known:
+            pair, prompts = self.setup.pair, [c.prompt(way) for c in self.members]
+            lengths = [[len(p.sharers[j]) for p in prompts] for j in range(len(pair.sharers))]
+            if way == GENERATION and self._nested():
+                # What is answered in words is the start of what options are compared behind: one prefill for both.
+                longer = zip(self.known(LIKELIHOOD), lengths, strict=True)
+                self._known[way] = [(starts_of(cache, n, wanted), wanted) for (cache, n), wanted in longer]
+            else:
+                store = self.setup.store
+                caches = [sharer_cache(pair, j, prompts, store(j), alone=self.alone) for j in range(len(lengths))]
+                self._known[way] = list(zip(caches, lengths, strict=True))
+        return self._known[way]
+
+    def _nested(self) -> bool:
+        if not plain(self.setup.pair):
+            return False
+        pairs = ((c.prompt(GENERATION).sharers, c.whole.sharers) for c in self.members)
+        return all(
+            list(ids) == list(more[: len(ids)]) for short, long in pairs for ids, more in zip(short, long, strict=True)
+        )
+
+    def clean(self, way: str) -> Prefilled:
+        """The receiver's prefill that is fused."""
+        if way not in self._clean:
+            prompts = [c.prompt(way) for c in self.cases]
+            positions = [p.positions for p in prompts]
+            self._clean[way] = prefill_prompts(self.setup.pair.receiver, [p.receiver for p in prompts], positions)
+        return self._clean[way]
+
+    def own(self, way: str) -> Prefilled:
+        """The receiver's prefill for itself: the same, unless a published token map moves its positions."""
+        if plain(self.setup.pair):
+            return self.clean(way)
+        if way not in self._own:
+            rows = [c.prompt(way).receiver for c in self.cases]
+            self._own[way] = prefill_prompts(self.setup.pair.receiver, rows)
+        return self._own[way]
+
+    def told(self, form: str) -> list[tuple[str, int]]:
+        """The first sharer's messages, with their numbers of tokens."""
+        if form not in self._told:
+            known = [self.messages.get((c.task, form, c.id)) for c in self.cases]
+            if all(m is not None for m in known):
+                self._told[form] = [m for m in known if m is not None]
+            else:
+                sharer = self.setup.pair.sharers[0]
+                rows = [self._rendered(sharer, c.ask.chat(("user", FORMS[form](c.ask)))) for c in self.cases]
+                self._told[form] = [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
+        return self._told[form]
+
+    def _rendered(self, lm: LM, chat: list[dict[str, str]], prefix: str = "") -> list[int]:
+        kwargs = self.setup.pair.chat_template_kwargs
+        return list(render(lm.need_tokenizer(), chat, prefix=prefix, chat_template_kwargs=kwargs).ids)
+
+    def _reads(self, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
+        return prefill_prompts(lm, [self._rendered(lm, chat, prefix) for chat in chats])
+
+    def state(self, method: str, way: str) -> State:
+        """What the method answers on top of."""
+        setup, pair, cases = self.setup, self.setup.pair, self.cases
+        receiver, prompts = pair.receiver, [c.prompt(way) for c in cases]
+        options = isinstance(cases[0].question, Question)
+        prefix = setup.prefix if way == LIKELIHOOD and options else ""
+        if method == "receiver":
+            own = self.own(way)
+            return State(receiver, own, confidence=[round(p, 6) for p in confidence(receiver, own)])
+        if method.startswith("sharer"):
+            j = int(method.removeprefix("sharer-")) - 1 if method != "sharer" else 0
+            sharer = pair.sharers[j]
+            if not plain(pair):  # then the pair's sharer doesn't read its own tokens
+                return State(sharer, self._reads(sharer, [c.ask.chat() for c in cases], prefix))
+            cache, _ = rows_of(self.known(way), range(len(cases)))[j]
+            return State(sharer, prefilled(sharer, [p.sharers[j] for p in prompts], cache))
+        if method in FORMS:
+            told = self.told(method)
+            chats = [relayed(c.ask, method, text) for c, (text, _) in zip(cases, told, strict=True)]
+            return State(receiver, self._reads(receiver, chats, prefix), messages=told)
+        if method == FEW_SHOT:
+            turns = [[{"role": "user", "content": c.few_shot or ""}] for c in cases]
+            return State(receiver, self._reads(receiver, turns, SHOT_PREFIX if way == LIKELIHOOD else ""))
+        if method == SINGLE:
+            assert setup.single is not None
+            return State(setup.single, self._reads(setup.single, [c.ask.chat() for c in cases], prefix))
+        if method == "self":
+            assert setup.identical is not None
+            chats = [c.ask.chat() for c in cases]
+            encoded = [setup.identical.encode(chat, prefix=prefix) for chat in chats]
+            return State(receiver, setup.identical.fuse(encoded))
+        clean = self.clean(way)
+        if method == "off":
+            return State(receiver, pair.fuse(prompts, sharer_mask=0, clean=clean))
+        if method == SKIP:
+            # What is at hand, or in a store; otherwise the sharers read only what isn't skipped, as in earnest.
+            at_hand = way in self._known or any(self.setup.stores)
+            known = rows_of(self.known(way), range(len(cases))) if at_hand else None
+            fused = pair.fuse(prompts, clean=clean, skip=setup.skip, sharers=known)
+            return State(receiver, fused, skipped=fused.skipped)
+        if method == "c2c" and way == GENERATION and (fused_on := response.chosen(pair, None)):
+            return State(receiver, response.Answering.of(pair, pair.fuse(prompts, keep=True), fused_on))
+        everyone = self.known(way)
+        known = rows_of(everyone, range(len(cases)))
+        if method == "c2c":
+            return State(receiver, pair.fuse(prompts, clean=clean, sharers=known))
+        if method == "other":
+            others = [self.members[row] for row in self.partners]
+            theirs = rows_of(everyone, self.partners)
+            fused = fuse_others(pair, prompts, [o.prompt(way) for o in others], clean, theirs)
+            return State(receiver, fused, partners=[o.id for o in others])
+        if method == "gaussian":
+            known = gaussian(known, [f"{setup.seed}:{c.id}" for c in cases])
+        else:
+            assert method == "zeroed", method
+            known = zeroed(known)
+        return State(receiver, pair.fuse(prompts, clean=clean, sharers=known))
+
+    def answers(self, method: str, way: str) -> list[Answer]:
+        """The method's answer to every case."""
+        state = self.state(method, way)
+        made = self._likeliest(state) if way == LIKELIHOOD else self._in_words(state)
+        rows = []
+        for row, (case, found) in enumerate(zip(self.cases, made, strict=True)):
+            message, count = state.messages[row] if state.messages else (None, None)
+            rows.append(
+                Answer(
+                    case.task, self.setup.prompt, case.id, method, found.choice, found.correct, found.logprobs,
+                    confidence=state.confidence[row] if state.confidence else None,
+                    skipped=state.skipped[row] if state.skipped else None,
+                    text=found.text, answers=way, subject=case.question.subject or None, bucket=case.bucket,
+                    score=found.score, message=message, tokens=found.tokens, message_tokens=count,
+                    partner=state.partners[row] if state.partners else None,
+                )
+            )  # fmt: skip
+        return rows
+
+    def _likeliest(self, state: State) -> list[_Found]:
+        questions = [c.question for c in self.cases]
+        assert all(isinstance(q, Question) for q in questions)
+        space = "" if self.setup.prompt == "chinese" else " "
+        letters = [
+            [state.lm.continuation_ids(f"{space}{x}") for x in q.letters] for q in questions if isinstance(q, Question)
+        ]
+        made = []
+        for question, scores in zip(questions, score(state.lm, state.prompts, letters), strict=True):
+            assert isinstance(question, Question)
+            logprobs = [round(s.logprob, 5) for s in scores]
+            choice = max(range(len(logprobs)), key=logprobs.__getitem__)
+            made.append(_Found(choice, choice == question.answer, logprobs))
+        return made
+
+    def _in_words(self, state: State) -> list[_Found]:
+        limits = [
+            q.max_new_tokens if isinstance(q := c.question, OpenQuestion) else self.setup.max_new_tokens
+            for c in self.cases
+        ]
+        made = []
+        for case, answer in zip(self.cases, write_on(state.lm, state.prompts, limits), strict=True):
+            question, tokens = case.question, len(answer.ids)
+            if isinstance(question, OpenQuestion):
+                value = round(worth(question, answer.text), 5)
+                made.append(_Found(-1, value == 1, text=answer.text, tokens=tokens, score=value))
+            else:
+                letter = extract_letter(answer.text, len(question.options))
+                choice = -1 if letter is None else question.letters.index(letter)
+                made.append(_Found(choice, choice == question.answer, text=answer.text, tokens=tokens))
+        return made
+
+
+@dataclass(frozen=True)
+class _Found:
+    choice: int
+    correct: bool
+    logprobs: list[float] = field(default_factory=list)
+    text: str | None = None
+    tokens: int | None = None
+    score: float | None = None
+
+
+def plain(pair: C2C) -> bool:
+    """Whether every model reads its own tokens, counted up: not so with the published token maps."""
+    return all(fuser.config.token_map == "span" for fuser in pair.fusers if isinstance(fuser, C2CFuser))
+
+
+def expanded(methods: Sequence[str], pair: C2C) -> list[str]:
+    """The methods as rows name them, each once, with a method sharer for every sharer: sharer, sharer-2, …"""
+    more = [f"sharer-{j}" for j in range(2, len(pair.sharers) + 1)]
+    stands_for = {"sharer": ["sharer", *more], IN_WORDS: ["receiver"]}
+    return list(dict.fromkeys(x for m in methods for x in stands_for.get(m, [m])))
+
+
+def asked_of(methods: Sequence[str], ways: Sequence[str], pair: C2C) -> list[tuple[str, str]]:
+    """What is to be answered, as (way, method). A router asks nobody: its answers follow from others'."""
+    pairs = [(way, m) for way in ways for m in expanded([m for m in methods if m not in (*ROUTED, IN_WORDS)], pair)]
+    return list(dict.fromkeys([*pairs, *[(GENERATION, "receiver")] * (IN_WORDS in methods)]))
+
+
+def check_setup(setup: Setup, methods: Sequence[str]) -> None:
+    """Raise a C2CError for a method that lacks what it needs."""
+    needs = {SKIP: setup.skip, SINGLE: setup.single, "self": setup.identical}
+    said = {
+        SKIP: "a threshold; give one, from 0 to 1, as skip",
+        SINGLE: "a fine-tuned receiver; give its adapter as single",
+        "self": "a fuser that was trained with the receiver as its own sharer; give it as identical",
+    }
+    for method, thing in needs.items():
+        if method in methods and thing is None:
+            raise C2CError(f"the method {method} needs {said[method]}")
+    if response.chosen(setup.pair, None) and (odd := set(methods) & {"other", "zeroed", "gaussian"}):
+        raise C2CError(
+            f"this fuser fuses the answer's tokens too, and the control {min(odd)} stands in only for the prompt's "
+            "caches; leave it out"
+        )
+
+
+def check_names(prompt: str, methods: Sequence[str], way: str) -> None:
+    """Raise a C2CError for a prompt or a method that doesn't exist, and for reasoning without words."""
+    for name, given, known in (("prompt", [prompt], tuple(PROMPTS)), ("method", methods, EVERY)):
+        if wrong := [g for g in given if g not in known]:
+            raise C2CError(f"unknown {name} {wrong[0]!r}; expected one of {', '.join(known)}")
+    if prompt == "cot" and way != GENERATION:
+        raise C2CError("the prompt cot asks for words before the answer; give answers as generation")

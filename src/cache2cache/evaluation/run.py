@@ -1,0 +1,435 @@
+"""An evaluation run: models in; rows, a summary and a report out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import tasks as sets
+from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec
+from ..errors import C2CError
+from ..files import replace_text
+from ..fuser import checkpoint
+from ..methods.base import Ask
+from ..models.load import LM
+from ..pair import C2C, identity
+from ..tasks import OpenQuestion, Question
+from ..training.single import load_single
+from ..training.store import Store
+from . import report, routing, timing
+from .answers import (
+    LIKELIHOOD,
+    QUESTIONS,
+    ROUTED_ROWS,
+    ROUTER,
+    ROUTER_ROWS,
+    SAMPLES,
+    SETTINGS,
+    SUMMARY,
+    TIMES,
+    WAYS,
+    Answer,
+    Asked,
+    drawn,
+    read_answers,
+)
+from .asking import EVERY, FEW_SHOT, ROUTED, SINGLE, SKIP, Setup, check_names, expanded
+from .runner import AnyQuestion, Unit, check_stores, gather, plan, work
+from .summary import summarize_run
+from .writing import add_rows, line_of
+
+COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+
+def run(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate, and write everything to the run's folder. Returns the summary.
+
+    With several processes (Accelerate) each does its share of the batches; the first one writes the rest.
+    """
+    config = named(config)
+    # Before anything is loaded: this also chooses each process's GPU. One may wait for another's last batches.
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    console = Console(stderr=True, quiet=not processes.is_main_process)
+    questions = {task.label: questions_of(task, config) for task in config.tasks}
+    setup, settings = load(config)
+    samples = config.output / SAMPLES
+    plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
+    training = router_plans(config, setup) if routing.LEARNED in config.methods else {}
+    if processes.is_main_process:
+        claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
+    do(setup, training, config.output / ROUTER_ROWS, config, processes, console)
+    answers = do(setup, plans, samples, config, processes, console)
+    summary: dict[str, Any] = {}
+    if processes.is_main_process:
+        routed = route(config, setup, training, questions, answers)
+        if routed:
+            replace_text(config.output / ROUTED_ROWS, "".join(map(line_of, routed)))
+        write_questions(config.output / QUESTIONS, plans)
+        summary = {"settings": json.loads((config.output / SETTINGS).read_text(encoding="utf-8"))}
+        summary |= summarize_run(
+            [*answers, *routed], list(questions), expanded(config.methods, setup.pair), config.seed
+        )
+        summary["asked"] = {label: len(rows) for label, rows in questions.items()}
+        if config.timing:
+            summary["timing"] = clock(config, setup, next(iter(plans.values()))[0], console)
+        replace_text(config.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        made = report.read_run(config.output)
+        report.write(config.output, [made])
+        if config.results is not None:
+            report.publish(made, config.results)
+    processes.wait_for_everyone()
+    return summary
+
+
+def named(config: EvalConfig) -> EvalConfig:
+    """The configuration with the methods that a threshold, an adapter or a fuser of its own stands for."""
+    given = ((SKIP, config.skip), (SINGLE, config.single), ("self", config.identical))
+    methods = [*config.methods, *(m for m, value in given if value is not None)]
+    made = config.model_copy(update={"methods": list(dict.fromkeys(methods))})
+    check_names(made.prompt, made.methods, made.answers)
+    if unknown := [m for limits in (made.limits, *(t.limits for t in made.tasks)) for m in limits if m not in EVERY]:
+        raise C2CError(f"limits names the unknown method {unknown[0]!r}; expected one of {', '.join(EVERY)}")
+    needs = set(made.methods) & set(ROUTED)
+    if needs and not {"receiver", "sharer"} <= set(made.methods):
+        raise C2CError(f"the method {min(needs)} chooses between receiver and sharer; ask for both as well")
+    return made
+
+
+def questions_of(task: EvalTask, config: EvalConfig) -> list[AnyQuestion]:
+    """The questions of a set that are asked."""
+    split = task.split or config.split
+    rows: list[AnyQuestion]
+    if sets.is_open(task.task):
+        rows = list(sets.load_open(task.task, split, config.data_dir))
+    else:
+        rows = list(sets.load(task.task, split, config.data_dir))
+    if not rows:
+        raise C2CError(f"{task.task} holds no questions; give at least one")
+    return drawn(rows, task.limit or config.limit, config.seed)
+
+
+def plan_of(
+    task: EvalTask, config: EvalConfig, setup: Setup, questions: Sequence[AnyQuestion]
+) -> tuple[list[Unit], list[Answer]]:
+    """All that is to be done for a set of questions."""
+    examples: list[Question] = []
+    if FEW_SHOT in config.methods and isinstance(questions[0], Question):
+        examples = sets.load(task.shots_task or task.task, task.shots_split or "train", config.data_dir)
+    return plan(
+        setup, task.label, questions, methods=config.methods, answers=config.answers,
+        limits={**config.limits, **task.limits}, batch_size=config.batch_size, examples=examples, shots=config.shots,
+        max_prompt_tokens=task.max_prompt_tokens, buckets=_buckets(questions),
+    )  # fmt: skip
+
+
+def _buckets(questions: Sequence[AnyQuestion]) -> dict[str, str]:
+    lengths = {q.id: q.length for q in questions if isinstance(q, OpenQuestion) and q.length}
+    if not lengths:
+        return {}
+    from ..tasks.longbench import bucket
+
+    return {i: bucket(n) for i, n in lengths.items()}
+
+
+Plans = Mapping[str, tuple[list[Unit], list[Answer]]]
+
+
+def do(
+    setup: Setup, plans: Plans, samples: Path, config: EvalConfig, processes: PartialState, console: Console
+) -> list[Answer]:
+    """This process's share of the units, and then the rows of all of them, in order."""
+    if not plans:
+        return []
+    if processes.is_main_process:
+        gather(samples)
+    processes.wait_for_everyone()
+    have = {a.key: a for a in read_answers(samples)}
+    into, me, count = samples, processes.process_index, processes.num_processes
+    if count > 1:
+        into = samples.with_name(f"{samples.stem}-{me}{samples.suffix}")
+    # The questions of all sets first: which of them a store lacks is known before anything is computed.
+    check_stores(setup, [u for units, _ in plans.values() for u in units], have, int(config.max_gb * 1e9))
+    for label, (units, failed) in plans.items():
+        mine = units[me::count]
+        with Progress(*COLUMNS, console=console) as bar:
+            row = bar.add_task(label, total=sum(len(u.cases) for u in mine))
+            work(setup, mine, have, into, lambda n: bar.advance(row, n))  # noqa: B023
+        if processes.is_main_process:
+            add_rows(into, failed)
+    processes.wait_for_everyone()
+    order = [
+        key
+        for units, failed in plans.values()
+        for key in [*(a.key for a in failed), *(k for u in units for k in u.keys)]
+    ]
+    if processes.is_main_process:
+        gather(samples, order)
+    processes.wait_for_everyone()
+    wanted = set(order)
+    return [a for a in read_answers(samples) if a.key in wanted]
+
+
+def write_questions(path: Path, plans: Plans) -> None:
+    """What was asked, for the report; it stays in the run's folder."""
+    cases = {(c.task, c.id): c for units, _ in plans.values() for u in units for c in u.cases}
+    rows = []
+    for case in cases.values():
+        q = case.question
+        answer = " | ".join(q.references) if isinstance(q, OpenQuestion) else f"{q.letter}. {q.options[q.answer]}"
+        rows.append(Asked(case.task, case.id, case.ask.prompt, answer))
+    replace_text(path, "".join(map(line_of, rows)))
+
+
+# ---- routing ---------------------------------------------------------------------------------------------------------
+
+
+def router_plans(config: EvalConfig, setup: Setup) -> Plans:
+    """What receiver and sharer are asked so that a router can learn from it."""
+    given = [t.model_copy(update={"split": t.split or "train"}) for t in config.router.tasks]
+    own = [EvalTask(task=t.task, name=t.label, split="train") for t in config.tasks]
+    found = {}
+    for task in given or own:
+        try:
+            if sets.is_open(task.task) or (not given and task.task.endswith(".jsonl")):
+                continue  # these have no train split
+            rows = sets.load(task.task, task.split or "train", config.data_dir)
+        except C2CError:
+            if given:
+                raise
+            continue
+        chosen = drawn(rows, task.limit or config.router.limit, config.seed)
+        found[task.label] = plan(
+            setup, task.label, chosen, methods=["receiver", "sharer"], batch_size=config.batch_size
+        )
+    if not found:
+        raise C2CError(
+            "no set of the run has a split train for the method route to learn from; name some in router.tasks"
+        )
+    return found
+
+
+def route(
+    config: EvalConfig,
+    setup: Setup,
+    training: Plans,
+    questions: Mapping[str, Sequence[AnyQuestion]],
+    answers: Sequence[Answer],
+) -> list[Answer]:
+    """The routers' answers, which follow from those of receiver and sharer."""
+    methods = [m for m in ROUTED if m in config.methods]
+    if not methods:
+        return []
+    receiver, scores = setup.pair.receiver, {}
+    texts = {(label, q.id): _full(q) for label, rows in questions.items() for q in rows}
+    if routing.LEARNED in methods:
+        router = _router(config, setup, training)
+        embedded = routing.embed(receiver, list(texts.values()))
+        scores = dict(zip(texts, router.score(embedded), strict=True))
+    made = []
+    for method in methods:
+        for task in questions:
+            ranks = {i: s for (label, i), s in scores.items() if label == task} if method == routing.LEARNED else None
+            for way in WAYS:
+                rows = [a for a in routing.with_confidence(answers) if a.task == task and a.answers == way]
+                if {"receiver", "sharer"} <= {a.method for a in rows}:
+                    made += routing.routed(rows, method, config.router.share, ranks)
+    return made
+
+
+def _full(question: AnyQuestion) -> str:
+    return Ask.of(question if isinstance(question, Question) else question.prompt).full
+
+
+def _router(config: EvalConfig, setup: Setup, training: Plans) -> routing.Router:
+    path, settings = config.output / ROUTER, config.output / SETTINGS
+    cases = {(c.task, c.id): c for units, _ in training.values() for u in units for c in u.cases}
+    rows = [a for a in read_answers(config.output / ROUTER_ROWS) if a.answers == LIKELIHOOD and (a.task, a.id) in cases]
+    right = {m: {(a.task, a.id): a.correct for a in rows if a.method == m} for m in ("receiver", "sharer")}
+    keys = [k for k in cases if k in right["receiver"] and k in right["sharer"]]
+    router = routing.fit(
+        routing.embed(setup.pair.receiver, [cases[k].ask.full for k in keys]),
+        [right["sharer"][k] for k in keys], [right["receiver"][k] for k in keys],
+        [f"{task}:{i}" for task, i in keys], config.router.penalty,
+    )  # fmt: skip
+    router.save(path)
+    about = routing.record(router, config.router.share, config.router.penalty)
+    known = json.loads(settings.read_text(encoding="utf-8"))
+    replace_text(settings, json.dumps({**known, "router": about}, indent=2) + "\n")
+    return router
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+def clock(config: EvalConfig, setup: Setup, units: Sequence[Unit], console: Console) -> dict[str, Any]:
+    """The timing pass on some of the first set's questions."""
+    cases = list({c.id: c for u in units for c in u.cases}.values())
+    chosen = drawn(cases, config.timing, config.seed)
+    with Progress(*COLUMNS, console=console) as bar:
+        row = bar.add_task("clock", total=None)
+        rows = timing.measure(setup.pair, chosen, config.methods, config.output / TIMES, lambda n: bar.advance(row, n))
+    return timing.summarize(rows)
+
+
+# ---- models, stores, settings ----------------------------------------------------------------------------------------
+
+
+def load(config: EvalConfig) -> tuple[Setup, dict[str, Any]]:
+    """The models of a run, and what its folder is to remember: one folder holds answers of one setup."""
+    pair, settings = load_pair(
+        config.fuser, config.subfolder, (config.receiver, config.receiver_dtype),
+        (config.sharer, config.sharer_dtype), config.mode,
+    )  # fmt: skip
+    stores: Sequence[Store | None] = []
+    if config.store:
+        if len(config.store) != len(pair.sharers):
+            raise C2CError(f"{len(config.store)} stores for {len(pair.sharers)} sharers; give one for each")
+        stores = [open_store(f, config.store_precision, s) for f, s in zip(config.store, pair.sharers, strict=True)]
+    elif config.store_precision is not None:
+        open_store(None, config.store_precision, pair.sharers[0])
+    settings |= {
+        "store": stores[0].config["precision"] if stores and stores[0] else None,
+        "split": config.split,
+        "prompt": config.prompt,
+        "limit": config.limit,
+        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    for task in config.tasks:
+        about = task.model_dump(mode="json", exclude={"name", "limit", "limits"}, exclude_none=True)
+        settings[_TASK + task.label] = about
+    if SKIP in config.methods:
+        settings["skip"] = config.skip
+    if FEW_SHOT in config.methods:
+        settings["shots"] = config.shots
+    single = identical = None
+    if SINGLE in config.methods:
+        if config.single is None:
+            raise C2CError("the method single needs an adapter; give its folder with --single")
+        single = load_single(pair.receiver, config.single)
+        settings["single"] = file_hash(config.single / "adapter_model.safetensors")
+    if "self" in config.methods and config.identical is not None:
+        identical, settings["identical"] = load_identical(config.identical, pair.receiver)
+    return Setup(
+        pair, config.prompt, config.skip, single, identical, stores, config.max_new_tokens, config.seed
+    ), settings  # fmt: skip
+
+
+def load_identical(fuser: str, receiver: LM) -> tuple[C2C, str]:
+    """The pair of the receiver with itself, and its fuser's hash."""
+    folder = checkpoint.resolve(fuser)
+    config = checkpoint.read_config(folder)[0]
+    mine = identity(receiver)
+    for role, given in (("receiver", config.receiver), ("sharer", config.sharer)):
+        assert given is not None
+        shape = (given.num_kv_heads, given.head_dim)
+        same_weights = given.fingerprint in (None, mine.fingerprint)
+        if shape != (mine.num_kv_heads, mine.head_dim) or not same_weights:
+            raise C2CError(
+                f"the fuser {fuser} has {given.name} as its {role}, the receiver is {mine.name}; the method self needs "
+                "a fuser trained with the receiver as its own sharer (a recipe with method: identical)"
+            )
+    return C2C.from_pretrained(folder, receiver=receiver, sharers=receiver), fuser_hash(folder)
+
+
+def load_pair(
+    fusers: Sequence[str | None],
+    subfolders: Sequence[str | None],
+    receiver: tuple[str | None, str],
+    sharers: tuple[Sequence[str | None], str],
+    mode: Any = "parallel",
+) -> tuple[C2C, dict[str, Any]]:
+    """A trained pair, its models given as source (None: the fuser's own) and dtype, and what identifies it."""
+    count = max(len(fusers), len(subfolders), len(sharers[0]))
+    lists = [list(x) * count if len(x) == 1 else list(x) for x in (fusers, subfolders, sharers[0])]
+    if any(len(x) != count for x in lists):
+        raise C2CError(
+            f"{len(fusers)} fusers, {len(subfolders)} subfolders and {len(sharers[0])} sharers; give one each for "
+            "every sharer"
+        )
+    folders = [checkpoint.resolve(f, subfolder=s) for f, s in zip(lists[0], lists[1], strict=True)]
+    configs = [checkpoint.read_config(folder)[0] for folder in folders]
+
+    def spec(source: str | None, dtype: str, trained_for: ModelIdentity | None) -> ModelSpec:
+        if source is not None:
+            return ModelSpec(source=source, dtype=dtype)
+        assert trained_for is not None  # a saved fuser names its models
+        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
+
+    pair = C2C.from_pretrained(
+        folders,
+        receiver=spec(*receiver, configs[0].receiver),
+        sharers=[spec(s, sharers[1], c.sharer) for s, c in zip(lists[2], configs, strict=True)],
+        mode=mode,
+    )
+    names = ["/".join([f or checkpoint.DEFAULT, *([s] if s else [])]) for f, s in zip(lists[0], lists[1], strict=True)]
+    models = [{**identity(lm).model_dump(), "dtype": str(lm.dtype)} for lm in (pair.receiver, *pair.sharers)]
+    settings: dict[str, Any] = {
+        "receiver": models[0],
+        "sharer": models[1],
+        "fuser": " + ".join(names),
+        "fuser_hash": " + ".join(map(fuser_hash, folders)),
+    }
+    if count > 1:
+        settings |= {"sharers": models[1:], "mode": mode}
+    return pair, settings
+
+
+def open_store(folder: Path | None, precision: str | None, sharer: LM) -> Store | None:
+    """The store in a folder, a new one being of bfloat16 unless `precision` says otherwise; None without a folder."""
+    if folder is None:
+        if precision is not None:
+            raise C2CError(f"a precision, {precision}, was given without a store; name its folder too")
+        return None
+    new = precision is None and not (folder / "store.json").exists()
+    return Store(folder, sharer, "bfloat16" if new else precision)
+
+
+def claim(output: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> None:
+    """Refuse to mix the answers of two settings in one folder; those named `free` may change from run to run."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / SETTINGS
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter or further task; earlier
+    # versions knew of no store, drew no questions but took the first, and had no other length of an answer.
+    later = {k: v for k, v in settings.items() if k in _LATER or k.startswith(_TASK)}
+    seed = settings.get("seed") if before.get("limit") is None else None
+    known = {**later, "store": None, "seed": seed, "max_new_tokens": 64, **before}
+    if changed := sorted(k for k in settings if k not in free and known.get(k) != settings[k]):
+        raise C2CError(
+            f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
+        )
+    if not path.exists() or {**before, **settings} != before:
+        replace_text(path, json.dumps({**before, **settings}, indent=2) + "\n")
+
+
+_LATER = ("skip", "single", "identical", "shots")
+_TASK = "task "
+
+
+def fuser_hash(folder: Path) -> str:
+    """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
+    import hashlib
+
+    hashes = [file_hash(path) for path in checkpoint.weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    import hashlib
+
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )

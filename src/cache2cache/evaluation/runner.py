@@ -1,0 +1,312 @@
+"""The runner: questions in batches of like length, a row of samples.jsonl per answer, resumable at any point.
+
+What is done in which order follows from the questions and the configuration alone. So a run that was killed goes on
+where it was, several processes share the batches among themselves, and the file is the same in the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from ..errors import C2CError
+from ..files import replace_text
+from ..methods.base import Ask
+from ..methods.text_to_text import FORMS
+from ..models.load import LM
+from ..pair import C2C
+from ..tasks import OpenQuestion, Question
+from ..tasks.longbench import cut_middle
+from ..tasks.prompts import few_shot_prompt
+from ..training.store import Store
+from .answers import GENERATION, LIKELIHOOD, WAYS, Answer, Key, drawn, read_answers
+from .asking import (
+    FEW_SHOT,
+    METHODS,
+    PROMPTS,
+    READ_SHARER,
+    Batch,
+    Case,
+    Messages,
+    Setup,
+    asked_of,
+    check_names,
+    check_setup,
+)
+from .controls import next_rows
+from .writing import add_rows, line_of
+
+AnyQuestion = Question | OpenQuestion
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch, and what is asked of it, in order."""
+
+    cases: Sequence[Case]
+    partners: Sequence[Case]
+    asked: Sequence[tuple[str, str]]  # way, method
+    prompt: str
+
+    @property
+    def keys(self) -> list[Key]:
+        """The rows that it gives, in order."""
+        return [(c.task, self.prompt, c.id, method, way) for way, method in self.asked for c in self.cases]
+
+
+Item = TypeVar("Item")
+
+
+def batches_of(items: Sequence[Item], size: int, least: int = 2) -> list[Sequence[Item]]:
+    """Batches of nearly equal size, by default none with a single item, which has no other: three at once for a size
+    of 2."""
+    count = max(1, min(math.ceil(len(items) / size), len(items) // least))
+    bounds = [round(i * len(items) / count) for i in range(count + 1)]
+    return [items[a:b] for a, b in pairwise(bounds)]
+
+
+def plan(
+    setup: Setup,
+    task: str,
+    questions: Sequence[AnyQuestion],
+    *,
+    methods: Sequence[str] = METHODS,
+    answers: str = LIKELIHOOD,
+    limits: Mapping[str, int] | None = None,
+    batch_size: int = 16,
+    examples: Sequence[Question] = (),
+    shots: int = 5,
+    max_prompt_tokens: int | None = None,
+    buckets: Mapping[str, str] | None = None,
+) -> tuple[list[Unit], list[Answer]]:
+    """All that is to be done for a set of questions, in order; and rows for questions that can't even be put.
+
+    Args:
+        setup: who answers.
+        task: a name for the rows.
+        questions: what to ask.
+        methods: of `asking.EVERY`; a router asks nobody, its answers follow from others'.
+        answers: likelihood, generation or both; questions without options are answered in words whatever it says.
+        limits: per method, how many of the questions, drawn with the seed; all where it says nothing.
+        batch_size: questions at once.
+        examples, shots: questions with answers for few-shot, and how many of them each question gets.
+        max_prompt_tokens: questions without options lose their middle to be no longer, for every model.
+        buckets: per id, what results are broken down by beside the subject.
+    """
+    if len({q.id for q in questions}) != len(questions):
+        raise C2CError(f"two questions of {task} have the same id; give each row its own")
+    options = {isinstance(q, Question) for q in questions}
+    if len(options) > 1:
+        raise C2CError(f"{task} mixes questions with options and without; make two sets of them")
+    ways = list(WAYS) if answers == "both" else [answers]
+    ways = ways if options == {True} else [GENERATION]
+    check_names(setup.prompt, methods, answers)
+    check_setup(setup, methods)
+    asked, limits = asked_of(methods, ways, setup.pair), limits or {}
+    if FEW_SHOT in methods and not examples:
+        raise C2CError(f"few-shot needs examples for {task}, questions with options; name their task and split")
+    words = any(way == GENERATION for way, _ in asked)
+    cases, failed = [], []
+    for question in questions:
+        bucket = (buckets or {}).get(question.id)
+        try:
+            cases.append(_case(setup, task, question, words, bucket, examples, shots, max_prompt_tokens))
+        except C2CError as error:
+            failed += [_failure(task, setup.prompt, question, bucket, m, way, error) for way, m in asked]
+    groups: dict[int, list[tuple[str, str]]] = {}
+    for way, method in asked:
+        groups.setdefault(min(len(cases), limits.get(method, len(cases))), []).append((way, method))
+    units = []
+    for limit, group in groups.items():
+        chosen = sorted(drawn(cases, limit, setup.seed), key=_like)
+        paired = any(method == "other" for _, method in group)
+        for batch in batches_of(chosen, batch_size, 2 if paired else 1) if chosen else []:
+            partners = [batch[row] for row in next_rows(len(batch))] if paired else []
+            units.append(Unit(batch, partners, group, setup.prompt))
+    return units, failed
+
+
+def _like(case: Case) -> tuple[int, int, str]:
+    """Questions in a batch are alike in the length of their answers, then of their prompts."""
+    longest = case.question.max_new_tokens if isinstance(case.question, OpenQuestion) else 0
+    return longest, len(case.whole.sharers[0]), case.id
+
+
+def _case(
+    setup: Setup,
+    task: str,
+    question: AnyQuestion,
+    words: bool,
+    bucket: str | None,
+    examples: Sequence[Question],
+    shots: int,
+    max_prompt_tokens: int | None,
+) -> Case:
+    pair = setup.pair
+    if isinstance(question, OpenQuestion):
+        ask = Ask.of(question.prompt if max_prompt_tokens is None else _cut(pair, question.prompt, max_prompt_tokens))
+        encoded = pair.encode(ask.chat())
+        return Case(task, question, ask, encoded, encoded, bucket)
+    ask = Ask.of(question, prompt=PROMPTS[setup.prompt])
+    whole = pair.encode(ask.chat(), prefix=setup.prefix)
+    bare = pair.encode(ask.chat()) if words else None
+    few_shot = few_shot_prompt(question, examples, shots) if examples else None
+    return Case(task, question, ask, whole, bare, bucket, few_shot)
+
+
+def _cut(pair: C2C, text: str, limit: int) -> str:
+    """The text without its middle where it has more tokens for any model."""
+    for lm in (pair.receiver, *pair.sharers):
+        tokenizer = lm.need_tokenizer()
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > limit:
+            kept, half = cut_middle(list(ids), limit), limit // 2
+            text = "".join(str(tokenizer.decode(part)) for part in (kept[:half], kept[half:]))
+    return text
+
+
+def _failure(
+    task: str, prompt: str, question: AnyQuestion, bucket: str | None, method: str, way: str, error: Exception
+) -> Answer:
+    score = 0.0 if isinstance(question, OpenQuestion) else None
+    words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    return Answer(
+        task, prompt, question.id, method, -1, False, [], answers=way, subject=question.subject or None, bucket=bucket,
+        score=score, error=words,
+    )  # fmt: skip
+
+
+def work(
+    setup: Setup,
+    units: Sequence[Unit],
+    have: Mapping[Key, Answer],
+    into: Path,
+    progress: Callable[[int], None] = lambda questions: None,
+) -> list[Answer]:
+    """Do the units, but for rows that there are, and add each method's rows to a file as soon as they are there."""
+    messages = {
+        (a.task, a.method, a.id): (a.message, a.message_tokens or 0)
+        for a in have.values()
+        if a.method in FORMS and a.message is not None
+    }
+    made = []
+    for unit in units:
+        todo = [(w, m) for w, m in unit.asked if any((c.task, unit.prompt, c.id, m, w) not in have for c in unit.cases)]
+        for rows in _answered(setup, unit, todo, messages) if todo else ():
+            new = [a for a in rows if a.key not in have]
+            add_rows(into, new)
+            made += new
+        progress(len(unit.cases))
+    return made
+
+
+def _answered(
+    setup: Setup,
+    unit: Unit,
+    todo: Sequence[tuple[str, str]],
+    messages: Messages,
+) -> Iterator[list[Answer]]:
+    batch = Batch(setup, unit.cases, unit.partners, [m for _, m in todo], messages)
+    for way, method in todo:
+        try:
+            yield batch.answers(method, way)
+        except OSError:  # a full disk is nobody's wrong answer
+            raise
+        except Exception:
+            yield [_alone(setup, unit, row, method, way, messages) for row in range(len(unit.cases))]
+
+
+def _alone(
+    setup: Setup,
+    unit: Unit,
+    row: int,
+    method: str,
+    way: str,
+    messages: Messages,
+) -> Answer:
+    """One question of a batch that failed: perhaps it is not the one that made it fail."""
+    case, partners = unit.cases[row], unit.partners[row : row + 1]
+    try:
+        return Batch(setup, [case], partners, [method], messages).answers(method, way)[0]
+    except OSError:
+        raise
+    except Exception as error:
+        return _failure(case.task, setup.prompt, case.question, case.bucket, method, way, error)
+
+
+def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer], max_bytes: int) -> None:
+    """Refuse to start where a store would grow by more than `max_bytes`."""
+    for j, store in enumerate(setup.stores):
+        prompts = [
+            c.whole.sharers[j]
+            for unit in units
+            if any(k not in have and k[3].split("-")[0] in READ_SHARER for k in unit.keys)
+            for c in unit.cases
+        ]
+        if store is not None and prompts:
+            store.check_room(prompts, max_bytes)
+
+
+# ---- the file of rows ------------------------------------------------------------------------------------------------
+
+
+def gather(samples: Path, order: Sequence[Key] = ()) -> list[Answer]:
+    """All rows of a run: those that processes wrote to files of their own go into its one file, and those that stand
+    there take the order of one uninterrupted run, others in front. Rows of failures are dropped unless in `order`."""
+    parts = sorted(samples.parent.glob(f"{samples.stem}-[0-9]*{samples.suffix}"))
+    rows = {a.key: a for path in [samples, *parts] for a in read_answers(path)}
+    place = {key: n for n, key in enumerate(order)}
+    kept = sorted(rows.values(), key=lambda a: place.get(a.key, -1))
+    if not order:
+        kept = [a for a in kept if a.error is None]
+    text = "".join(map(line_of, kept))
+    if parts or (samples.exists() and samples.read_text(encoding="utf-8") != text):
+        replace_text(samples, text)
+    for path in parts:
+        path.unlink()
+    return kept
+
+
+def evaluate(
+    pair: C2C,
+    task: str,
+    questions: Sequence[AnyQuestion],
+    samples: Path,
+    *,
+    prompt: str = "paper",
+    methods: Sequence[str] = METHODS,
+    answers: str = LIKELIHOOD,
+    skip: float | None = None,
+    single: LM | None = None,
+    identical: C2C | None = None,
+    store: Store | None = None,
+    max_bytes: int = 20 * 10**9,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda questions: None,
+    **options: object,
+) -> list[Answer]:
+    """Answer questions with every method, in this process; what stands in the file already is not asked again.
+
+    Args:
+        pair, prompt, skip, single, identical, max_new_tokens, seed: see `asking.Setup`.
+        task, questions, methods, answers: as for `plan`, and further `options`.
+        samples: JSONL file that a row per answer is added to.
+        store: of the first sharer, see `asking.Setup.stores`.
+        max_bytes: refuse to start where its prefills would take more than that.
+        progress: called with the number of questions of each batch done.
+    """
+    stores = [] if store is None else [store, *[None] * (len(pair.sharers) - 1)]
+    setup = Setup(pair, prompt, skip, single, identical, stores, max_new_tokens, seed)
+    units, failed = plan(setup, task, questions, methods=methods, answers=answers, **options)  # type: ignore[arg-type]
+    have = {a.key: a for a in gather(samples)}
+    check_stores(setup, units, have, max_bytes)
+    add_rows(samples, failed)
+    order = [key for unit in units for key in unit.keys]
+    work(setup, units, have, samples, progress)
+    wanted = {*order, *(a.key for a in failed)}
+    return [a for a in gather(samples, [*(a.key for a in failed), *order]) if a.key in wanted]

@@ -1,0 +1,1 @@
+"""Why cache communication works: enrichment, transformation, effective rank, structure."""

@@ -1,0 +1,109 @@
+"""What the oracle studies share: how a run begins and ends, and paired comparisons.
+
+A study's folder holds `settings.json` (which a second run must agree with), `rows.jsonl` (a row per question, added as
+it goes), `result.json` with every number, and its figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+
+from ..analysis import runs
+from ..errors import C2CError
+from ..evaluation.run import COLUMNS
+from ..evaluation.statistics import bootstrap, mcnemar, wilson
+from ..models.load import LM
+from ..pair import identity
+
+Results = Sequence[tuple[str, dict[str, Any]]]  # several runs' results, each with a label
+
+
+def described(lm: LM) -> dict[str, Any]:
+    """A model as a study's settings name it."""
+    return {**identity(lm).model_dump(), "dtype": str(lm.dtype)}
+
+
+def begin(
+    output: Path, settings: dict[str, Any], kind: str, ids: Sequence[str], seed: int, command: str
+) -> dict[str, Any]:
+    """Claim the folder for one study of these questions; what its result says of the run."""
+    setup = runs.Setup(None, output, seed=seed, command=command)
+    return runs.begin(setup, settings, f"oracle {kind}", ids)
+
+
+def progress() -> Progress:
+    """A bar on stderr."""
+    return Progress(*COLUMNS, console=Console(stderr=True))
+
+
+def finish(output: Path, about: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Write `result.json`; returns what was written, as it would be read."""
+    result = json.loads(json.dumps({"about": about, **results}))
+    runs.finish(output, result)
+    return dict(result)
+
+
+def kind_of(run: Path) -> str:
+    """Which study a finished run's folder holds: enrich, transform or structure."""
+    try:
+        kind = json.loads((run / "result.json").read_text(encoding="utf-8"))["about"]["kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise C2CError(f"{run} holds no finished run of c2c oracle; give the output folder of one") from error
+    if not str(kind).startswith("oracle "):
+        raise C2CError(f"{run} holds a run of c2c analyze {kind}; give one of c2c oracle")
+    return str(kind).removeprefix("oracle ")
+
+
+def earlier(folders: Sequence[Path], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """The results of finished runs of one study, with a label each."""
+    found = []
+    for folder in folders:
+        if (made := kind_of(folder)) != kind:
+            raise C2CError(f"{folder} holds a run of c2c oracle {made}; give one of {kind}")
+        found.append((folder.name, json.loads((folder / "result.json").read_text(encoding="utf-8"))))
+    return found
+
+
+def accuracy(right: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy in % with its 95% Wilson interval."""
+    low, high = wilson(sum(right), len(right))
+    return {
+        "questions": len(right),
+        "accuracy": round(100 * sum(right) / len(right), 2),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+    }
+
+
+def against(right: Sequence[bool], baseline: Sequence[bool]) -> dict[str, Any]:
+    """How much better than a baseline on the same questions: points, their paired 95% bootstrap interval, and
+    McNemar's exact p from the questions that only one of the two answers right."""
+    change = np.array(right, dtype=float) - np.array(baseline, dtype=float)
+    interval = bootstrap(len(change), lambda times: 100 * (times @ change) / len(change))
+    only = int((change > 0).sum()), int((change < 0).sum())
+    return {
+        "difference": round(100 * float(change.mean()), 2),
+        "interval": [round(x, 2) for x in interval],
+        "only_this": only[0],
+        "only_baseline": only[1],
+        "p": float(f"{mcnemar(*only):.3g}"),
+    }
+
+
+def attention(lm: LM, layer: int) -> nn.Module:
+    """The attention module of a layer, by the name that transformers' decoders give it."""
+    layers = getattr(lm.decoder, "layers", None)
+    found = getattr(layers[layer], "self_attn", None) if layers is not None else None
+    if not isinstance(found, nn.Module):
+        raise C2CError(
+            f"{lm.name} ({lm.text_config.model_type}) doesn't name its attention decoder.layers[i].self_attn, which "
+            "this study has to look into; choose another model"
+        )
+    return found

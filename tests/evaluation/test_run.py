@@ -1,0 +1,582 @@
+"""Runs as a whole: kills, several processes, failures, growing limits, routers, the clock, recipes and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cache2cache import C2C, C2CError
+from cache2cache.cli import main
+from cache2cache.config import EvalConfig
+from cache2cache.evaluation import asking, runner, timing
+from cache2cache.evaluation import run as running
+from cache2cache.evaluation.answers import Answer, drawn, read_answers
+from cache2cache.evaluation.asking import Batch
+from cache2cache.evaluation.page import page, regressions, venn
+from cache2cache.evaluation.report import markdown, read_run, verdict
+from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
+from cache2cache.evaluation.run import run
+from cache2cache.evaluation.runner import evaluate
+from cache2cache.evaluation.summary import summarize
+from cache2cache.tasks import OPEN_TASKS, TASKS, Question
+from cache2cache.training.recipe import checked, read_yaml
+from evaluation.scripted import marked, scripted_pair
+from training.runs import lm_of, pair_of, write_questions
+
+ROOT = Path(__file__).parents[2]
+ALL = ["receiver", "sharer", "c2c", "other", "zeroed", "gaussian", "off", "text", "route-confidence"]
+
+
+def config_of(fuser: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Two sets of questions, one of them with references; every method that needs nothing more."""
+    folder.mkdir(exist_ok=True)
+    task = write_questions(folder / "own.jsonl", 9)
+    rows = [{"id": f"o{n}", "question": f"What is {'so ' * n}it?", "references": ["A", "it"]} for n in range(5)]
+    (folder / "open.jsonl").write_text("".join(json.dumps({**r, "max_new_tokens": 3}) + "\n" for r in rows))
+    return {
+        "fuser": str(fuser),
+        "tasks": [{"task": str(task), "name": "own"}, {"task": str(folder / "open.jsonl"), "name": "open"}],
+        "methods": ALL, "answers": "both", "max_new_tokens": 4, "batch_size": 4, "limits": {"text": 5},
+        "output": str(folder / "out"), **changes,
+    }  # fmt: skip
+
+
+def start(config: dict[str, Any], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The run in two processes."""
+    path = Path(config["output"]).parent / "config.json"
+    path.write_text(json.dumps(config))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(Path(__file__).with_name("several.py")), str(path), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models hardly ever come to an end."""
+    monkeypatch.setattr(asking, "MAX_MESSAGE_TOKENS", 6)
+    monkeypatch.setattr(timing, "MAX_MESSAGE_TOKENS", 6)
+    monkeypatch.setattr(timing, "LENGTHS", (2, 5))
+
+
+def test_killed_ten_times_is_one_run(tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where a kill is an exception that leaves half a line; once it is a kill -9."""
+    once = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / "once")))
+    config = config_of(tiny_pair_folder, tmp_path / "cut")
+    add_rows, left = runner.add_rows, [0]
+
+    class Killed(BaseException):
+        pass
+
+    def cut(path: Path, rows: Any) -> None:
+        left[0] -= len(rows)
+        if left[0] <= 0:
+            with path.open("a") as file:
+                file.write("".join(map(runner.line_of, rows))[:-20])
+            raise Killed
+        add_rows(path, rows)
+
+    monkeypatch.setattr(runner, "add_rows", cut)
+    for number in range(10):
+        left[0] = 3 + 2 * number
+        with pytest.raises(Killed):
+            run(EvalConfig.model_validate(config))
+    left[0] = 10**9
+    again = run(EvalConfig.model_validate(config))
+    whole = (tmp_path / "once" / "out" / "samples.jsonl").read_bytes()
+    assert (tmp_path / "cut" / "out" / "samples.jsonl").read_bytes() == whole
+    assert whole.count(b"\n") == 2 * 9 * 7 + 2 * 5 + 5 * 8
+    for key in ("likelihood", "generation", "failed"):
+        assert again[key] == once[key]
+
+
+def test_a_kill_and_two_processes(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """kill -9 of one of two processes; two processes then write what one does."""
+    few = {"methods": ["receiver", "c2c", "other"], "answers": "likelihood"}
+    once = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / "once", **few)))
+    config = config_of(tiny_pair_folder, tmp_path / "two", **few)
+    assert start(config, 5).returncode != 0
+    done = start(config)
+    assert done.returncode == 0, done.stderr
+    folders = [tmp_path / name / "out" for name in ("once", "two")]
+    assert [p.name for p in folders[1].glob("samples*")] == ["samples.jsonl"]
+    assert (folders[0] / "samples.jsonl").read_bytes() == (folders[1] / "samples.jsonl").read_bytes()
+    assert json.loads((folders[1] / "summary.json").read_text())["likelihood"] == once["likelihood"]
+
+
+def test_failures_are_wrong_and_listed(
+    tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A method that fails on one question of a batch: that one is wrong, the others are what they were; the next run
+    asks it again."""
+    fine = [a for a in run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / "fine"))) if a]
+    assert fine
+    state = Batch.state
+
+    def broken(self: Batch, method: str, way: str) -> Any:
+        if method == "c2c" and any(c.id == "q4" for c in self.cases):
+            raise RuntimeError("out of <memory>")
+        return state(self, method, way)
+
+    config = config_of(tiny_pair_folder, tmp_path / "bad", answers="likelihood")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(Batch, "state", broken)
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", str(recipe)])
+    assert leaving.value.code == 1
+    printed = capsys.readouterr()
+    assert "failed: own q4, c2c by likelihood: RuntimeError: out of <memory>" in " ".join(printed.err.split())
+    assert "1 answers failed and count as wrong" in printed.err
+    summary = json.loads((tmp_path / "bad" / "out" / "summary.json").read_text())
+    assert summary["failed"] == [
+        {"task": "own", "id": "q4", "method": "c2c", "answers": "likelihood", "error": "RuntimeError: out of <memory>"}
+    ]
+    rows = {a.key: a for a in read_answers(tmp_path / "bad" / "out" / "samples.jsonl")}
+    good = {a.key: a for a in read_answers(tmp_path / "fine" / "out" / "samples.jsonl")}
+    for key, row in rows.items():
+        if row.error is not None:
+            assert (row.id, row.method, row.correct, row.choice, row.logprobs) == ("q4", "c2c", False, -1, [])
+        elif row.method == "c2c" and row.task == "own":
+            assert row.logprobs == pytest.approx(good[key].logprobs, abs=1e-4)
+        else:
+            assert row == good[key]
+    assert summary["likelihood"]["tasks"]["own"]["c2c"]["failed"] == 1
+    for name in ("report.md", "report.html"):
+        assert "1 failed, counted as wrong" in (tmp_path / "bad" / "out" / name).read_text()
+    assert "<memory>" not in (tmp_path / "bad" / "out" / "report.html").read_text()
+    monkeypatch.setattr(Batch, "state", state)
+    assert run(EvalConfig.model_validate(config))["failed"] == []
+    mended = read_answers(tmp_path / "bad" / "out" / "samples.jsonl")
+    assert mended == [good[a.key] for a in mended]
+
+
+def test_a_question_that_cannot_be_put(tmp_path: Path) -> None:
+    """Too long for the receiver: wrong, for every method; the others go on."""
+    pair = pair_of()
+    long = Question("long", "water " * 2500, ("a", "b"), 0)
+    short = [Question(f"s{n}", f"What {n}?", ("a", "b"), 0) for n in range(3)]
+    answers = evaluate(pair, "own", [*short, long], tmp_path / "s.jsonl", methods=["receiver", "c2c"], batch_size=4)
+    failed = [a for a in answers if a.error]
+    assert {(a.id, a.method) for a in failed} == {("long", "receiver"), ("long", "c2c")} and len(answers) == 8
+    assert all("context" in str(a.error) for a in failed)
+
+
+def test_nothing_measured_is_no_zero(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(C2CError, match="nothing was measured"):
+        summarize([], ["receiver"])
+    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "text"], answers="likelihood", limits={})
+    config["tasks"] = [{**config["tasks"][0], "limits": {"text": 3}}]
+    made = run(EvalConfig.model_validate(config))["likelihood"]["tasks"]["own"]
+    assert (made["receiver"]["questions"], made["text"]["questions"]) == (9, 3)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| – |" in text and "0.00" not in text.replace("0.00 ", "")
+
+
+# ---- questions drawn -------------------------------------------------------------------------------------------------
+
+
+def test_fewer_questions_are_among_more() -> None:
+    questions = marked([("A",)] * 50, "A" * 50)
+    chosen = [drawn(questions, n, 3) for n in (5, 20, 50, None)]
+    assert [len(c) for c in chosen] == [5, 20, 50, 50]
+    ids = [[q.id for q in c] for c in chosen]
+    assert set(ids[0]) < set(ids[1]) < set(ids[2]) and ids[2] == ids[3] == [q.id for q in questions]
+    assert ids[1] != ids[3][:20] and ids[1] == sorted(ids[1], key=ids[3].index)
+    assert {q.id for q in drawn(questions[::-1], 5, 3)} == set(ids[0])
+    assert {q.id for q in drawn(questions, 5, 4)} != set(ids[0])
+
+
+def test_a_folder_takes_more_questions(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    few = {"methods": ["receiver"], "answers": "likelihood"}
+    small = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limit=3, **few)))
+    assert small["asked"] == {"own": 3, "open": 3}
+    before = read_answers(tmp_path / "out" / "samples.jsonl")
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limit=7, **few)))
+    after = read_answers(tmp_path / "out" / "samples.jsonl")
+    assert len(before) == 6 and {a.key for a in before} < {a.key for a in after} and len(after) == 12
+    assert run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limit=3, **few)))["asked"]["own"] == 3
+    with pytest.raises(C2CError, match="another seed"):
+        run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limit=3, seed=1, **few)))
+
+
+def test_folders_of_earlier_versions(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """Their rows are read as they were meant, and not asked again; where they took the first questions, refused."""
+    config = config_of(
+        tiny_pair_folder, tmp_path, methods=["receiver", "text", "receiver-generate"], answers="likelihood"
+    )
+    config["tasks"], config["limits"], config["max_new_tokens"] = config["tasks"][:1], {}, 64
+    run(EvalConfig.model_validate(config))
+    rows = read_answers(tmp_path / "out" / "samples.jsonl")
+    old = []
+    for a in rows:
+        kept = ("task", "prompt", "id", "method", "choice", "correct", "logprobs", "confidence", "text")
+        row = {k: v for k, v in vars(a).items() if k in kept and v is not None}
+        if a.answers == "generation":
+            row |= {"method": "receiver-generate"}
+            row.pop("confidence")
+        if a.method == "text":
+            row["text"] = a.message
+        old.append(row)
+    (tmp_path / "out" / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old))
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    names = ("receiver", "sharer", "fuser", "fuser_hash", "store", "split", "prompt", "limit")
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({k: settings[k] for k in names}))
+    read = read_answers(tmp_path / "out" / "samples.jsonl")
+    assert [a.key for a in read] == [a.key for a in rows]
+    assert [a.message for a in read] == [a.message for a in rows] and [a.text for a in read] == [a.text for a in rows]
+    before = (tmp_path / "out" / "samples.jsonl").read_text().count("\n")
+    made = run(EvalConfig.model_validate(config))
+    assert len(read_answers(tmp_path / "out" / "samples.jsonl")) == before
+    assert made["likelihood"]["tasks"]["own"]["text"]["questions"] == 9
+    (tmp_path / "out" / "settings.json").write_text(json.dumps({**{k: settings[k] for k in names}, "limit": 4}))
+    with pytest.raises(C2CError, match="another seed"):
+        run(EvalConfig.model_validate(config))
+
+
+# ---- routing ---------------------------------------------------------------------------------------------------------
+
+
+def answers_of(receiver: str, sharer: str, confidence: list[float]) -> list[Answer]:
+    return [
+        Answer("own", "paper", f"q{n}", method, 0, mark == "1", [0.0], sure if method == "receiver" else None)
+        for method, marks in (("receiver", receiver), ("sharer", sharer))
+        for n, (mark, sure) in enumerate(zip(marks, confidence, strict=True))
+    ]
+
+
+def test_routers_by_hand() -> None:
+    answers = answers_of("1100", "0110", [0.9, 0.2, 0.1, 0.8])
+    made = routed(answers, "route-confidence", 0.5)
+    assert [a.sent for a in made] == [False, True, True, False] and [a.correct for a in made] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    learned = routed(answers, "route", 0.25, {"q0": 3.0, "q1": 1.0, "q2": 2.0, "q3": -1.0})
+    assert [a.sent for a in learned] == [True, False, False, False] and [a.correct for a in learned] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert [a.sent for a in routed(answers, "route-confidence", 0.0)] == [False] * 4
+    random = at_random([*answers, *learned], "route")
+    assert random == {("own", "q0"): 0.75, ("own", "q1"): 1, ("own", "q2"): 0.25, ("own", "q3"): 0}
+    row = summarize([*answers, *made, *learned], ["receiver", "sharer", "route", "route-confidence"])
+    assert (row["route"]["sent"], row["route"]["random"], row["route"]["over_random"]) == (25, 50, -25)
+    assert (row["route-confidence"]["accuracy"], row["route-confidence"]["random"]) == (75, 50)
+
+
+def test_a_router_learns_what_tells_the_questions_apart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(200, 30, dtype=torch.float64) + 3
+    sharer = (inputs[:, 4] > 3).tolist()
+    receiver = [not s if n % 3 else s for n, s in enumerate(sharer)]  # a third of them tells nothing
+    ids = [f"q{n}" for n in range(200)]
+    router = fit(inputs, sharer, receiver, ids, 0.01)
+    fresh = torch.randn(500, 30, dtype=torch.float64) + 3
+    right = [(s > 0) == bool(x > 3) for s, x in zip(router.score(fresh), fresh[:, 4], strict=True)]
+    assert sum(right) > 430
+    assert set(router.examples[0]) == {i for n, i in enumerate(ids) if sharer[n] and not receiver[n]}
+    router.save(tmp_path / "router.json")
+    again = Router.load(tmp_path / "router.json")
+    assert again.score(fresh) == router.score(fresh) and again.hash == router.hash
+    with pytest.raises(C2CError, match="of 2 the sharer has 2 and the receiver 0"):
+        fit(inputs[:2], [True, True], [False, False], ids[:2], 1.0)
+    lm = lm_of("llama")
+    ids_of = lm.need_tokenizer()("What?", add_special_tokens=False)["input_ids"]
+    expected = lm.model.get_input_embeddings().weight[ids_of].double().mean(0)
+    torch.testing.assert_close(embed(lm, ["What?", ""])[0], expected)
+
+
+def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted models: where the receiver believes nothing the sharer is right, and the marks say so."""
+    pair = scripted_pair()
+    train = marked(
+        [("A", ""), ("", "B"), ("C", ""), ("", "D"), ("B", ""), ("", "C"), ("D", ""), ("", "B")] * 4, "ABCDBCDB" * 4
+    )
+    test = marked([("A", ""), ("", "B"), ("", "C"), ("D", "")], "ABCD")
+    monkeypatch.setattr(
+        running, "load_pair", lambda *_: (pair, {"receiver": {}, "sharer": {}, "fuser_hash": "", "fuser": ""})
+    )
+    monkeypatch.setattr(running.sets, "load", lambda name, split, data: train if split == "train" else test)
+    monkeypatch.setattr(running.report, "write", lambda *_: None)
+    config = EvalConfig.model_validate(
+        {
+            "tasks": ["arc-easy"],
+            "methods": ["receiver", "sharer", "route", "route-confidence"],
+            "output": tmp_path / "out",
+        }
+    )
+    summary = run(config)
+    made = summary["likelihood"]["tasks"]["arc-easy"]
+    assert (made["receiver"]["accuracy"], made["sharer"]["accuracy"], made["route"]["accuracy"]) == (50, 75, 100)
+    assert (
+        made["route"]["sent"] == 50 and made["route"]["random"] == 62.5 and made["route-confidence"]["accuracy"] == 100
+    )
+    recorded = json.loads((tmp_path / "out" / "settings.json").read_text())["router"]
+    assert recorded["hash"] == Router.load(tmp_path / "out" / "router.json").hash and recorded["examples"] > 20
+    assert len((tmp_path / "out" / "routed.jsonl").read_text().splitlines()) == 8
+    with pytest.raises(C2CError, match="chooses between receiver and sharer; ask for both"):
+        run(config.model_copy(update={"methods": ["receiver", "route"]}))
+
+
+# ---- the clock -------------------------------------------------------------------------------------------------------
+
+
+def timed(first: float, step: float) -> dict[str, Any]:
+    seconds = {str(n): {"median": first + (n - 1) * step, "p95": 9.0} for n in (8, 64, 256)}
+    return {"first_token": {"median": first, "p95": 9.0}, "seconds": seconds}
+
+
+def test_from_which_length_on() -> None:
+    """1 + 0.1 (n - 1) is below 0.5 + 0.2 (n - 1) from the 7th token on, where it is equal at the 6th."""
+    assert timing.cheaper_from(timed(1, 0.1), timed(0.5, 0.2)) == 7
+    assert timing.cheaper_from(timed(0.5, 0.1), timed(0.5, 0.1)) == 1
+    assert timing.cheaper_from(timed(1, 0.2), timed(0.5, 0.2)) is None
+    assert timing.cheaper_from(timed(1, 0.3), timed(2, 0.2)) is None
+
+
+def test_the_clock(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    options = {"timing": 3, "methods": ["receiver", "sharer", "c2c", "text"], "answers": "likelihood", "limits": {}}
+    made = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **options)))["timing"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "timing.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and {r["method"] for r in rows} == set(options["methods"])  # type: ignore[arg-type]
+    for row in rows:
+        assert 0 < row["first_token_s"] <= row["seconds"]["2"] < row["seconds"]["5"]
+    assert made["c2c"]["bytes_passed"] > 0 == made["sharer"]["bytes_passed"] and made["text"]["message_tokens"] <= 6
+    if made["c2c"]["memory"] is not None:
+        pair = C2C.from_pretrained(tiny_pair_folder)
+        weights = sum(p.nbytes for lm in (pair.receiver, *pair.sharers) for p in lm.model.parameters())
+        assert made["c2c"]["memory"] >= weights > 0
+    again = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **options)))["timing"]
+    assert again == made  # nothing is timed twice
+    assert "| text-to-text |" in (tmp_path / "out" / "report.md").read_text()
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+class Checker(HTMLParser):
+    """Tags that are closed, and nothing from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert tag not in ("script", "link", "img", "iframe") and not any(k in ("src", "href") for k, _ in attributes)
+        assert not any(k.startswith("on") for k, _ in attributes)
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>`|*"
+
+
+def test_the_page_escapes_everything(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": f"{EVIL}{n}",
+            "question": f"{EVIL} {n}?",
+            "options": [EVIL, "b", "c"],
+            "answer": n % 3,
+            "subject": EVIL + "xy"[n % 2],
+        }
+        for n in range(8)
+    ]
+    (tmp_path / "evil.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    config = {
+        "fuser": str(tiny_pair_folder), "tasks": [{"task": str(tmp_path / "evil.jsonl"), "name": EVIL}],
+        "methods": ["receiver", "sharer", "c2c", "other", "text"], "answers": "both", "max_new_tokens": 4,
+        "output": str(tmp_path / "out"), "timing": 1,
+    }  # fmt: skip
+    run(EvalConfig.model_validate(config))
+    html = (tmp_path / "out" / "report.html").read_text()
+    checker = Checker()
+    checker.feed(html)
+    checker.close()
+    assert checker.open == [] and checker.tags.count("svg") >= 5 and "&lt;script&gt;" in html
+    assert "<script" not in (tmp_path / "out" / "report.md").read_text()
+    made = read_run(tmp_path / "out")
+    for way in ("likelihood", "generation"):
+        worse = regressions(made.answers, EVIL, way)
+        by = {
+            m: {a.id for a in made.answers if a.answers == way and a.method == m and a.correct}
+            for m in ("receiver", "c2c")
+        }
+        assert {a.id for a, _ in worse} == by["receiver"] - by["c2c"]
+
+
+def test_right_answers_in_regions() -> None:
+    drawing = venn({"receiver": set("abcg"), "sharer": set("bcde"), "c2c": set("cdfgh")})
+    counts = [part.split("<")[0] for part in drawing.split(">") if part.split("<")[0].isdigit()]
+    # a; e; f h; b; g; d; c: alone, in pairs, all three.
+    assert counts == ["1", "1", "2", "1", "1", "1", "1"]
+
+
+def test_several_runs_in_one_report(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = {
+        "methods": ["receiver", "sharer", "c2c", "other"],
+        "answers": "likelihood",
+        "results": str(tmp_path / "results"),
+    }
+    for name in ("a", "b"):
+        run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / name, **few)))
+    with pytest.raises(SystemExit) as leaving:
+        main(["report", str(tmp_path / "a" / "out"), str(tmp_path / "b" / "out"), "--output", str(tmp_path / "both")])
+    assert not leaving.value.code
+    assert capsys.readouterr().out.split() == [str(tmp_path / "both" / n) for n in ("report.md", "report.html")]
+    runs = [read_run(tmp_path / name / "out") for name in ("a", "b")]
+    assert (tmp_path / "both" / "report.md").read_text() == markdown(runs)
+    assert (tmp_path / "both" / "report.html").read_text() == page(runs)
+    assert markdown(runs).count("| own (9) | likelihood |") == 2
+    # What is published has the same numbers, and nobody's words.
+    published = read_answers(tmp_path / "results" / "samples.jsonl")
+    assert [(a.key, a.value) for a in published] == [(a.key, a.value) for a in runs[1].answers]
+    assert not any(a.text or a.message for a in published)
+    assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["report.md", "samples.jsonl", "summary.json"]
+    with pytest.raises(C2CError, match="holds no evaluation that went to its end"):
+        read_run(tmp_path / "none")
+
+
+def summary_of(sharer: tuple[float, float], cheaper: int | None) -> dict[str, Any]:
+    def against(low: float, high: float) -> dict[str, Any]:
+        return {"difference": (low + high) / 2, "interval": [low, high], "p": 0.5, "only_first": 1, "only_second": 1}
+
+    task = {
+        "paired": {"sharer": against(*sharer), "receiver": against(2, 6), "other": against(-1, 3)},
+        "gain": 4.0,
+        "content": 1.0,
+    }
+    clock = {"c2c": timed(1, 0.1), "sharer": timed(0.5, 0.2), "cheaper_from": cheaper}
+    return {"likelihood": {"tasks": {"own": task}}, "timing": clock}
+
+
+def test_plain_words() -> None:
+    said = " ".join(verdict(summary_of((-8, -2), 7)))
+    assert "C2C is better than the receiver alone by 4.0 points [+2.0, +6.0]" in said
+    assert "no content is shown: another question's cache may do as well" in said
+    assert "C2C is worse than the sharer alone by 5.0 points" in said
+    assert "C2C is not worth it here for answers below 7 tokens: the sharer alone is better, and quicker" in said
+    assert "An answer of 8 tokens takes C2C 1.70 s and the sharer alone 1.90 s" in said
+    assert "cheaper than the sharer alone from 7 tokens of answer on" in said
+    never = " ".join(verdict(summary_of((-1, 2), None)))
+    assert (
+        "C2C is not worth it here: the sharer alone is as good, as far as can be told, and takes less time at any len"
+        in never
+    )
+    better = " ".join(verdict(summary_of((1, 2), 1)))
+    assert "not worth" not in better and "C2C is better than the sharer alone by 1.5 points" in better
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_and_options_are_one_definition(
+    tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver"], answers="likelihood")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+
+    def c2c(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as leaving:
+            main([str(a) for a in arguments])
+        printed = capsys.readouterr()
+        assert bool(leaving.value.code) == printed.err.startswith("error:") or not leaving.value.code
+        return printed.err if leaving.value.code else printed.out
+
+    c2c("evaluate", recipe, "--limit", 3, "--output", tmp_path / "r", "--set", "tasks.1.limit=2")
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["asked"] == {"own": 3, "open": 2}
+    questions = config["tasks"][0]["task"]
+    c2c(
+        "evaluate",
+        tiny_pair_folder,
+        "--task",
+        questions,
+        "--limit",
+        3,
+        "--method",
+        "receiver",
+        "--output",
+        tmp_path / "f",
+    )
+    flags = read_answers(tmp_path / "f" / "samples.jsonl")
+    assert [(a.id, a.logprobs) for a in flags] == [
+        (a.id, a.logprobs) for a in read_answers(tmp_path / "r" / "samples.jsonl") if a.task == "own"
+    ]
+    recipe.write_text(yaml.safe_dump({**config, "metods": ["receiver"]}))
+    assert "unknown key metods; did you mean methods?" in c2c("evaluate", recipe)
+    assert "unknown key router.shar; did you mean share?" in c2c("evaluate", "--set", "router.shar=1")
+    assert "limits names the unknown method 'texts'" in c2c("evaluate", "--set", "limits.texts=1")
+    assert "two tasks are called" in c2c("evaluate", "--task", questions, "--task", questions)
+    keys = c2c("evaluate", "--keys")
+    assert "tasks.N.max_prompt_tokens: int | None" in keys and "router.share: float = 0.5" in keys
+
+
+def test_the_receiver_as_its_own_sharer_needs_its_fuser(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    config = config_of(
+        tiny_pair_folder, tmp_path, methods=["receiver", "c2c"], answers="likelihood", identical=str(tiny_pair_folder)
+    )
+    with pytest.raises(C2CError, match=r"the method self needs a fuser trained with the receiver as its own sharer"):
+        run(EvalConfig.model_validate(config))
+    own = lm_of("llama")
+    torch.manual_seed(0)
+    from cache2cache import FuserConfig
+
+    llama = tiny_pair_folder.parent / "llama"
+    C2C.from_models(llama, llama, FuserConfig(hidden_dim=8, intermediate_dim=6, gate_init=1.0)).save_pretrained(
+        tmp_path / "same"
+    )
+    made = run(EvalConfig.model_validate({**config, "identical": str(tmp_path / "same")}))
+    assert made["likelihood"]["tasks"]["own"]["self"]["questions"] == 9 and own is not None
+    with pytest.raises(C2CError, match="the method self needs a fuser that was trained"):
+        run(EvalConfig.model_validate({**config, "identical": None, "methods": ["self"]}))
+
+
+def test_a_published_token_map(tmp_path: Path) -> None:
+    """The sharer then doesn't read its own tokens in the pair; alone it does, as without that map."""
+    questions = [Question(f"q{n}", f"What is {'so ' * n}it?", ("a", "b", "c"), 0) for n in range(4)]
+    options: dict[str, Any] = {
+        "methods": ["receiver", "sharer", "c2c", "other", "zeroed"],
+        "answers": "both",
+        "max_new_tokens": 4,
+    }
+    plain = evaluate(pair_of("qwen3", "qwen2", gate_init=0.0), "own", questions, tmp_path / "a.jsonl", **options)
+    moved = evaluate(
+        pair_of("qwen3", "qwen2", token_map="first", gate_init=0.0), "own", questions, tmp_path / "b.jsonl", **options
+    )
+    for one, two in zip(plain, moved, strict=True):
+        if one.method in ("receiver", "sharer"):
+            assert one.logprobs == pytest.approx(two.logprobs, abs=1e-3) and one.text == two.text
+    fused = evaluate(pair_of("qwen3", "qwen2", token_map="first"), "own", questions, tmp_path / "c.jsonl", **options)
+    chosen = {m: [a.logprobs for a in fused if a.method == m and a.logprobs] for m in ("receiver", "c2c", "other")}
+    assert chosen["c2c"] != chosen["receiver"] and chosen["c2c"] != chosen["other"]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/r*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_along(path: Path) -> None:
+    config = running.named(checked(EvalConfig, read_yaml(path), path.name))
+    names = [t.task for t in [*config.tasks, *config.router.tasks]] + [t.shots_task or t.task for t in config.tasks]
+    assert set(names) <= {*TASKS, *OPEN_TASKS} and config.output.parts[0] == "runs"

@@ -1,0 +1,65 @@
+"""Load and misbehaviour, small: what benchmarks/serve.py does to real models, done to tiny ones."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from cache2cache.pair import C2C
+from cache2cache.serving.engine import Limits
+from serving.conftest import Here, Served, spec_of
+
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)
+        yield importlib.import_module("serve")
+
+
+@pytest.fixture(scope="module")
+def served(tiny_pair_folder: Path) -> Iterator[Served]:
+    server = Served([Here("pair", spec_of(tiny_pair_folder), Limits(keep_bytes=4 << 20))]).start()
+    yield server
+    server.stop()
+
+
+def test_a_load(bench: ModuleType, served: Served, tiny_pair_folder: Path) -> None:
+    root = tiny_pair_folder.parent
+    pair = C2C.from_pretrained(tiny_pair_folder, receiver=root / "llama", sharers=root / "qwen3")
+    bench.WORDS[:] = ["Plants", "iron"]  # of few tokens for a tiny tokenizer
+    args = Namespace(clients=8, requests=2, new=16, alone=16, seed=0)
+    (engine,) = served.engines
+    figures = bench.run_load(pair, engine, served.address, args)
+    assert (figures["requests"], figures["lost"], figures["different"], figures["compared"]) == (16, 0, 0, 16)
+    assert figures["throughput_ratio"] > 0 and figures["first_token_s"]["median"] > 0
+    turns = bench.run_turns(pair, engine, 400)
+    assert turns["same_tokens"] and turns["reused_tokens"] > 390 and turns["prompt_tokens"] < 500
+
+
+def test_chaos(bench: ModuleType, served: Served) -> None:
+    (engine,) = served.engines
+    figures = bench.run_chaos(engine, served.address, 150, seed=1)
+    assert figures["answers_afterwards"] and figures["restarts"] == 0
+    assert set(figures["statuses"]) <= {"0", "200", "400", "429"} and {"0", "200", "400"} <= set(figures["statuses"])
+    assert sum(figures["statuses"].values()) == 150
+    assert figures["server_memory_ratio"] <= 1.05
+    worker = engine._outbox.worker  # type: ignore[attr-defined]
+    assert not worker._all and not worker._gone and worker.kept.nbytes <= 4 << 20
+
+
+def test_a_wrong_status_is_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(address: str, raw: bytes, **options: object) -> tuple[int, bytes, None]:
+        return 500, b"{}", None
+
+    monkeypatch.setattr(bench, "request", broken)
+    with pytest.raises(AssertionError, match="500"):
+        asyncio.run(bench.chaos("http://nowhere:1", 40, 0))

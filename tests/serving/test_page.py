@@ -1,0 +1,175 @@
+"""The page in headless Chromium, on tiny models: it is asked, switched, looked into, and never complains."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cache2cache.serving import page as pages
+from cache2cache.serving import worker as service
+from cache2cache.serving.engine import Limits, PairEngine
+from cache2cache.serving.metrics import Metrics
+from serving.conftest import Here, Served, spec_of
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+WAYS = list(pages.LABELS)
+# Every text that any of the columns has had.
+WATCH = """() => {
+  window.seen = new Set();
+  const look = () => document.querySelectorAll('.c2c-answer .text').forEach(e => window.seen.add(e.innerText));
+  new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+
+
+@pytest.fixture(scope="module")
+def served(tiny_pair_folder: Path) -> Iterator[Served]:
+    patch = pytest.MonkeyPatch()  # a random model never ends its message by itself
+    patch.setattr(service, "MAX_MESSAGE_TOKENS", 24)
+    engines: list[PairEngine] = [
+        Here(name, spec_of(tiny_pair_folder), Limits(max_new_tokens=256)) for name in ("one", "two")
+    ]
+    server = Served(engines).start(page=True)
+    yield server
+    server.stop()
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(served: Served, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """The page, opened; the test fails if its console shows an error."""
+    width = getattr(request, "param", 1280)
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    tab = context.new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(f"{served.address}/ui/")
+    tab.wait_for_selector("#ask", timeout=60_000)
+    yield tab
+    context.close()
+    assert not complaints, complaints
+
+
+def ask(tab: Any, question: str) -> list[str]:
+    """Ask and wait for the four answers; returns their texts."""
+    tab.fill("#question textarea", question)
+    tab.click("#ask")
+    for way in WAYS:
+        tab.wait_for_selector(f"#way-{way} [data-state=done]", timeout=120_000)
+    return [tab.inner_text(f"#way-{way} .text") for way in WAYS]
+
+
+@needs_browser
+@pytest.mark.parametrize("tab", [1280, 375], indirect=True)
+def test_the_page(tab: Any, served: Served, tmp_path: Path) -> None:
+    tab.evaluate(WATCH)
+    tab.fill("#question textarea", "Plants make food from?")
+    tab.click("#ask")
+    for way in WAYS:
+        tab.wait_for_selector(f"#way-{way} [data-state=done]", timeout=120_000)
+        figures = tab.inner_text(f"#way-{way} dl").split("\n")
+        assert any(figure.endswith(" s") for figure in figures)
+        assert tab.inner_text(f"#way-{way} .text") != ""
+    assert tab.evaluate("window.seen.size") > 6  # it streams
+    assert tab.inner_text("#way-c2c dl").split()[-1] != "0" and tab.inner_text("#way-receiver dl").split()[-1] == "0"
+    assert "sharer:" in tab.inner_text("#way-text .message")
+    tab.click("#panel button")
+    tab.wait_for_selector("#gates table", state="visible")
+    assert "6 of 6 gates are open" in tab.inner_text("#gates")
+    tab.wait_for_selector("#weights svg", timeout=60_000)
+    assert tab.locator("#weights svg").count() == 2 and tab.locator("#weights rect").count() > 6
+    # Nothing is wider than the screen but what scrolls by itself.
+    assert tab.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    tab.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@needs_browser
+def test_switching_and_all_at_once(tab: Any) -> None:
+    first = ask(tab, "Iron?")
+    tab.click("#fuser input")
+    tab.click("#fuser [role=option]:has-text('two'), [role=listbox] [role=option]:has-text('two')")
+    tab.wait_for_selector("#way-c2c [data-state=waiting]", timeout=30_000)
+    assert tab.inner_text("#way-c2c .text") == ""
+    tab.check("#at-once input")
+    assert ask(tab, "Iron?") == first  # the same models behind another name
+
+
+@needs_browser
+def test_examples_fill_the_question(tab: Any) -> None:
+    row = pages.read_examples()[0]["question"]
+    tab.get_by_text(row[:40]).first.click()
+    tab.wait_for_function("document.querySelector('#question textarea').value.length > 20", timeout=20_000)
+    assert tab.input_value("#question textarea") == row
+
+
+@needs_browser
+def test_with_keys_the_page_asks_for_one(tiny_pair_folder: Path, browser: Any) -> None:
+    import threading
+
+    import uvicorn
+
+    from cache2cache.serving import openai
+    from cache2cache.serving.http import listening
+
+    class Idle:
+        name, ready, waiting, running, kept_bytes, restarts = "idle", True, 0, 0, 0, 0
+        about = pages.About("r", ("s",), ("c2c",), 100)
+
+        def close(self) -> None: ...
+
+    engine: Any = Idle()
+    app = pages.mount(openai.make_app([engine], keys=["sesame"]), [engine], Metrics([engine]), keys=["sesame"])
+    with listening("127.0.0.1", 0) as (listener, address):
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        tab = browser.new_page()
+        tab.goto(f"{address}/ui/")
+        tab.wait_for_selector("input[type=password]", timeout=60_000)
+        assert tab.locator("#ask").count() == 0
+        tab.close()
+        server.should_exit = True
+        thread.join(30)
+
+
+def test_an_answer_is_shown_as_text() -> None:
+    column = pages.Column("text", "<b>model</b>", text="<script>alert(1)</script>", message="<i>")
+    shown = column.html()
+    assert "<script>" not in shown and "<b>" not in shown and "<i>" not in shown and "&lt;script&gt;" in shown
+
+
+def test_leaving_the_page_stops_the_models(served: Served) -> None:
+    engine = served.engines[0]
+
+    async def run() -> None:
+        stream = pages.answers(Metrics([engine]), engine, "Plants?", False, 256)
+        async for columns, _ in stream:
+            if columns["receiver"].text:
+                break
+        await stream.aclose()
+        for _ in range(200):
+            if not engine.waiting and not engine.running:
+                return
+            await asyncio.sleep(0.05)
+        raise AssertionError("it goes on")
+
+    with ThreadPoolExecutor(1) as pool:  # the browser's driver has a loop in this one
+        pool.submit(asyncio.run, run()).result(60)

@@ -1,0 +1,356 @@
+"""The worker without its process: batches answer as the library does one by one, and rows keep to themselves."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cache2cache import C2CError, decode
+from cache2cache.kv import KV, Read
+from cache2cache.methods import text_to_text
+from cache2cache.pair import C2C
+from cache2cache.serving import worker as service
+from cache2cache.serving.engine import WAYS, Failed, Finished, Job, Limits, PairSpec, Piece, Started
+from cache2cache.serving.kept import Kept
+from cache2cache.serving.worker import Worker, draw
+from test_pair import CHATS, pair_of
+
+LONG = [{"role": "user", "content": "Plants make food from sunlight, water and air. " * 3 + "What do they need?"}]
+ASKED = [*CHATS, LONG]
+
+
+class Desk:
+    """A worker, and what it said about each job."""
+
+    def __init__(self, pair: C2C, **limits: Any) -> None:
+        self.events: dict[int, list[Any]] = {}
+        self.ended: queue.Queue[int] = queue.Queue()
+        self.on_event: Callable[[int, Any], None] = lambda number, event: None
+        self.worker = Worker(pair, Limits(**limits), self.take)
+        self.running = False
+
+    def take(self, events: list[tuple[int, Any]]) -> None:
+        for number, event in events:
+            self.events.setdefault(number, []).append(event)
+            self.on_event(number, event)
+            if isinstance(event, (Finished, Failed)):
+                self.ended.put(number)
+
+    def run(self, *jobs: Job) -> list[list[Any]]:
+        """All jobs at once; returns what was said about each."""
+        start = max(self.events, default=-1) + 1
+        for number, job in enumerate(jobs, start):
+            self.events[number] = []
+            self.worker.submit(number, job)
+        if not self.running:
+            self.running = True
+            threading.Thread(target=self.worker.run, daemon=True).start()
+        for _ in jobs:
+            self.ended.get(timeout=60)
+        return [self.events[number] for number in range(start, start + len(jobs))]
+
+
+def text(events: list[Any], choice: int = 0) -> str:
+    return "".join(e.text for e in events if isinstance(e, Piece) and e.choice == choice and not e.message)
+
+
+@pytest.fixture(scope="module")
+def pair() -> C2C:
+    return pair_of("llama", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def short_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model never ends its message by itself."""
+    monkeypatch.setattr(service, "MAX_MESSAGE_TOKENS", 12)
+    monkeypatch.setattr(text_to_text, "MAX_MESSAGE_TOKENS", 12)
+
+
+@pytest.fixture
+def desk(pair: C2C) -> Desk:
+    return Desk(pair)
+
+
+def alone(pair: C2C, way: str, chat: list[dict[str, str]], new: int) -> str:
+    """What the library answers to one chat."""
+    from cache2cache.methods import METHODS, Ask
+
+    if way == "c2c":
+        return str(pair.chat(chat, max_new_tokens=new, do_sample=False))
+    *_, answer = METHODS[way](pair, Ask.of(chat[-1]["content"]), new)
+    return answer.text
+
+
+@pytest.mark.parametrize("families", [("llama", "qwen3"), ("qwen2", "gemma3"), ("qwen3", "llama")])
+def test_a_batch_answers_as_one_by_one(families: tuple[str, str]) -> None:
+    pair = pair_of(*families)
+    asked = [(chat, new) for chat in ASKED for new in (3, 9)]
+    told = Desk(pair).run(*(Job(chat, max_tokens=new) for chat, new in asked))
+    for (chat, new), events in zip(asked, told, strict=True):
+        ids = pair.generate(chat, max_new_tokens=new, do_sample=False)
+        prompt, last = len(pair.encode(chat).receiver), events[-1]
+        assert last.new_tokens == ids.shape[1] - prompt
+        assert text(events) == "".join(c.text for c in pair.stream(chat, max_new_tokens=new, do_sample=False))
+        pieces = [event for event in events if isinstance(event, Piece)]
+        assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1) and pieces[-1].finish
+        assert len(pieces) == last.new_tokens
+    sizes = [event.batch for events in told for event in events if isinstance(event, Started)]
+    assert max(sizes) > 1  # or this would have tested nothing
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way(pair: C2C, desk: Desk, way: Any) -> None:
+    chats = [CHATS[0], CHATS[2]]
+    told = desk.run(*(Job(chat, way, max_tokens=5) for chat in chats))
+    for chat, events in zip(chats, told, strict=True):
+        assert text(events) == alone(pair, way, chat, 5)
+        last = events[-1]
+        assert (last.bytes_passed > 0) == (way in ("c2c", "text")) and (last.message_tokens > 0) == (way == "text")
+        if way == "c2c":
+            assert last.bytes_passed == pair.prefill(chat).bytes_passed
+
+
+def test_draws_do_not_depend_on_the_batch(pair: C2C, desk: Desk) -> None:
+    jobs = [Job(chat, max_tokens=6, temperature=1.5, seed=seed, n=2) for seed, chat in enumerate(ASKED)]
+    together = desk.run(*jobs)
+    for job, events in zip(jobs, together, strict=True):
+        (single,) = Desk(pair, keep_bytes=0).run(job)
+        assert [text(events, i) for i in (0, 1)] == [text(single, i) for i in (0, 1)]
+        assert text(events, 0) != text(events, 1)
+    other, same = desk.run(*(Job(ASKED[0], max_tokens=8, temperature=1.5, seed=s) for s in (77, 0)))
+    assert text(other) != text(same) and text(same)[:3] == text(together[0])[:3]
+
+
+def test_draw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([0.0, 1.0, 2.0, -torch.inf])
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[draw(scores, 1.0, 1.0, generator)] += 1
+    assert torch.allclose(counts / 4000, scores.softmax(-1), atol=0.03) and counts[3] == 0
+    assert {draw(scores, 1.0, 0.5, generator) for _ in range(50)} == {2}  # its probability alone is above 0.5
+    assert {draw(scores, 1.0, 0.7, generator) for _ in range(200)} == {1, 2}
+    assert {draw(scores, 1e-9, 1.0, generator) for _ in range(50)} == {2}
+    assert draw(scores, 1.0, 0.0, generator) == 2
+
+
+def test_stop_texts(pair: C2C, desk: Desk) -> None:
+    (free,) = desk.run(Job(CHATS[0], max_tokens=12))
+    whole = text(free)
+    for begin in (2, 5, 8):
+        for size in (1, 2, 4):
+            stop = whole[begin : begin + size]
+            (cut,) = desk.run(Job(CHATS[0], max_tokens=12, stop=("\x00 never", stop)))
+            assert text(cut) == whole[: whole.index(stop)] and cut[-2].finish == "stop"
+    beginning = whole[-1] + "and more"  # may be the start of a stop text up to the end
+    (kept,) = desk.run(Job(CHATS[0], max_tokens=12, stop=(beginning,)))
+    assert text(kept) == whole and kept[-2].finish == "length"
+
+
+def test_logprobs(pair: C2C, desk: Desk) -> None:
+    (events,) = desk.run(Job(CHATS[0], max_tokens=6, logprobs=3))
+    tokens = [token for event in events if isinstance(event, Piece) for token in event.tokens]
+    answer = pair.generate(CHATS[0], max_new_tokens=6, do_sample=False)[0, len(pair.encode(CHATS[0]).receiver) :]
+    (score,) = decode.score(pair.receiver, pair.prefill(CHATS[0]), [[answer.tolist()]])[0]
+    assert len(tokens) == 6 and sum(token.logprob for token in tokens) == pytest.approx(score.logprob, abs=1e-3)
+    for token in tokens:
+        assert token.likeliest[0] == (token.text, token.logprob) and len(token.likeliest) == 3
+
+
+def test_later_turns_start_from_earlier_ones(pair: C2C) -> None:
+    """The same tokens with and without, also when batched with others; and what was known is counted."""
+    remembering, forgetful = Desk(pair), Desk(pair, keep_bytes=0)
+    for way in ("c2c", "receiver", "sharer", "text"):
+        chat: list[dict[str, str]] = [{"role": "user", "content": "What is water? " * 6}]
+        known = []
+        for question in ("Why?", "And what is air?", "Plants?"):
+            jobs = [Job(list(chat), way, max_tokens=6), Job(CHATS[0], way, max_tokens=6)]  # type: ignore[arg-type]
+            first, _ = remembering.run(*jobs)
+            (again,) = forgetful.run(jobs[0])
+            assert text(first) == text(again)
+            known.append(next(e.reused for e in first if isinstance(e, Started)))
+            assert next(e.reused for e in again if isinstance(e, Started)) == 0
+            chat += [{"role": "assistant", "content": text(first)}, {"role": "user", "content": question}]
+        if way != "text":  # its prompts hold the sharer's message near their start
+            assert known[1] > 30 and known[2] > known[1]
+    assert 0 < remembering.worker.kept.nbytes <= 512 << 20 and forgetful.worker.kept.nbytes == 0
+
+
+def test_a_job_without_reuse(pair: C2C, desk: Desk) -> None:
+    told = [desk.run(Job(LONG, max_tokens=2, reuse=reuse))[0] for reuse in (False, True, False, True)]
+    known = [next(e.reused for e in events if isinstance(e, Started)) for events in told]
+    assert known[:3] == [0, 0, 0] and known[3] > 0
+
+
+def test_other_settings_take_nothing_over(pair: C2C, desk: Desk) -> None:
+    desk.run(Job(LONG, max_tokens=4))
+    (events,) = desk.run(Job(LONG, max_tokens=6, positions="front:0.5"))
+    assert text(events) == pair.chat(LONG, max_new_tokens=6, do_sample=False, positions="front:0.5")
+    (events,) = desk.run(Job(LONG, max_tokens=6, sharers=0))
+    assert text(events) == alone(pair, "receiver", LONG, 6) and events[-1].bytes_passed == 0
+
+
+def test_several_sharers_and_modes() -> None:
+    pair = pair_of("llama", "qwen3", "qwen2")
+    desk = Desk(pair)
+    for settings in ({"sharer_mask": 2}, {"mode": "sequential"}, {"mode": "parallel"}, {"sharer_mask": 3}):
+        job = Job(CHATS[1], max_tokens=6, sharers=settings.get("sharer_mask"), mode=settings.get("mode"))  # type: ignore[arg-type]
+        for _ in range(2):
+            (events,) = desk.run(job)
+            assert text(events) == pair.chat(CHATS[1], max_new_tokens=6, do_sample=False, **settings)  # type: ignore[arg-type]
+
+
+def test_answers_that_are_fused_too() -> None:
+    pair = pair_of("llama", "qwen3", fuse_response=True)
+    told = Desk(pair).run(*(Job(chat, max_tokens=5, n=n) for n, chat in enumerate(CHATS, 1)))
+    for n, (chat, events) in enumerate(zip(CHATS, told, strict=True), 1):
+        for choice in range(n):
+            assert text(events, choice) == pair.chat(chat, max_new_tokens=5, do_sample=False)
+
+
+def test_cancelling(pair: C2C, desk: Desk) -> None:
+    """A running job ends at its next token and the others of its batch don't notice; a waiting one never starts."""
+    fourth = threading.Event()
+
+    def watch(number: int, event: Any) -> None:
+        if number == 0 and len(desk.events[0]) == 4:
+            desk.worker.cancel(0)
+            desk.worker.cancel(2)
+            fourth.set()
+
+    desk.on_event = watch
+    desk.events = {0: [], 1: [], 2: []}
+    desk.worker.submit(0, Job(CHATS[0], max_tokens=200))
+    desk.worker.submit(1, Job(CHATS[2], max_tokens=30))
+    threading.Thread(target=desk.worker.run, daemon=True).start()
+    desk.running = True
+    deadline = time.monotonic() + 30
+    while not desk.events[0] and time.monotonic() < deadline:
+        time.sleep(0.001)
+    desk.worker.submit(2, Job(CHATS[0], "receiver", max_tokens=200))
+    assert fourth.wait(30) and desk.ended.get(timeout=30) == 1
+    assert text(desk.events[1]) == alone(pair, "c2c", CHATS[2], 30)
+    (events,) = desk.run(Job(CHATS[0], max_tokens=2))
+    assert isinstance(events[-1], Finished) and len(desk.events[0]) <= 5 and desk.events[2] == []
+    assert not desk.worker._all and not desk.worker._waiting
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        (Job([{"role": "user", "content": " "}]), "empty"),
+        (Job("Hi", max_tokens=4000), "don't fit the context"),
+        (Job([4, 5, 399]), "outside the vocabulary"),
+        (Job([-1], "receiver"), "outside the vocabulary"),
+        (Job(CHATS[0], sharers=9), "sharer mask"),
+        (Job(CHATS[0], positions="middle"), "unknown choice of positions"),
+        (Job("Hi", "text"), "chat messages"),
+        (Job("Hi", n=16, max_tokens=1500), "positions of a batch"),
+    ],
+)
+def test_what_can_not_be_answered_is_refused(pair: C2C, job: Job, says: str) -> None:
+    desk = Desk(pair, max_batch_tokens=16384)
+    bad, good = desk.run(job, Job(CHATS[0], max_tokens=2))
+    assert isinstance(bad[-1], Failed) and bad[-1].reason == "invalid" and says in bad[-1].message
+    assert isinstance(good[-1], Finished) and not desk.worker._all
+
+
+def test_a_batch_that_fails_is_answered_one_by_one(pair: C2C, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    original = C2C.fuse
+
+    def fails(self: C2C, batch: Any, **options: Any) -> Any:
+        if any("poison" in str(prompt.text) for prompt in batch):
+            raise RuntimeError("no")
+        return original(self, batch, **options)
+
+    monkeypatch.setattr(C2C, "fuse", fails)
+    poison = Job([{"role": "user", "content": "poison, and some words"}], max_tokens=4)
+    good, bad, other = Desk(pair).run(Job(CHATS[0], max_tokens=4), poison, Job(CHATS[2], max_tokens=4))
+    assert isinstance(bad[-1], Failed) and bad[-1].reason == "internal"
+    assert text(good) == alone(pair, "c2c", CHATS[0], 4) and text(other) == alone(pair, "c2c", CHATS[2], 4)
+    assert "poison" not in "".join(capfd.readouterr())
+
+
+def test_weights_of_the_prompt(pair: C2C, desk: Desk) -> None:
+    (events,) = desk.run(Job(CHATS[0], max_tokens=2, weights=True))
+    (weights,) = events[-1].weights
+    prompt = pair.encode(CHATS[0])
+    assert len(weights.tokens) == len(prompt.receiver) - 1
+    for rows in (weights.keys, weights.values):
+        assert len(rows) == len(pair.fusers[0].receiver_layers)
+        for row in rows:
+            assert [value is None for value in row] == [s < 0 for s in prompt.maps[0][:-1]]
+            assert all(0 < value < 1 for value in row if value is not None)
+
+
+@pytest.mark.parametrize("variant", ["c2c", "c2c-c", "bottleneck"])
+def test_weights_are_what_the_fuser_applies(variant: str) -> None:
+    """With one head and a projection that is all ones the change is the weight."""
+    pair = pair_of("qwen2", "qwen3", variant=variant)  # qwen2 has one KV head
+    fuser: Any = pair.fusers[0]
+    fuser.proj_out.weight.data.zero_()
+    fuser.proj_out.bias.data.fill_(1.0)
+    fused = pair.prefill(CHATS[0], keep=True)
+    (weights,) = service._weights(pair, fused.turns[0])
+    assert weights is not None
+    change = fused.turns[0].fused.keys - fused.turns[0].receiver.kv.keys
+    for entry, layer in enumerate(fuser.receiver_layers.tolist()):
+        expected = [0.0 if value is None else value for value in weights.keys[entry]]
+        assert torch.allclose(change[layer, 0, 0, :, 0], torch.tensor(expected), atol=1e-5)
+
+
+def read(*ids: int, floats: int = 8) -> Read:
+    shape = (1, 1, 1, len(ids), floats)
+    return Read(list(ids), KV(torch.randn(shape), torch.randn(shape)))
+
+
+def test_kept_stays_in_its_budget() -> None:
+    kept = Kept(3 * 4 * 8 * 2 * 4)  # three of four positions each
+    for first in range(1, 6):
+        kept.add("a", read(first, 2, 3, 4))
+        assert kept.nbytes <= kept.budget
+    assert kept.best("a", [1, 2, 3, 4])[1] == 0 and kept.best("a", [5, 2, 9])[1] == 2
+    assert kept.best("a", [3, 2, 3, 4, 5])[1] == 4  # used, so 4 goes next
+    kept.add("a", read(6, 2, 3, 4))
+    assert kept.best("a", [4, 2])[1] == 0 and kept.best("a", [3, 2])[1] == 2
+    assert kept.best("b", [3, 2])[1] == 0
+    kept.add("a", read(*range(40)))
+    assert kept.best("a", [0, 1])[1] == 0  # larger than the budget
+
+
+def test_kept_drops_what_a_newer_one_begins_with_and_copies() -> None:
+    kept = Kept(1 << 20)
+    kept.add("a", read(1, 2))
+    longer = read(1, 2, 3)
+    kept.add("a", longer)
+    assert kept.nbytes == longer.kv.nbytes
+    entry, known = kept.best("a", [1, 2, 3, 4])
+    assert known == 3 and isinstance(entry, Read)
+    assert entry.kv.keys.data_ptr() != longer.kv.keys.data_ptr()
+
+
+def test_too_little_memory(tiny_pair_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = PairSpec(
+        str(tiny_pair_folder),
+        receiver=str(tiny_pair_folder.parent / "llama"),
+        sharers=[str(tiny_pair_folder.parent / "qwen3")],
+    )
+    service.check_memory(spec)
+    monkeypatch.setattr(service, "free_memory", lambda device: 1000)
+    with pytest.raises(C2CError, match=r"need about 0\.0 GB of memory and 0\.0 GB are free"):
+        service.check_memory(spec)
+    assert service.free_memory("cpu")
+
+
+def test_the_weights_size_is_what_a_model_takes(tiny_pair_folder: Any) -> None:
+    from cache2cache.models.load import load_lm, weight_bytes
+
+    folder = tiny_pair_folder.parent / "llama"
+    size = sum(p.nbytes for p in load_lm(folder).model.parameters())
+    assert weight_bytes(folder) == size and weight_bytes(folder, dtype="bfloat16") == size // 2
