@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import json
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from types import ModuleType
 
 import pytest
 
+from cache2cache.methods import Answer
 from cache2cache.pair import C2C
 from cache2cache.serving.engine import Limits
+from cache2cache.serving.page import read_examples
 from serving.conftest import Here, Served, spec_of
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
@@ -63,3 +66,23 @@ def test_a_wrong_status_is_noticed(bench: ModuleType, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench, "request", broken)
     with pytest.raises(AssertionError, match="500"):
         asyncio.run(bench.chaos("http://nowhere:1", 40, 0))
+
+
+def test_examples_that_change(bench: ModuleType, tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """Found by running them, and written as the page reads them."""
+    script = importlib.import_module("examples")
+    root = tiny_pair_folder.parent
+    pair = C2C.from_pretrained(tiny_pair_folder, receiver=root / "llama", sharers=root / "qwen3")
+    rows = [{"question": f"Iron {i}?", "options": ["yes", "no"], "answer": "A"} for i in range(3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = iter(["A", "B", "B", "A", "A", "A"])  # per question the receiver's and the pair's
+
+    def answer(*_: object) -> Iterator[Answer]:
+        yield Answer("", text=next(said))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "METHODS", {"receiver": answer, "c2c": answer})
+        found = script.find(pair, path, 4)
+    assert [row["change"] for row in found] == ["worse", "better"] and "Iron 0" in found[0]["question"]
+    assert all(set(row) == set(read_examples()[0]) for row in found)
