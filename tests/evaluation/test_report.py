@@ -43,7 +43,11 @@ def test_summary_by_hand() -> None:
     assert counts == {"receiver": (5, 1, 0.219, 40), "sharer": (0, 3, 0.25, -30), "other": (4, 1, 0.375, 30)}
     # Differences of one question in ten: the interval of a mean of ten draws from five 1, one -1 and four 0.
     assert summary["paired"]["receiver"]["interval"] == [0, 80] == summary["gain_interval"]
-    assert summary["recovered_interval"] is None  # some draws of ten have no gap
+    # Of all draws of ten questions, 2.0% recover less than nothing and 2.8% more than nine tenths, the next values being
+    # nothing and all.
+    assert summary["recovered_interval"] == [0, 100]
+    near = summarize(answers_of(receiver="1100000000", sharer="1110000000", c2c="1110000000"), METHODS[:3])
+    assert near["recovered"] == 100 and near["recovered_interval"] is None  # many draws of ten have no gap
     assert summary["sharer"] == {"questions": 10, "accuracy": 90.0, "interval": [59.58, 98.21]}
 
 

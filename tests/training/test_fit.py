@@ -38,7 +38,7 @@ def test_fit_from_the_store_is_fit_live(tmp_path: Path, monkeypatch: pytest.Monk
     stored, rows = fit(pair, config, store, data, read.append)
     assert sum(read) == len(data.train) + len(data.holdout)
     compute = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda *a: compute(*a).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     again = ridge_pair(key_space=key_space)
     live, live_rows = fit(again, config.model_copy(update={"output": tmp_path / "live"}), None, data)
     assert (live / "fuser.safetensors").is_file()
@@ -117,9 +117,9 @@ def test_bottleneck_trains_from_the_store(tmp_path: Path, monkeypatch: pytest.Mo
 
     compute = loop.prefill
     stored = losses("stored", store)
-    monkeypatch.setattr(loop, "prefill", lambda *a: compute(*a).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     live = losses("live", None)
-    monkeypatch.setattr(loop, "prefill", lambda *a: KV(*(torch.zeros_like(x) for x in vars(compute(*a)).values())))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values())))
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)

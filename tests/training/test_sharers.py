@@ -171,7 +171,7 @@ def test_training_from_stores_is_training_live(tmp_path: Path, monkeypatch: pyte
     stored = losses("stored", stores)
     # Two stores, eight steps; calibration and the two evaluations read as they go.
     assert sum(name.startswith("read-ahead") for name in here) == 16 and len(here) == 16 + 2 * (1 + 2 * 2)
-    monkeypatch.setattr(loop, "prefill", lambda *a: compute(*a).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     assert len(stored) == 8 and stored == pytest.approx(losses("live", None), rel=1e-4)
 
 

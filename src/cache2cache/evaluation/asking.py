@@ -13,7 +13,7 @@ from functools import partial
 
 from .. import response
 from ..alignment.chat import render
-from ..decode import confidence, score
+from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
 from ..kv import Prefilled, prefill_prompts, prefilled
@@ -369,6 +369,7 @@ def check_setup(setup: Setup, methods: Sequence[str]) -> None:
     for method, thing in needs.items():
         if method in methods and thing is None:
             raise C2CError(f"the method {method} needs {said[method]}")
+    threshold(setup.skip)
     if response.chosen(setup.pair, None) and (odd := set(methods) & {"other", "zeroed", "gaussian"}):
         raise C2CError(
             f"this fuser fuses the answer's tokens too, and the control {min(odd)} stands in only for the prompt's "
