@@ -43,7 +43,7 @@ def test_summary_by_hand() -> None:
     assert counts == {"receiver": (5, 1, 0.219, 40), "sharer": (0, 3, 0.25, -30), "other": (4, 1, 0.375, 30)}
     # Differences of one question in ten: the interval of a mean of ten draws from five 1, one -1 and four 0.
     assert summary["paired"]["receiver"]["interval"] == [0, 80] == summary["gain_interval"]
-    # Of all draws of ten questions, 2.0% recover less than nothing and 2.8% more than nine tenths, the next values being
+    # Of all draws of ten questions, 2.0% recover less than nothing and 2.8% more than nine tenths; the next values are
     # nothing and all.
     assert summary["recovered_interval"] == [0, 100]
     near = summarize(answers_of(receiver="1100000000", sharer="1110000000", c2c="1110000000"), METHODS[:3])
