@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,16 @@ def test_killed_ten_times_is_one_run(tiny_pair_folder: Path, tmp_path: Path, mon
         assert again[key] == once[key]
 
 
+def assert_alike(found: Sequence[Answer], expected: Sequence[Answer]) -> None:
+    """The same answers in the same order; probabilities but for the rounding of sums that threads share otherwise."""
+    assert [replace(a, logprobs=[], confidence=None) for a in found] == [
+        replace(a, logprobs=[], confidence=None) for a in expected
+    ]
+    for one, other in zip(found, expected, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+        assert one.confidence == pytest.approx(other.confidence, abs=1e-4)
+
+
 def test_a_kill_and_two_processes(tiny_pair_folder: Path, tmp_path: Path) -> None:
     """kill -9 of one of two processes; two processes then write what one does."""
     few = {"methods": ["receiver", "c2c", "other"], "answers": "likelihood"}
@@ -109,7 +121,7 @@ def test_a_kill_and_two_processes(tiny_pair_folder: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     folders = [tmp_path / name / "out" for name in ("once", "two")]
     assert [p.name for p in folders[1].glob("samples*")] == ["samples.jsonl"]
-    assert (folders[0] / "samples.jsonl").read_bytes() == (folders[1] / "samples.jsonl").read_bytes()
+    assert_alike(*(read_answers(folder / "samples.jsonl") for folder in reversed(folders)))
     assert json.loads((folders[1] / "summary.json").read_text())["likelihood"] == once["likelihood"]
 
 
@@ -149,7 +161,7 @@ def test_failures_are_wrong_and_listed(
         elif row.method == "c2c" and row.task == "own":
             assert row.logprobs == pytest.approx(good[key].logprobs, abs=1e-4)
         else:
-            assert row == good[key]
+            assert_alike([row], [good[key]])
     assert summary["likelihood"]["tasks"]["own"]["c2c"]["failed"] == 1
     for name in ("report.md", "report.html"):
         assert "1 failed, counted as wrong" in (tmp_path / "bad" / "out" / name).read_text()
@@ -157,7 +169,7 @@ def test_failures_are_wrong_and_listed(
     monkeypatch.setattr(Batch, "state", state)
     assert run(EvalConfig.model_validate(config))["failed"] == []
     mended = read_answers(tmp_path / "bad" / "out" / "samples.jsonl")
-    assert mended == [good[a.key] for a in mended]
+    assert_alike(mended, [good[a.key] for a in mended])
 
 
 def test_a_question_that_cannot_be_put(tmp_path: Path) -> None:
