@@ -10,10 +10,10 @@ import ctypes
 import gc
 import platform
 import random
-import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cache2cache.alignment.chat import render
 from cache2cache.errors import C2CError
+from cache2cache.heap import Peak
 from cache2cache.models.load import LM
 
 # ---- the clock -------------------------------------------------------------------------------------------------------
@@ -121,33 +122,18 @@ def prefill_operations(lm: LM, rows: list[int], num_layers: int) -> float:
 
 
 def peak_rise(run: Callable[[], Any]) -> int | None:
-    """By how many bytes memory rose at its peak while `run` ran; None where this can't be told.
+    """By how many bytes memory rose at its peak while `run` ran, see `heap.Peak`; None where this can't be told.
 
-    On a GPU what torch's allocator gave out; else the resident set of this process, whose peak the Linux kernel tracks
-    exactly and lets a process reset. What earlier work left unused in the heap is handed back first.
+    What earlier work left unused in the heap is handed back first: free pages would count as used before, and the rise
+    as smaller.
     """
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    if sys.platform != "linux":
-        return None
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc; without it free pages count as used before, and the rise as smaller
-        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back to VmRSS
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
+    if not torch.cuda.is_available():
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc
+    peak = Peak()
     run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return peak.bytes()
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import measure
 
+from cache2cache import heap
 from cache2cache.cli.options import load_pair
 from cache2cache.kv import prefill_prompts
 from cache2cache.pair import C2C
@@ -263,20 +263,19 @@ async def chaos(address: str, count: int, seed: int, at_once: int = 24) -> dict[
     return statuses
 
 
-def resident(pid: int | None) -> int:
-    """Bytes of a process that are in memory."""
-    status = Path(f"/proc/{pid or os.getpid()}/status").read_text()
-    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmRSS:"))
+def memory(engine: PairEngine) -> tuple[int, int]:
+    """Bytes of the worker and of this process, the server, that are in memory; 0 where Linux doesn't say."""
+    return heap.status("VmRSS", engine.pid or "self") or 0, heap.status("VmRSS") or 0
 
 
 def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[str, Any]:
     """Warm up with a part, then all of them: statuses, and memory of the worker and of the server before and after."""
     asyncio.run(chaos(address, max(1, count // 3), seed))
     idle(engine)
-    before = resident(engine.pid), resident(None)
+    before = memory(engine)
     statuses = asyncio.run(chaos(address, count, seed + 1))
     idle(engine)
-    after = resident(engine.pid), resident(None)
+    after = memory(engine)
 
     async def alive() -> int:
         async for event in engine.submit(Job("still there", max_tokens=2)):

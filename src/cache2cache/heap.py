@@ -1,4 +1,4 @@
-"""Let the process keep the memory that it frees.
+"""The memory of the process: let it keep what it frees, and how much it takes.
 
 Every layer of a prefill or a training step frees buffers of megabytes, and glibc hands each back to the system, which
 then has to clear the pages again for the next layer: measured on a CPU, a third of a training step (docs/LOG.md).
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
@@ -23,3 +25,34 @@ def keep() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def status(name: str, pid: int | str = "self") -> int | None:
+    """Bytes, from what Linux says of a process: VmRSS are in memory, VmHWM were at the most; None elsewhere."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+    return None
+
+
+class Peak:
+    """The most memory that is added from here on: of the GPU, or of this process where Linux counts it."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.cuda = torch.cuda if torch.cuda.is_available() else None
+        self.before: int | None
+        if self.cuda is not None:
+            self.cuda.synchronize()
+            self.cuda.reset_peak_memory_stats()
+            self.before = self.cuda.memory_allocated()
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+            self.before = status("VmRSS")
+
+    def bytes(self) -> int | None:
+        """So many; None where the system doesn't say."""
+        after = status("VmHWM") if self.cuda is None else self.cuda.max_memory_allocated()
+        return None if after is None or self.before is None else max(0, after - self.before)

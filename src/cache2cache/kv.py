@@ -69,9 +69,17 @@ class KV:
         start = self.length - length
         return KV(self.keys[:, row : row + 1, :, start:], self.values[:, row : row + 1, :, start:])
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> KV:
+        """Both tensors changed."""
+        return KV(change(self.keys), change(self.values))
+
     def to(self, *args: Any, **kwargs: Any) -> KV:
         """As `Tensor.to`, for both tensors."""
-        return KV(self.keys.to(*args, **kwargs), self.values.to(*args, **kwargs))
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def clone(self) -> KV:
+        """As `Tensor.clone`, for both tensors."""
+        return self.map(Tensor.clone)
 
     def to_cache(self) -> DynamicCache:
         """A `DynamicCache` whose layers are views of these tensors.

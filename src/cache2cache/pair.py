@@ -263,7 +263,7 @@ class C2C:
             if prefix:
                 raise C2CError("prefix needs text or messages; append its token ids to the prompt instead")
             return prompt if isinstance(prompt, PromptIds) else self._same_ids(prompt)
-        mine, *theirs = (self._render(lm, prompt, prefix) for lm in (self.receiver, *self.sharers))
+        mine, *theirs = (self.rendered(lm, prompt, prefix) for lm in (self.receiver, *self.sharers))
         published = self._published(mine, theirs)
         spans = [None if j in published else span_map(mine, other) for j, other in enumerate(theirs)]
         return PromptIds(
@@ -278,7 +278,8 @@ class C2C:
             (prompt if isinstance(prompt, str) else [dict(message) for message in prompt], prefix),  # type: ignore[arg-type]
         )
 
-    def _render(self, lm: LM, prompt: Any, prefix: str) -> Rendered:
+    def rendered(self, lm: LM, prompt: Any, prefix: str = "") -> Rendered:
+        """What one of the models reads of a text or of messages by itself, without alignment, see `alignment.chat`."""
         if isinstance(lm, RemoteSharer):
             return lm.render(prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
         return render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
@@ -638,7 +639,7 @@ def _taken(
         ]
         if not same:
             continue
-        kv = kv or KV(clean.keys.clone(), clean.values.clone())
+        kv = kv or clean.clone()
         start = clean.length - (len(prompt.receiver) - 1)
         for mine, theirs in ((kv.keys, turn.fused.keys), (kv.values, turn.fused.values)):
             mine[:, row, :, [start + t for t in same]] = theirs[:, 0, :, same]

@@ -226,7 +226,7 @@ class _Answer(StoppingCriteria):
         row.text = text
         asked, begun = prompt.text
         lms = (self.pair.receiver, *(self.pair.sharers[j] for j in sharers))
-        mine, *theirs = (self.pair._render(lm, asked, begun + text) for lm in lms)
+        mine, *theirs = (self.pair.rendered(lm, asked, begun + text) for lm in lms)
         end = len(mine.text)
         token = Rendered(mine.text, answer[-1:], [(end - new, end)], mine.segments)
         found = {j: (other.ids, int(span_map(token, other).index)) for j, other in zip(sharers, theirs, strict=True)}

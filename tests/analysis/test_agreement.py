@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 
 from cache2cache import C2CError
 from cache2cache.analysis import agreement
-from cache2cache.analysis.agreement import confidence, judged, regions, run, subjects_of, summarize
+from cache2cache.analysis.agreement import confidence, judged, regions, run, summarize
 from cache2cache.evaluation.answers import Answer, read_answers
 from cache2cache.evaluation.writing import add_rows
-from training.runs import write_questions
 
 METHODS = ("receiver", "sharer", "text", "c2c")
 
@@ -36,7 +36,7 @@ def write_run(folder: Path, marks: list[str], sure: list[float] | None = None, t
 
 def test_regions_and_given(tmp_path: Path) -> None:
     marks = ["rstc", "rsc", "sc", "s", "c", "", "r", "rc", "t", "sc"]
-    rows = judged(read_answers(write_run(tmp_path / "a", marks) / "samples.jsonl"), tmp_path, {})
+    rows = judged(read_answers(write_run(tmp_path / "a", marks) / "samples.jsonl"), tmp_path)
     found = summarize(rows)
     counts = {"".join(m[0] for m in r["right"]): r["questions"] for r in found["regions"]}
     assert len(counts) == 16 and sum(counts.values()) == 10
@@ -54,7 +54,7 @@ def test_regions_and_given(tmp_path: Path) -> None:
 def test_progression_with_the_sharers_confidence(tmp_path: Path) -> None:
     sure = [0.95, 0.5, 0.6, 0.7, 0.8, 0.9]
     marks = ["sc", "r", "r", "s", "s", "sc"]
-    rows = judged(read_answers(write_run(tmp_path / "a", marks, sure) / "samples.jsonl"), tmp_path, {})
+    rows = judged(read_answers(write_run(tmp_path / "a", marks, sure) / "samples.jsonl"), tmp_path)
     assert [r.confidence for r in rows] == pytest.approx(sure)
     parts = summarize(rows, bins=3)["by_confidence"]
     assert [(p["from"], p["to"], p["mean"]) for p in parts] == [(0.5, 0.6, 0.55), (0.7, 0.8, 0.75), (0.9, 0.95, 0.925)]
@@ -66,22 +66,15 @@ def test_progression_with_the_sharers_confidence(tmp_path: Path) -> None:
 
 
 def test_shift_per_subject(tmp_path: Path) -> None:
-    subjects = {("arc-easy", f"q{i}"): "one" if i < 2 else "two" for i in range(4)}
-    rows = judged(read_answers(write_run(tmp_path / "a", ["c", "sc", "r", "rs"]) / "samples.jsonl"), tmp_path, subjects)
+    answers = read_answers(write_run(tmp_path / "a", ["c", "sc", "r", "rs"]) / "samples.jsonl")
+    assert {r.subject for r in judged(answers, tmp_path)} == {"arc-easy"}  # a set without subjects
+    subjects = {f"q{i}": "one" if i < 2 else "two" for i in range(4)}
+    rows = judged([replace(a, subject=subjects[a.id]) for a in answers], tmp_path)
     found = summarize(rows)["by_subject"]
     assert list(found) == ["one", "two"]
     assert found["one"]["shift"] == {"sharer": 50.0, "text": 0.0, "c2c": 100.0}
     assert found["two"]["shift"]["c2c"] == -100.0
     assert found["two"]["paired"]["only_second"] == 2
-
-
-def test_subjects_are_looked_up_where_there_are_some(tmp_path: Path) -> None:
-    path = write_questions(tmp_path / "own.jsonl", 3)
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({**row, "subject": f"s{i % 2}"}) + "\n" for i, row in enumerate(lines)))
-    answers = [Answer(task, "paper", "q1", "c2c", 0, True, []) for task in (str(path), "arc-easy", "gone.jsonl")]
-    found = subjects_of(answers, "validation", None)
-    assert found == {(str(path), "q0"): "s0", (str(path), "q1"): "s1", (str(path), "q2"): "s0"}
 
 
 def test_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def test_runs_of_two_studies_are_not_drawn_together(tmp_path: Path) -> None:
     for name, kind in (("a", "oracle enrich"), ("b", "oracle transform"), ("c", "gates")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps({"about": {"kind": kind}}))
-    with pytest.raises(report.C2CError, match="holds a run of c2c oracle transform; give one of enrich"):
+    with pytest.raises(report.C2CError, match="holds a run of c2c oracle transform; give one of c2c oracle enrich"):
         report.draw_together([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     with pytest.raises(report.C2CError, match="c2c analyze gates"):
         report.draw_together([tmp_path / "c"], tmp_path / "out")

@@ -16,10 +16,9 @@ from rich.table import Table
 from ..errors import C2CError
 from ..evaluation.answers import LIKELIHOOD, Answer, read_answers
 from ..evaluation.report import LABELS
-from ..evaluation.statistics import wilson
+from ..evaluation.statistics import accuracy
 from ..evaluation.summary import paired
 from ..files import replace_text
-from ..tasks import TASKS, load
 from . import plots
 
 METHODS = ("receiver", "sharer", "text", "c2c")
@@ -43,8 +42,6 @@ def run(
     folders: Sequence[Path],
     output: Path,
     *,
-    split: str = "validation",
-    data_dir: Path | None = None,
     bins: int = BINS,
     command: str = "",
 ) -> dict[str, Any]:
@@ -53,8 +50,6 @@ def run(
     Args:
         folders: output folders of `c2c evaluate` with receiver, sharer and C2C, and perhaps text.
         output: a folder.
-        split, data_dir: where the subjects of questions are looked up that have some; a run that says its split goes
-            before.
         bins: of the sharer's confidence.
         command: for the record.
     """
@@ -68,11 +63,11 @@ def run(
     for number, folder in enumerate(folders):
         answers = [a for a in read_answers(folder / "samples.jsonl") if a.answers == LIKELIHOOD]
         settings = _settings(folder)
-        rows = judged(answers, folder, subjects_of(answers, settings.get("split", split), data_dir))
+        rows = judged(answers, folder)
         found = {"run": str(folder), "settings": settings, **summarize(rows, bins)}
         results.append((_name(folder, folders), found))
         files[f"questions-{number}.jsonl"] = "".join(json.dumps(_row(r)) + "\n" for r in rows)
-    about = {"kind": "agreement", "command": command, "split": split}
+    about = {"kind": "agreement", "command": command}
     output.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         replace_text(output / name, text)
@@ -100,17 +95,7 @@ def _name(folder: Path, folders: Sequence[Path]) -> str:
     return folder.name if len(same) == 1 else "/".join(folder.parts[-2:])
 
 
-def subjects_of(answers: Sequence[Answer], split: str, data_dir: Path | None) -> dict[tuple[str, str], str]:
-    """The subject of each question whose data set names one; the data is read for MMLU's sets and own files alone."""
-    found = {}
-    for task in dict.fromkeys(a.task for a in answers):
-        own = task.endswith(".jsonl") and Path(task).is_file()
-        if (task in TASKS and task.startswith("mmlu")) or own:
-            found.update({(task, q.id): q.subject for q in load(task, split, data_dir) if q.subject})
-    return found
-
-
-def judged(answers: Sequence[Answer], folder: Path, subjects: dict[tuple[str, str], str]) -> list[Judged]:
+def judged(answers: Sequence[Answer], folder: Path) -> list[Judged]:
     """The questions that every method of the run has answered. Without a subject a question goes by its task."""
     if len({a.prompt for a in answers}) > 1:
         raise C2CError(f"{folder} holds answers to several prompts; give runs of one")
@@ -124,7 +109,7 @@ def judged(answers: Sequence[Answer], folder: Path, subjects: dict[tuple[str, st
     return [
         Judged(
             *key,
-            subjects.get(key, key[0]),
+            by_method["c2c"][key].subject or key[0],
             {m: by_method[m][key].correct for m in methods},
             confidence(by_method["sharer"][key].logprobs),
         )
@@ -164,9 +149,7 @@ def _share(right: Sequence[bool]) -> dict[str, Any]:
     """Of how many how many are right, in % with the 95% Wilson interval; None of none."""
     if not right:
         return {"questions": 0, "right": 0, "accuracy": None, "interval": None}
-    hits = sum(right)
-    interval = [round(100 * x, 2) for x in wilson(hits, len(right))]
-    return {"questions": len(right), "right": hits, "accuracy": round(100 * hits / len(right), 2), "interval": interval}
+    return {**accuracy(right), "right": sum(right)}
 
 
 def regions(rows: Sequence[Judged], methods: Sequence[str]) -> list[dict[str, Any]]:

@@ -101,10 +101,7 @@ def gates(fuser: C2CFuser) -> dict[str, Any]:
     found: dict[str, Any] = {
         "receiver_layers": fuser.receiver_layers.tolist(),
         "sharer_layers": fuser.sharer_layers.tolist(),
-        "depth": {
-            "receiver": fuser.config.receiver.num_layers,  # type: ignore[union-attr]
-            "sharer": fuser.config.sharer.num_layers,  # type: ignore[union-attr]
-        },
+        "depth": {who: model.num_layers for who, model in zip(("receiver", "sharer"), fuser.models, strict=True)},
     }
     for kind, one, logit in zip(KINDS, is_open, logits, strict=True):
         found[kind] = {"open": one.tolist(), "logit": logit}
@@ -117,7 +114,7 @@ def gates(fuser: C2CFuser) -> dict[str, Any]:
 
 def empty(fuser: C2CFuser, items: int, closing: bool) -> dict[str, Tensor]:
     """Sums to begin with: over positions, per module and head; and the losses of each item."""
-    modules, heads = 2 * len(fuser.receiver_layers), fuser.config.receiver.num_kv_heads  # type: ignore[union-attr]
+    modules, heads = 2 * len(fuser.receiver_layers), fuser.models[0].num_kv_heads
     state = {
         "positions": torch.zeros((), dtype=torch.long),
         "change": torch.zeros(modules, dtype=torch.float64),  # squares of what is added,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..alignment.chat import render
 from ..decode import next_token
 from ..files import replace_text
 from ..fuser import C2CFuser
@@ -80,9 +79,7 @@ def look(pair: C2C, messages: Messages, *, prefix: str = "") -> dict[str, Any]:
     if fuser.config.token_map == "span":
         alone = prefilled(sharer, prompt.sharers, cache)
     else:  # with a published token map the sharer reads other tokens than its own
-        kwargs = pair.chat_template_kwargs
-        own = render(sharer.need_tokenizer(), list(messages), prefix=prefix, chat_template_kwargs=kwargs).ids
-        alone = prefill_prompts(sharer, [own])
+        alone = prefill_prompts(sharer, [pair.rendered(sharer, list(messages), prefix).ids])
     index = list(prompt.maps[0])
     found = {
         "prompt": [dict(m) for m in messages],

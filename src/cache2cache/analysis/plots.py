@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import C2CError
+from ..files import replacing
 
 # Colours that are told apart with the usual kinds of colour blindness (Okabe and Ito).
 COLOURS = {
@@ -58,9 +58,8 @@ def save(made: Any, output: Path, name: str) -> None:
 
     with matplotlib.rc_context(STYLE):
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            partial = output / f".{name}.{os.getpid()}.{kind}"
-            made.savefig(partial, format=kind, dpi=160, metadata=metadata)
-            os.replace(partial, output / f"{name}.{kind}")
+            with replacing(output / f"{name}.{kind}") as partial:
+                made.savefig(partial, format=kind, dpi=160, metadata=metadata)
 
 
 def titled(runs: Sequence[tuple[str, Any]], index: int, label: str) -> str:

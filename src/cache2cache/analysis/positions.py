@@ -17,7 +17,7 @@ from ..decode import score
 from ..errors import C2CError
 from ..evaluation.run import COLUMNS
 from ..evaluation.runner import batches_of
-from ..evaluation.statistics import wilson
+from ..evaluation.statistics import accuracy
 from ..evaluation.summary import paired
 from ..evaluation.writing import add_rows, read_rows
 from ..pair import C2C, PromptIds
@@ -156,11 +156,8 @@ def _summary(answers: Sequence[Placed], names: Sequence[str]) -> dict[str, Any]:
     result = {}
     for name, found in rows.items():
         count = len(found)
-        hits = sum(right[name].values())
         result[name] = {
-            "questions": count,
-            "accuracy": round(100 * hits / count, 2),
-            "interval": [round(100 * x, 2) for x in wilson(hits, count)],
+            **accuracy(list(right[name].values())),
             "probability": round(sum(a.probability for a in found) / count, 5),
             "fused": round(sum(a.fused / max(1, a.length - 1) for a in found) / count, 4),
             **{f"against_{other}": paired(right[name], right[other]) for other in ("all", "none")},

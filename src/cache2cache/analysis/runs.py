@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,12 +20,12 @@ from torch import Tensor
 from .. import __version__
 from ..config import DataSource
 from ..errors import C2CError
-from ..evaluation.answers import GENERATION
-from ..evaluation.asking import PROMPTS, check_names
+from ..evaluation.answers import GENERATION, drawn
+from ..evaluation.asking import PROMPTS, check_names, plain
 from ..evaluation.controls import sharer_cache
 from ..evaluation.run import COLUMNS, claim, load_pair, open_store
 from ..evaluation.runner import batches_of
-from ..files import replace_text
+from ..files import replace_text, replacing
 from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
 from ..tasks import Question, load
@@ -98,13 +96,7 @@ def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
     found = {task: load(task, data.split, data.data_dir) for task in data.tasks}
     if empty := [task for task, rows in found.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
-    return {task: _drawn(rows, data.limit, f"{seed}:{task}") for task, rows in found.items()}
-
-
-def _drawn(rows: list[Any], limit: int | None, seed: str) -> list[Any]:
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return {task: drawn(rows, data.limit, seed) for task, rows in found.items()}
 
 
 def examples_of(data: Data, seed: int) -> list[Example]:
@@ -126,8 +118,8 @@ def examples_of(data: Data, seed: int) -> list[Example]:
     lines = [line for line in data.text.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise C2CError(f"{data.text} holds no prompts; expected one in each line")
-    numbered = _drawn(list(enumerate(lines, 1)), data.limit, f"{seed}:{data.text.name}")
-    return [Example(f"line {n}", ({"role": "user", "content": line},), "", "") for n, line in numbered]
+    rows = [Example(f"line {n}", ({"role": "user", "content": line},), "", "") for n, line in enumerate(lines, 1)]
+    return drawn(rows, data.limit, seed)
 
 
 def question_chat(question: Question, prompt: str) -> tuple[dict[str, str], ...]:
@@ -154,7 +146,7 @@ def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
     if len(pair.sharers) != 1:
         raise C2CError(f"the analyses look at a pair with one sharer, {len(pair.sharers)} were given")
     store = open_store(*setup.store, pair.sharers[0])
-    if store is not None and pair.fusers[0].config.token_map != "span":  # type: ignore[union-attr]
+    if store is not None and not plain(pair):
         raise C2CError(
             "a store knows prompts by their tokens, and with a published token map the sharer reads them at positions "
             "of their own; leave out --store"
@@ -212,9 +204,8 @@ def batches(
 
 
 def _save(path: Path, state: dict[str, Tensor], done: int) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({**state, "done": torch.tensor(done)}, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file({**state, "done": torch.tensor(done)}, partial)
 
 
 def _restore(path: Path, state: dict[str, Tensor]) -> int:
@@ -244,16 +235,26 @@ def earlier(folders: Sequence[Path], kind: str) -> list[tuple[str, dict[str, Any
     """The results of other runs of one kind, with a label each, to be drawn beside one's own."""
     found = []
     for folder in folders:
-        path = folder / "result.json"
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            made = result["about"]["kind"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise C2CError(f"{folder} holds no finished run of c2c analyze {kind}; give its output folder") from error
-        if made != kind:
-            raise C2CError(f"{folder} holds a run of c2c analyze {made}; give one of {kind}")
+        result = finished(folder, command_of(kind))
+        if (made := result["about"]["kind"]) != kind:
+            raise C2CError(f"{folder} holds a run of {command_of(made)}; give one of {command_of(kind)}")
         found.append((folder.name, result))
     return found
+
+
+def finished(folder: Path, command: str) -> dict[str, Any]:
+    """What a finished run wrote; `command` is the one whose run is expected there."""
+    try:
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        command_of(result["about"]["kind"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise C2CError(f"{folder} holds no finished run of {command}; give its output folder") from error
+    return result
+
+
+def command_of(kind: str) -> str:
+    """The command that makes a kind of run."""
+    return f"c2c {kind}" if kind.startswith("oracle ") else f"c2c analyze {kind}"
 
 
 def rounded(value: Any, digits: int = 6) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +19,6 @@ Fuser = Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; othe
 Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help=f"{', '.join(TASKS)} or a .jsonl; repeatable.")]
 Split = Annotated[str, typer.Option(help="Split of the question sets.")]
-DataDir = Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")]
 Put = Annotated[str, typer.Option(help="How questions are put: paper or short.")]
 Jsonl = Annotated[Path | None, typer.Option(help="Instead of questions, instruction rows.")]
 Text = Annotated[Path | None, typer.Option(help="Instead of questions, a file with a prompt in each line.")]
@@ -31,28 +29,7 @@ ReceiverDtype = Annotated[str, typer.Option(help="What the receiver computes in.
 SharerDtype = Annotated[str, typer.Option(help="What the sharer computes in.")]
 MaxGb = Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")]
 Seed = Annotated[int, typer.Option(help="Which of the prompts a limit takes.")]
-Against = Annotated[
-    list[Path] | None, typer.Option(help="Output folder of another such run, drawn in the same figure; repeatable.")
-]
 DEFAULT_TASKS = ("arc-easy", "openbookqa")
-
-
-def typed(context: typer.Context) -> str:
-    """The command line with what was given, as a shell takes it."""
-    words = [context.command_path]
-    for parameter in context.command.params:
-        name = str(parameter.name)
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
-        flag = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
-        if isinstance(value, bool):
-            words += flag if value else parameter.secondary_opts
-            continue
-        for one in value if isinstance(value, (list, tuple)) else [value]:
-            words += [*flag, shlex.quote(str(one))]
-    return " ".join(words)
 
 
 @app.command()
@@ -62,7 +39,7 @@ def rank(
     subfolder: Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     prompt: Put = "paper",
     jsonl: Jsonl = None,
     text: Text = None,
@@ -76,7 +53,7 @@ def rank(
     store_precision: options.StorePrecision = None,
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder for result.json and the figure.")] = Path("runs/rank"),
 ) -> None:
     """Effective rank of keys and values, layer by layer: sharer, receiver, fused.
@@ -99,7 +76,7 @@ def gates(
     subfolder: Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     prompt: Put = "paper",
     jsonl: Jsonl = None,
     text: Text = None,
@@ -116,7 +93,7 @@ def gates(
     store_precision: options.StorePrecision = None,
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder for result.json and the figures.")] = Path("runs/gates"),
 ) -> None:
     """Which layers are open, how large the weights are over data, and what closing each layer costs.
@@ -149,7 +126,7 @@ def positions(
     subfolder: Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     prompt: Put = "paper",
     limit: Annotated[int, typer.Option(min=2, help="That many questions of each set.")] = 150,
     share: Annotated[
@@ -165,7 +142,7 @@ def positions(
     store_precision: options.StorePrecision = None,
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder for answers, result.json and the figure.")] = Path(
         "runs/positions"
     ),
@@ -184,15 +161,13 @@ def positions(
 def agreement(
     context: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="Output folders of c2c evaluate, with receiver, sharer and c2c.")],
-    split: Annotated[str, typer.Option(help="Of sets with subjects, where a run doesn't say.")] = "validation",
-    data_dir: DataDir = None,
     bins: Annotated[int, typer.Option(min=2, help="Parts by the sharer's confidence.")] = 5,
     output: Annotated[Path, typer.Option(help="Folder for result.json and the figures.")] = Path("runs/agreement"),
 ) -> None:
     """Which questions receiver, sharer, text-to-text and C2C get right together; several runs side by side."""
     from cache2cache.analysis.agreement import run
 
-    run(runs, output, split=split, data_dir=data_dir, bins=bins, command=typed(context))
+    run(runs, output, bins=bins, command=options.typed(context))
     print(f"{output / 'result.json'}, figures beside it")
 
 
@@ -213,7 +188,7 @@ def _given(context: typer.Context) -> tuple[Setup, Data]:
         max_bytes=int(given["max_gb"] * 1e9),
         batch_size=given["batch_size"],
         seed=given["seed"],
-        command=typed(context),
+        command=options.typed(context),
     )
     files = given.get("jsonl"), given.get("text")
     return setup, Data(

@@ -18,7 +18,7 @@ def chat_quality(
     recipe: Annotated[Path | None, typer.Option(help="Training recipe: the instruction rows of its hold-out.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
     split: Annotated[str, typer.Option(help="Split of --rows.")] = "train",
-    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    data_dir: options.DataDir = None,
     limit: Annotated[int | None, typer.Option(min=2, help="That many rows, chosen by their ids' hashes.")] = None,
     generate: Annotated[int, typer.Option(min=0, help="Greedy answers to that many prompts too.")] = 0,
     max_new_tokens: options.MaxNewTokens = 256,

@@ -43,7 +43,7 @@ def evaluate(
         list[str] | None, typer.Option(help=f"{', '.join([*TASKS, *OPEN_TASKS])} or a .jsonl; repeatable.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the question sets.  [default: validation]")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    data_dir: options.DataDir = None,
     prompt: Annotated[str | None, typer.Option(help="paper, short, chinese or cot.  [default: paper]")] = None,
     method: Annotated[
         list[str] | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cache2cache.cli import options
-from cache2cache.cli.analyze import Receiver, ReceiverDtype, Sharer, SharerDtype, Subfolder, typed
+from cache2cache.cli.analyze import Receiver, ReceiverDtype, Sharer, SharerDtype, Subfolder
 
 
 def inspect(
@@ -40,7 +40,7 @@ def inspect(
         subfolder=subfolder,
         receiver=(receiver, receiver_dtype),
         sharer=(sharer, sharer_dtype),
-        command=typed(context),
+        command=options.typed(context),
     )
     data = run(setup, [*messages, {"role": "user", "content": prompt}], prefix=prefix)
     for who, label in (("receiver", "receiver"), ("sharer", "sharer"), ("c2c", "C2C")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -55,7 +56,29 @@ Prefills = Annotated[
     typer.Option(help="Folder of a prefill store: the sharer's caches are read from it, missing ones put there first."),
 ]
 StorePrecision = Annotated[str | None, typer.Option(help="Of a new store, bfloat16 or int8.  [default: bfloat16]")]
+DataDir = Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")]
+Against = Annotated[
+    list[Path] | None, typer.Option(help="Output folder of another such run, drawn in the same figures; repeatable.")
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def typed(context: typer.Context) -> str:
+    """The command line with what was given, as a shell takes it."""
+    words = [context.command_path]
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        flag = [] if parameter.param_type_name == "argument" else [max(parameter.opts, key=len)]
+        if isinstance(value, bool):
+            words += flag if value else parameter.secondary_opts
+            continue
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            words += [*flag, shlex.quote(str(one))]
+    return " ".join(words)
 
 
 def print_keys(model: type[BaseModel]) -> NoReturn:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cache2cache.cli import options
-from cache2cache.cli.analyze import typed
 from cache2cache.tasks import TASKS
 
 app = typer.Typer(help="Oracle studies of caches: numbers as JSON, figures as PNG and SVG.", no_args_is_help=True)
 
-DataDir = Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")]
 Dtype = Annotated[str, typer.Option(help="What it computes in.")]
-Against = Annotated[
-    list[Path] | None, typer.Option(help="Output folder of another such run, drawn in the same figures; repeatable.")
-]
 SETS = f"{', '.join(TASKS)} or a .jsonl"
 
 
@@ -41,7 +36,7 @@ def enrich(
     split: Annotated[str, typer.Option(help="Split of what is asked.")] = "validation",
     exemplars: Annotated[str, typer.Option(help="Where exemplars come from, by subject: likewise.")] = "mmlu",
     exemplar_split: Annotated[str, typer.Option(help="Split of the exemplars.")] = "dev",
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     shots: Annotated[int, typer.Option(min=0, help="Exemplars.")] = 5,
     limit: Annotated[int, typer.Option(min=2, help="That many questions, evenly over the subjects.")] = 300,
     max_tokens: Annotated[int, typer.Option(min=1, help="Subjects with longer exemplars are left out.")] = 1024,
@@ -51,7 +46,7 @@ def enrich(
     layers: Annotated[bool, typer.Option(help="Also layer by layer.")] = True,
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Which questions, and which half chooses the layers.")] = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/enrich"),
 ) -> None:
     """Is a cache better for having read exemplars, when their slots are gone again? And in which layers?
@@ -76,11 +71,11 @@ def enrich(
         shots=shots,
         limit=limit,
         max_tokens=max_tokens,
-        positions=positions,  # type: ignore[arg-type]
+        positions=positions,
         layers=layers,
         seed=seed,
         data={"task": task, "split": split, "exemplars": exemplars, "exemplar_split": exemplar_split},
-        command=typed(context),
+        command=options.typed(context),
     )
     _show(output, against)
 
@@ -94,7 +89,7 @@ def transform(
     train_split: Annotated[str, typer.Option(help="Split that is trained on.")] = "train",
     test_task: Annotated[str | None, typer.Option(help="Another set to test on.  [default: the same]")] = None,
     test_split: Annotated[str, typer.Option(help="Split that is tested on.")] = "validation",
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     train_limit: Annotated[int, typer.Option(min=16, help="Questions to train on.")] = 300,
     test_limit: Annotated[int, typer.Option(min=1, help="Questions to test on.")] = 150,
     layer: Annotated[list[int] | None, typer.Option(help="Receiver layer; repeatable.  [default: all]")] = None,
@@ -115,7 +110,7 @@ def transform(
     receiver_dtype: Dtype = "auto",
     sharer_dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of draws, order, first weights and t-SNE.")] = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/transform"),
 ) -> None:
     """Can a sharer's cache be turned into the receiver's, and does the receiver answer from it?
@@ -123,20 +118,16 @@ def transform(
     An MLP, ridge regression and the mean are fitted on some questions and measured on others. Run it again after an
     interruption: what was read and trained is found in the output folder.
     """
-    import random
-
     from cache2cache import heap
+    from cache2cache.evaluation.answers import drawn
     from cache2cache.models import load_lm
     from cache2cache.oracle import transform as study
     from cache2cache.oracle.report import check
     from cache2cache.tasks import load
 
-    def drawn(name: str, split: str, limit: int) -> list[Any]:
-        rows = load(name, split, data_dir)
-        return random.Random(f"{seed}:{split}").sample(rows, min(limit, len(rows)))
-
     check(against or [], "transform")
-    train, test = drawn(task, train_split, train_limit), drawn(test_task or task, test_split, test_limit)
+    train = drawn(load(task, train_split, data_dir), train_limit, seed)
+    test = drawn(load(test_task or task, test_split, data_dir), test_limit, seed)
     heap.keep()
     main = load_lm(receiver, dtype=receiver_dtype)
     same = (sharer, sharer_dtype) == (receiver, receiver_dtype)
@@ -161,7 +152,7 @@ def transform(
         perplexity=perplexity,
         seed=seed,
         data={"task": task, "train_split": train_split, "test_task": test_task or task, "test_split": test_split},
-        command=typed(context),
+        command=options.typed(context),
     )
     _show(output, against)
 
@@ -186,7 +177,7 @@ def structure(
     receiver_dtype: Dtype = "auto",
     sharer_dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the generated documents.")] = 0,
-    against: Against = None,
+    against: options.Against = None,
     output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/structure"),
 ) -> None:
     """What text loses and a cache keeps: roles and nesting in markup, keys in JSON, argument order in code.
@@ -212,7 +203,7 @@ def structure(
         batch_size=batch_size,
         seed=seed,
         data=data,
-        command=typed(context),
+        command=options.typed(context),
     )
     _show(output, against)
 

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import options
+
 
 def precompute(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    data_dir: options.DataDir = None,
     store: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of the store, once for each of several sharers; otherwise the recipe's."),

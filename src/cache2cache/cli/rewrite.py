@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import options
+
 
 def rewrite(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML), or rows (.jsonl, .jsonl.gz).")],
@@ -16,7 +18,7 @@ def rewrite(
     ],
     model: Annotated[str | None, typer.Option(help="Of a served teacher: which model, where it has several.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    data_dir: options.DataDir = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; a longer one is cut.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts, or requests to a server, at a time.")] = 8,
     temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,

@@ -38,7 +38,7 @@ def train(
             "--keys", callback=print_keys, is_eager=True, help="Print every key of a recipe, for --set too, and leave."
         ),
     ] = False,
-    data_dir: Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")] = None,
+    data_dir: options.DataDir = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")

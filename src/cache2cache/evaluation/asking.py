@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from .. import response
-from ..alignment.chat import render
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
@@ -176,6 +175,11 @@ class Batch:
                 self._known[way] = list(zip(caches, lengths, strict=True))
         return self._known[way]
 
+    def mine(self, way: str) -> list[Known]:
+        """The sharers' caches of the cases, which are the first of the members."""
+        known = self.known(way)
+        return known if len(self.members) == len(self.cases) else rows_of(known, range(len(self.cases)))
+
     def _nested(self) -> bool:
         if not plain(self.setup.pair):
             return False
@@ -209,16 +213,13 @@ class Batch:
                 self._told[form] = [m for m in known if m is not None]
             else:
                 sharer = self.setup.pair.sharers[0]
-                rows = [self._rendered(sharer, c.ask.chat(("user", FORMS[form](c.ask)))) for c in self.cases]
+                chats = [c.ask.chat(("user", FORMS[form](c.ask))) for c in self.cases]
+                rows = [self.setup.pair.rendered(sharer, chat).ids for chat in chats]
                 self._told[form] = [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
         return self._told[form]
 
-    def _rendered(self, lm: LM, chat: list[dict[str, str]], prefix: str = "") -> list[int]:
-        kwargs = self.setup.pair.chat_template_kwargs
-        return list(render(lm.need_tokenizer(), chat, prefix=prefix, chat_template_kwargs=kwargs).ids)
-
     def _reads(self, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
-        return prefill_prompts(lm, [self._rendered(lm, chat, prefix) for chat in chats])
+        return prefill_prompts(lm, [self.setup.pair.rendered(lm, chat, prefix).ids for chat in chats])
 
     def state(self, method: str, way: str) -> State:
         """What the method answers on top of."""
@@ -234,7 +235,7 @@ class Batch:
             sharer = pair.sharers[j]
             if not plain(pair):  # then the pair's sharer doesn't read its own tokens
                 return State(sharer, self._reads(sharer, [c.ask.chat() for c in cases], prefix))
-            cache, _ = rows_of(self.known(way), range(len(cases)))[j]
+            cache, _ = self.mine(way)[j]
             return State(sharer, prefilled(sharer, [p.sharers[j] for p in prompts], cache))
         if method in FORMS:
             told = self.told(method)
@@ -257,25 +258,23 @@ class Batch:
         if method == SKIP:
             # What is at hand, or in a store; otherwise the sharers read only what isn't skipped, as in earnest.
             at_hand = way in self._known or any(self.setup.stores)
-            known = rows_of(self.known(way), range(len(cases))) if at_hand else None
+            known = self.mine(way) if at_hand else None
             fused = pair.fuse(prompts, clean=clean, skip=setup.skip, sharers=known)
             return State(receiver, fused, skipped=fused.skipped)
         if method == "c2c" and way == GENERATION and (fused_on := response.chosen(pair, None)):
             return State(receiver, response.Answering.of(pair, pair.fuse(prompts, keep=True), fused_on))
-        everyone = self.known(way)
-        known = rows_of(everyone, range(len(cases)))
         if method == "c2c":
-            return State(receiver, pair.fuse(prompts, clean=clean, sharers=known))
+            return State(receiver, pair.fuse(prompts, clean=clean, sharers=self.mine(way)))
         if method == "other":
             others = [self.members[row] for row in self.partners]
-            theirs = rows_of(everyone, self.partners)
+            theirs = rows_of(self.known(way), self.partners)
             fused = fuse_others(pair, prompts, [o.prompt(way) for o in others], clean, theirs)
             return State(receiver, fused, partners=[o.id for o in others])
         if method == "gaussian":
-            known = gaussian(known, [f"{setup.seed}:{c.id}" for c in cases])
+            known = gaussian(self.mine(way), [f"{setup.seed}:{c.id}" for c in cases])
         else:
             assert method == "zeroed", method
-            known = zeroed(known)
+            known = zeroed(self.mine(way))
         return State(receiver, pair.fuse(prompts, clean=clean, sharers=known))
 
     def answers(self, method: str, way: str) -> list[Answer]:

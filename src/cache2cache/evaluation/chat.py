@@ -164,8 +164,8 @@ def check_pair(pair: C2C) -> None:
         raise C2CError(f"this evaluation takes a pair with one sharer, {len(pair.sharers)} were given")
     if not plain(pair):
         raise C2CError(
-            f"the fuser's token map {pair.fusers[0].config.token_map!r} doesn't let the sharer read its own tokens, so "  # type: ignore[union-attr]
-            "this evaluation would not measure the sharer alone; give a fuser with the token map span"
+            "with the fuser's published token map the sharer doesn't read its own tokens, so this evaluation would not "
+            "measure the sharer alone; give a fuser with the token map span"
         )
 
 

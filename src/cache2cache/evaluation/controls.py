@@ -7,10 +7,9 @@ zeros, or with noise of the same moments.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..errors import C2CError
 from ..fuser import C2CFuser
@@ -53,8 +52,8 @@ def starts_of(cache: KV, lengths: Sequence[int], wanted: Sequence[int]) -> KV:
     longest = max(wanted)
     cut = {n - w for n, w in zip(lengths, wanted, strict=True)}
     if len(cut) == 1:
-        return _map(cache, lambda t: t[..., : cache.length - min(cut), :])
-    made = _map(cache, lambda t: torch.zeros_like(t[..., :longest, :]))
+        return cache.map(lambda t: t[..., : cache.length - min(cut), :])
+    made = cache.map(lambda t: torch.zeros_like(t[..., :longest, :]))
     for row, (n, w) in enumerate(zip(lengths, wanted, strict=True)):
         start = cache.length - n
         for to, source in ((made.keys, cache.keys), (made.values, cache.values)):
@@ -64,12 +63,12 @@ def starts_of(cache: KV, lengths: Sequence[int], wanted: Sequence[int]) -> KV:
 
 def rows_of(known: Sequence[Known], rows: Sequence[int]) -> list[Known]:
     """The caches of some rows of a batch, in that order."""
-    return [(KV(c.keys[:, rows], c.values[:, rows]), [lengths[row] for row in rows]) for c, lengths in known]
+    return [(c.map(lambda t: t[:, rows]), [lengths[row] for row in rows]) for c, lengths in known]
 
 
 def zeroed(known: Sequence[Known]) -> list[Known]:
     """Caches of zeros."""
-    return [(_map(cache, torch.zeros_like), lengths) for cache, lengths in known]
+    return [(cache.map(torch.zeros_like), lengths) for cache, lengths in known]
 
 
 def gaussian(known: Sequence[Known], names: Sequence[str]) -> list[Known]:
@@ -79,7 +78,7 @@ def gaussian(known: Sequence[Known], names: Sequence[str]) -> list[Known]:
     """
     made = []
     for j, (cache, lengths) in enumerate(known):
-        noise = _map(cache, torch.zeros_like)
+        noise = cache.map(torch.zeros_like)
         for row, (name, n) in enumerate(zip(names, lengths, strict=True)):
             digest = hashlib.sha256(f"{name}:{j}".encode()).digest()
             random = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -117,7 +116,3 @@ def next_rows(count: int) -> list[int]:
     if count < 2:
         raise C2CError("the control other needs another question; give at least two")
     return [(row + 1) % count for row in range(count)]
-
-
-def _map(cache: KV, change: Callable[[Tensor], Tensor]) -> KV:
-    return KV(change(cache.keys), change(cache.values))

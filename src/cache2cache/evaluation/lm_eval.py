@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from .. import __version__, decode
-from ..alignment.chat import PLAIN_TEMPLATE, render
+from ..alignment.chat import PLAIN_TEMPLATE
 from ..errors import C2CError
 from ..files import replace_text
 from ..kv import Prefilled, prefill_prompts
@@ -155,9 +155,7 @@ class HarnessLM(HarnessBase):
         elif self.method == "c2c":
             ids = self.pair.encode(prompt, prefix=start)
         else:
-            kwargs = self.pair.chat_template_kwargs
-            rendered = render(self.tokenizer, prompt, prefix=start, chat_template_kwargs=kwargs)  # type: ignore[arg-type]
-            ids = PromptIds(rendered.ids, (), ())
+            ids = PromptIds(self.pair.rendered(self.lm, prompt, start).ids, (), ())
         return shortened(ids, self.max_length - room, [lm.context_length for lm in sharers])
 
     def _prefill(self, prompts: Sequence[PromptIds]) -> Prefilled:

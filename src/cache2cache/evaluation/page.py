@@ -8,7 +8,18 @@ from itertools import combinations
 from typing import Any
 
 from .answers import GENERATION, LIKELIHOOD, WAYS, Answer
-from .report import WORDS, Run, columns_of, label_of, methods_of, seconds_of, sections, verdict
+from .report import (
+    WORDS,
+    Run,
+    columns_of,
+    label_of,
+    methods_of,
+    seconds_of,
+    sections,
+    setup_of,
+    verdict,
+    which,
+)
 
 WORST = 10  # regressions of each task and way
 COLOURS = ("#3b6ea5", "#d08a2e", "#4f9a5b", "#a65a8b", "#7a7a7a", "#b5533c", "#5aa3a8")
@@ -27,13 +38,7 @@ svg { max-width: 100%; height: auto; } svg text { font: 12px system-ui, sans-ser
 def page(runs: Sequence[Run]) -> str:
     """The whole file."""
     parts = ["<h1>Evaluation</h1>"]
-    for run in runs:
-        s = run.settings
-        parts.append(
-            f"<p>Receiver {_e(s['receiver']['name'])}, sharer {_e(run.sharer)}, fuser {_e(s['fuser'])} "
-            f"({_e(s['fuser_hash'][:12])}); {_e(s['split'])} split, {_e(s['prompt'])} prompt, "
-            f"seed {_e(s.get('seed'))}.</p>"
-        )
+    parts += [f"<p>{_e(setup_of(run))}</p>" for run in runs]
     for run in runs:
         parts.append(f"<h2>What it is worth{_of(run, runs)}</h2><ul>")
         parts += [f"<li>{_e(line)}</li>" for line in verdict(run.summary)]
@@ -63,10 +68,6 @@ def page(runs: Sequence[Run]) -> str:
             parts.append(f"<h2>{_e(title)}</h2>{f'<p>{_e(note)}</p>' if note else ''}{grid(header, rows)}")
     for run in runs:
         parts += worst(run, _of(run, runs))
-        if failed := run.summary.get("failed"):
-            rows = [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed]
-            parts.append(f"<h2>{len(failed)} failed, counted as wrong{_of(run, runs)}</h2>")
-            parts.append(grid(["Task", "Id", "Method", "Answers", "Error"], rows))
     body = "\n".join(parts)
     head = (
         "<meta charset=utf-8><meta name=viewport content='width=device-width'><title>Evaluation</title>"
@@ -80,7 +81,7 @@ def _e(text: object) -> str:
 
 
 def _of(run: Run, runs: Sequence[Run]) -> str:
-    return f" of {_e(run.sharer)}" if len(runs) > 1 else ""
+    return _e(which(run, runs))
 
 
 def _figure(title: str, drawing: str) -> str:

@@ -176,29 +176,28 @@ Rows = list[list[str]]
 
 def markdown(runs: Sequence[Run]) -> str:
     """The report of one run, or of several one below the other in each table."""
-    parts = ["# Evaluation", *_setups(runs)]
+    parts = ["# Evaluation", *(_md(setup_of(run)) for run in runs)]
     for title, header, rows, note in sections(runs):
         if rows:
             parts += [f"## {title}", *([note] if note else []), grid(header, rows)]
     for run in runs:
-        name = f" of {_md(run.sharer)}" if len(runs) > 1 else ""
-        parts += [f"## What it is worth{name}", "\n".join(f"- {_md(line)}" for line in verdict(run.summary))]
-        if failed := run.summary.get("failed"):
-            rows = [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed]
-            parts += [
-                f"## {len(failed)} failed, counted as wrong{name}",
-                grid(["Task", "Id", "Method", "", "Error"], rows),
-            ]
+        parts.append(f"## What it is worth{_md(which(run, runs))}")
+        parts.append("\n".join(f"- {_md(line)}" for line in verdict(run.summary)))
     return "\n\n".join(parts) + "\n"
 
 
-def _setups(runs: Sequence[Run]) -> Iterator[str]:
-    for run in runs:
-        s = run.settings
-        yield (
-            f"Receiver {_md(s['receiver']['name'])}, sharer {_md(run.sharer)}, fuser {_md(s['fuser'])} "
-            f"({s['fuser_hash'][:12]}); {_md(s['split'])} split, {_md(s['prompt'])} prompt, seed {s.get('seed')}."
-        )
+def setup_of(run: Run) -> str:
+    """A run's setup in one line."""
+    s = run.settings
+    return (
+        f"Receiver {s['receiver']['name']}, sharer {run.sharer}, fuser {s['fuser']} ({s['fuser_hash'][:12]}); "
+        f"{s['split']} split, {s['prompt']} prompt, seed {s.get('seed')}."
+    )
+
+
+def which(run: Run, runs: Sequence[Run]) -> str:
+    """What a title says of which of several runs it is about."""
+    return f" of {run.sharer}" if len(runs) > 1 else ""
 
 
 def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
@@ -296,6 +295,14 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
             ],
             "",
         )  # fmt: skip
+    for run in runs:
+        failed = run.summary.get("failed", [])
+        yield (
+            f"{len(failed)} failed, counted as wrong{which(run, runs)}",
+            ["Task", "Id", "Method", "Answers", "Error"],
+            [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed],
+            "",
+        )
 
 
 def _task(task: str, result: Mapping[str, Any]) -> str:

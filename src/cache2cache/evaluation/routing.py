@@ -62,15 +62,6 @@ class Router:
             + "\n",
         )
 
-    @classmethod
-    def load(cls, path: Path) -> Router:
-        try:
-            row = json.loads(path.read_text(encoding="utf-8"))
-            weight, mean = (torch.tensor(row[name], dtype=torch.float64) for name in ("weight", "mean"))
-            return cls(weight, mean, float(row["bias"]), (row["sharer_alone_right"], row["receiver_alone_right"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise C2CError(f"{path} is no router ({type(error).__name__}); remove it, and it is fitted anew") from error
-
     @property
     def hash(self) -> str:
         """What tells one fit from another."""

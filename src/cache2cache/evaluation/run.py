@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +163,7 @@ def do(
         mine = units[me::count]
         with Progress(*COLUMNS, console=console) as bar:
             row = bar.add_task(label, total=sum(len(u.cases) for u in mine))
-            work(setup, mine, have, into, lambda n: bar.advance(row, n))  # noqa: B023
+            work(setup, mine, have, into, partial(bar.advance, row))
         if processes.is_main_process:
             add_rows(into, failed)
     processes.wait_for_everyone()
@@ -275,7 +277,7 @@ def clock(config: EvalConfig, setup: Setup, units: Sequence[Unit], console: Cons
     chosen = drawn(cases, config.timing, config.seed)
     with Progress(*COLUMNS, console=console) as bar:
         row = bar.add_task("clock", total=None)
-        rows = timing.measure(setup.pair, chosen, config.methods, config.output / TIMES, lambda n: bar.advance(row, n))
+        rows = timing.measure(setup.pair, chosen, config.methods, config.output / TIMES, partial(bar.advance, row))
     return timing.summarize(rows)
 
 
@@ -417,16 +419,12 @@ _TASK = "task "
 
 def fuser_hash(folder: Path) -> str:
     """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
-    import hashlib
-
     hashes = [file_hash(path) for path in checkpoint.weight_files(folder)]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    import hashlib
-
     with path.open("rb") as file:
         return (
             hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import C2CError
 from ..files import replace_text
@@ -288,7 +288,7 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
     progress: Callable[[int], None] = lambda questions: None,
-    **options: object,
+    **options: Any,
 ) -> list[Answer]:
     """Answer questions with every method, in this process; what stands in the file already is not asked again.
 
@@ -302,7 +302,7 @@ def evaluate(
     """
     stores = [] if store is None else [store, *[None] * (len(pair.sharers) - 1)]
     setup = Setup(pair, prompt, skip, single, identical, stores, max_new_tokens, seed)
-    units, failed = plan(setup, task, questions, methods=methods, answers=answers, **options)  # type: ignore[arg-type]
+    units, failed = plan(setup, task, questions, methods=methods, answers=answers, **options)
     have = {a.key: a for a in gather(samples)}
     check_stores(setup, units, have, max_bytes)
     add_rows(samples, failed)

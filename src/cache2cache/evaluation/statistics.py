@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,16 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     middle = (p + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(right: Sequence[bool]) -> dict[str, Any]:
+    """Of how many answers how many % are right, with the 95% Wilson interval."""
+    low, high = wilson(sum(right), len(right))
+    return {
+        "questions": len(right),
+        "accuracy": round(100 * sum(right) / len(right), 2),
+        "interval": [round(100 * low, 2), round(100 * high, 2)],
+    }
 
 
 def mcnemar(only_one: int, only_other: int) -> float:

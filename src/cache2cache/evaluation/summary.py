@@ -111,9 +111,9 @@ def summarize(
         if {"receiver", "sharer"} <= set(methods) and result.get("recovered") is not None:
             result["recovered_interval"] = _recovered_interval(marks, accuracy(answers, "receiver"), baseline, seed)
         if {"receiver", "other"} <= set(methods):
-            result["gain_interval"] = paired(marks["c2c"], marks["receiver"], seed)["interval"]
+            result["gain_interval"] = result["paired"]["receiver"]["interval"]
             result["presence_interval"] = paired(marks["other"], marks["receiver"], seed)["interval"]
-            result["content_interval"] = paired(marks["c2c"], marks["other"], seed)["interval"]
+            result["content_interval"] = result["paired"]["other"]["interval"]
     for name in ("subject", "bucket") if breakdown else ():
         parts = dict.fromkeys(getattr(a, name) for a in answers)
         if len(parts) > 1:

@@ -7,18 +7,15 @@ was added to it while it ran.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-import torch
-
 from .. import decode
+from ..heap import Peak
 from ..kv import Prefilled, prefill_prompts
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
 from ..models.load import LM
@@ -78,7 +75,7 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
     chat = case.ask.chat()
     lm = pair.sharers[0] if method == "sharer" else pair.receiver
     passed = message_tokens = 0
-    memory = _Peak()
+    memory = Peak()
     began = time.perf_counter()
     prompt: Prefilled
     if method == "c2c":
@@ -86,11 +83,11 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
         passed = fused.bytes_passed
     elif method in FORMS:
         told = [{"role": "user", "content": FORMS[method](case.ask)}]
-        words = write(pair.sharers[0], [_ids(pair, pair.sharers[0], told)], MAX_MESSAGE_TOKENS)[0]
+        words = write(pair.sharers[0], [pair.rendered(pair.sharers[0], told).ids], MAX_MESSAGE_TOKENS)[0]
         passed, message_tokens = len(words.text.encode()), len(words.ids)
-        prompt = prefill_prompts(lm, [_ids(pair, lm, relayed(case.ask, method, words.text))])
+        prompt = prefill_prompts(lm, [pair.rendered(lm, relayed(case.ask, method, words.text)).ids])
     else:
-        prompt = prefill_prompts(lm, [_ids(pair, lm, chat)])
+        prompt = prefill_prompts(lm, [pair.rendered(lm, chat).ids])
     room = min(new_tokens, lm.context_length - prompt.input_ids.shape[1])
     chunks = decode.stream(lm, prompt, do_sample=False, max_new_tokens=room, min_new_tokens=room)
     times = [time.perf_counter() - began for chunk in chunks if chunk.token is not None]
@@ -103,42 +100,8 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
     )  # fmt: skip
 
 
-def _ids(pair: C2C, lm: LM, chat: list[dict[str, str]]) -> list[int]:
-    from ..alignment.chat import render
-
-    return list(render(lm.need_tokenizer(), chat, chat_template_kwargs=pair.chat_template_kwargs).ids)
-
-
 def _weights(lm: LM) -> int:
     return sum(p.nbytes for p in {p.data_ptr(): p for p in lm.model.parameters()}.values())
-
-
-class _Peak:
-    """The most memory that is added from here on: of the GPU, or of this process where Linux counts it."""
-
-    def __init__(self) -> None:
-        self.before: int | None
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            self.before = _status("VmRSS")
-
-    def bytes(self) -> int | None:
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated() - (self.before or 0)
-        after = _status("VmHWM")
-        return None if after is None or self.before is None else max(0, after - self.before)
-
-
-def _status(name: str) -> int | None:
-    """Bytes, from what Linux says of this process."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
-    return None
 
 
 def summarize(rows: Sequence[Timed]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..alignment.layers import layer_map
-from ..config import FuserConfig
+from ..config import FuserConfig, ModelIdentity
 from ..errors import C2CError
 from ..kv import KV
 from ..rotary import Rotary
@@ -157,6 +157,13 @@ class C2CFuser(nn.Module):
         self.in_receiver = StackedLinear(groups, t, h, bias=False)
         for part in (self.in_sharer, self.in_receiver):
             nn.init.uniform_(part.weight, -1 / math.sqrt(s + t), 1 / math.sqrt(s + t))
+
+    @property
+    def models(self) -> tuple[ModelIdentity, ModelIdentity]:
+        """Receiver and sharer, by the shapes of their caches."""
+        receiver, sharer = self.config.receiver, self.config.sharer
+        assert receiver is not None and sharer is not None
+        return receiver, sharer
 
     # ---- what is open -------------------------------------------------------------------------------------------
 
@@ -296,7 +303,7 @@ class C2CFuser(nn.Module):
         untouched = out is None or out is receiver
         receiver, sharer = _contiguous(receiver), _contiguous(sharer)
         if out is None:
-            out = KV(receiver.keys.clone(), receiver.values.clone())
+            out = receiver.clone()
         if where.shape[1] == 0:
             return out
         parts = self._parts(receiver)
@@ -371,7 +378,7 @@ class C2CFuser(nn.Module):
                 "this fuser fuses unrotated keys and doesn't know the models' rotary embeddings; use it in a C2C pair, "
                 "or set fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))"
             )
-        dim = self.config.sharer.head_dim if whose else self.head_dim  # type: ignore[union-attr]
+        dim = self.models[whose].head_dim
         return self.rotary[whose].turn(keys.unflatten(-1, (-1, dim)), layers, positions, back=back).flatten(-2)
 
     # ---- inference ----------------------------------------------------------------------------------------------
@@ -478,7 +485,7 @@ def _some_modules(module: _M, index: Tensor | slice) -> _M:
 
 def _contiguous(kv: KV) -> KV:
     """The cache itself, unless it is a view with gaps (some rows of a batch): then a copy."""
-    return KV(kv.keys.contiguous(), kv.values.contiguous())
+    return kv.map(Tensor.contiguous)
 
 
 def _flat(kv: KV, kind: str) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import FuserConfig
 from ..errors import C2CError, short
+from ..files import replace_text, replacing
 from . import make_fuser, published
 from .c2c import STATISTICS, C2CFuser
 
@@ -57,19 +58,10 @@ def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, trainin
         "fuser": config.model_dump(mode="json"),
         "training": training,
     }
-    partial = folder / f".fuser.safetensors.{os.getpid()}"
-    try:
+    with replacing(folder / "fuser.safetensors") as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.chmod(0o644)  # safetensors lets only the owner read; a wheel or a shared folder is read by others
-        os.replace(partial, folder / "fuser.safetensors")
-    finally:
-        partial.unlink(missing_ok=True)
-    partial = folder / f".config.json.{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
-        os.replace(partial, folder / "config.json")
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_text(folder / "config.json", json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
 
 
 def convert(source: Path, destination: Path, to: str) -> None:

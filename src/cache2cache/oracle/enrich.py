@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from torch import Tensor
 from ..alignment.chat import render
 from ..decode import score
 from ..errors import C2CError
+from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
 from ..kv import CACHE, KV, Prefilled, Read, check_fusable, prefill_prompts
 from ..models.load import LM
@@ -38,7 +39,7 @@ from ..tasks.base import Question
 from ..tasks.prompts import option_lines
 from . import study
 
-Positions = Literal["kept", "rotated"]
+POSITIONS = ("kept", "rotated")  # of the question's slots in Oracle
 ROWS_AT_ONCE = 16  # mixed caches of one question that are scored together
 
 
@@ -106,7 +107,7 @@ class Caches:
         positions = slots + self.removed * (slots >= self.head)
         return replace(self.direct, kv=self.enriched, position_ids=positions[None])
 
-    def aligned(self, rotary: Rotary, positions: Positions) -> KV:
+    def aligned(self, rotary: Rotary, positions: str) -> KV:
         """Oracle's cache at Direct's positions: `kept`, with the same distances as before, for every key is turned
         back; `rotated`, with Direct's distances, for the head stays where it is."""
         start = 0 if positions == "kept" else self.head
@@ -288,7 +289,7 @@ def answer(
     shots: Shots,
     *,
     sets: Mapping[str, Sequence[int]],
-    positions: Positions,
+    positions: str,
     rotary: Rotary | None,
 ) -> tuple[dict[str, list[float]], int]:
     """The letters' log-likelihoods from every cache, and the length of Direct's prompt.
@@ -327,7 +328,7 @@ def ask_all(
     exemplars: Mapping[str, Sequence[Question]],
     path: Path,
     *,
-    positions: Positions = "kept",
+    positions: str = "kept",
     layers: bool = True,
     progress: Callable[[int], None] = lambda questions: None,
 ) -> list[Row]:
@@ -387,7 +388,7 @@ def summarize(rows: Sequence[Row], num_layers: int, layers: bool) -> dict[str, A
         found = {}
         for name in names:
             right = [row.right(name) for row in mine]
-            found[name] = study.accuracy(right)
+            found[name] = accuracy(right)
             if name != DIRECT:
                 found[name]["against_direct"] = study.against(right, direct)
         return found
@@ -445,7 +446,7 @@ def run(
     shots: int = 5,
     limit: int | None = 300,
     max_tokens: int = 1024,
-    positions: Positions = "kept",
+    positions: str = "kept",
     layers: bool = True,
     seed: int = 0,
     data: Mapping[str, Any] | None = None,
@@ -466,7 +467,7 @@ def run(
         command: how the study was called, for the record.
     """
     check_fusable(lm.text_config, lm.name)
-    if positions not in ("kept", "rotated"):
+    if positions not in POSITIONS:
         raise C2CError(f"unknown positions {positions!r}; expected kept or rotated")
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)
     asked = choose(kept, limit, seed)

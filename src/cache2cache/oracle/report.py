@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -171,12 +173,12 @@ def _row(table: Table, label: str, found: dict[str, Any], against: dict[str, Any
 CURVES = ("mlp", "ridge", "mean", "receiver", "sharer")
 
 
-def _curve(axis: Any, results: Results, name: str, get: Callable[[dict[str, Any]], float]) -> None:
-    """One number a layer: a colour for the run, a dash style for what it is of."""
+def _curve(axis: Any, results: Results, name: str, *keys: str) -> None:
+    """The number under `keys` of each layer: a colour for the run, a dash style for what (`name`) it is of."""
     style = {"mlp": "-", "ridge": "--", "mean": ":", "receiver": "-.", "sharer": (0, (1, 4))}[name]
     for run, (_, result) in enumerate(results):
         layers = [layer["receiver_layer"] for layer in result["layers"]]
-        values = [get(layer) for layer in result["layers"]]
+        values = [reduce(getitem, keys, layer) for layer in result["layers"]]
         label = plots.titled(results, run, LABELS[name])
         mark = {"marker": "o", "markersize": 3} if len(layers) == 1 else {}
         axis.plot(layers, values, linestyle=style, color=_colour(run), label=label, linewidth=1.3, **mark)
@@ -191,7 +193,7 @@ def transform(results: Results) -> dict[str, Any]:
     for column, kind in enumerate(("keys", "values")):
         for row, (key, title) in enumerate((("r2", "R²"), ("cosine", "cosine"))):
             for name in CURVES[: 2 + row]:
-                _curve(axes[row, column], results, name, lambda layer: layer[kind][name][key])  # noqa: B023
+                _curve(axes[row, column], results, name, kind, name, key)
             axes[row, column].set_ylabel(title)
             lowest = axes[row, column].get_ylim()[0]
             axes[row, column].set_ylim(max(-1.0, min(0.0, lowest)), 1.03)  # an R² far below 0 says no more than that
@@ -203,7 +205,7 @@ def transform(results: Results) -> dict[str, Any]:
 
     made, axes = plots.figure(1, 1, (5.6, 3.2))
     for name in CURVES[:3]:
-        _curve(axes[0, 0], results, name, lambda layer: layer["attention_error"][name])  # noqa: B023
+        _curve(axes[0, 0], results, name, "attention_error", name)
     axes[0, 0].set_ylabel("relative error")
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].legend(fontsize=7)
@@ -213,7 +215,7 @@ def transform(results: Results) -> dict[str, Any]:
     made, axes = plots.figure(1, 2, (8, 3.2))
     for axis, kind in zip(axes[0], ("keys", "values"), strict=True):
         for name in ("receiver", "sharer", "mlp", "ridge"):
-            _curve(axis, results, name, lambda layer: layer[kind]["rank"][name])  # noqa: B023
+            _curve(axis, results, name, kind, "rank", name)
         axis.set_title(kind, fontsize=9)
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("effective rank")
@@ -230,7 +232,7 @@ def transform(results: Results) -> dict[str, Any]:
     }
     for axis, (key, title) in zip(axes[0], titles.items(), strict=True):
         for name in ("receiver", "sharer", "mlp", "ridge"):
-            _curve(axis, results, name, lambda layer: layer["region"][name][key])  # noqa: B023
+            _curve(axis, results, name, "region", name, key)
         axis.set_title(title, fontsize=9)
         axis.set_ylim(-0.03, 1.03)
     axes[0, 0].set_ylabel("share")
@@ -293,10 +295,7 @@ def structure(results: Results) -> dict[str, Any]:
         kinds = list(dict.fromkeys(kind for _, result in some for kind in result[setting]))
         made, axes = plots.figure(1, len(kinds) + 1, (3.1 * len(kinds) + 3.1, 3.4))
         for axis, kind in zip(axes[0], kinds, strict=False):
-
-            def get(result: Any, name: str) -> Any:
-                return result[setting].get(kind, {}).get(name)  # noqa: B023
-
+            get = partial(_found, setting, kind)
             _points(axis, some, _here(some, names, get), get)
             axis.set_title(kind, fontsize=9)
             axis.tick_params(axis="x", rotation=45)
@@ -316,6 +315,10 @@ def structure(results: Results) -> dict[str, Any]:
         made.suptitle(f"Structure: {some[0][1]['meaning'][setting]}", fontsize=10)
         figures[f"structure-{setting}"] = made
     return figures
+
+
+def _found(setting: str, kind: str, result: Any, name: str) -> Any:
+    return result[setting].get(kind, {}).get(name)
 
 
 def structure_tables(result: dict[str, Any]) -> list[Table]:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import decode
-from ..alignment.chat import Rendered, render
 from ..alignment.tokens import span_map
 from ..errors import C2CError
 from ..evaluation.chat import check_pair
 from ..evaluation.controls import fuse_others, next_rows, rows_of
 from ..evaluation.runner import batches_of
+from ..evaluation.statistics import accuracy
 from ..evaluation.writing import Written, add_rows, read_rows, written
 from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, Read, pad_left, prefill, prefill_prompts, prefilled
@@ -87,15 +87,11 @@ def _chat(document: Document | None, *turns: str) -> Chat:
     return [*system, *({"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns))]
 
 
-def _render(pair: C2C, lm: LM, chat: Chat, prefix: str = ANSWER_PREFIX) -> Rendered:
-    return render(lm.need_tokenizer(), chat, prefix=prefix, chat_template_kwargs=pair.chat_template_kwargs)
-
-
 def encode(pair: C2C, document: Document, setting: str) -> PromptIds:
     """The prompt of C2C. In the setting `private` the receiver's only message is the sharer's second."""
     asked = short_prompt(document.question)
-    theirs = _render(pair, pair.sharers[0], _chat(document, asked))
-    mine = _render(pair, pair.receiver, _chat(document if setting == "both" else None, asked))
+    theirs = pair.rendered(pair.sharers[0], _chat(document, asked), ANSWER_PREFIX)
+    mine = pair.rendered(pair.receiver, _chat(document if setting == "both" else None, asked), ANSWER_PREFIX)
     if setting == "private":
         segments = [replace(s, key=s.key + 1 if isinstance(s.key, int) else s.key) for s in mine.segments]
         mine = replace(mine, segments=segments)
@@ -118,7 +114,7 @@ def messages(pair: C2C, batch: Sequence[Document], form: str, max_tokens: int, p
     """What the sharer writes about each document; `past` is what it has read, which begins with the document."""
     sharer = pair.sharers[0]
     asked = [FORMS[form].format(question=d.question.question) for d in batch]
-    rows = [_render(pair, sharer, _chat(d, text), "").ids for d, text in zip(batch, asked, strict=True)]
+    rows = [pair.rendered(sharer, _chat(d, text)).ids for d, text in zip(batch, asked, strict=True)]
     prompt = prefill_prompts(sharer, rows, past=past)
     sequences = decode.generate(sharer, prompt, do_sample=False, max_new_tokens=max_tokens)
     return written(sharer, sequences[:, prompt.input_ids.shape[1] :])
@@ -190,7 +186,9 @@ def _behind_messages(
         )
         for d, message in zip(batch, made, strict=True)
     ]
-    state = prefill_prompts(pair.receiver, [_render(pair, pair.receiver, chat).ids for chat in chats], past=past)
+    state = prefill_prompts(
+        pair.receiver, [pair.rendered(pair.receiver, chat, ANSWER_PREFIX).ids for chat in chats], past=past
+    )
     more = [
         {"bytes": len(m.text.encode()), "message": m.text, "message_tokens": len(m.ids), "ended": m.ended} for m in made
     ]
@@ -236,7 +234,7 @@ def summarize(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
         right = {m: [mine[m][i].correct for i in ids] for m in names}
         result: dict[str, Any] = {}
         for m in names:
-            result[m] = study.accuracy(right[m])
+            result[m] = accuracy(right[m])
             some = [mine[m][i] for i in ids]
             if sent := [r.bytes for r in some if r.bytes is not None]:
                 result[m]["bytes"] = round(sum(sent) / len(sent), 1)

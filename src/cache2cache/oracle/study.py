@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -19,7 +18,7 @@ from torch import nn
 from ..analysis import runs
 from ..errors import C2CError
 from ..evaluation.run import COLUMNS
-from ..evaluation.statistics import bootstrap, mcnemar, wilson
+from ..evaluation.summary import paired
 from ..models.load import LM
 from ..pair import identity
 
@@ -53,48 +52,20 @@ def finish(output: Path, about: dict[str, Any], results: dict[str, Any]) -> dict
 
 def kind_of(run: Path) -> str:
     """Which study a finished run's folder holds: enrich, transform or structure."""
-    try:
-        kind = json.loads((run / "result.json").read_text(encoding="utf-8"))["about"]["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise C2CError(f"{run} holds no finished run of c2c oracle; give the output folder of one") from error
-    if not str(kind).startswith("oracle "):
-        raise C2CError(f"{run} holds a run of c2c analyze {kind}; give one of c2c oracle")
+    kind = runs.finished(run, "c2c oracle")["about"]["kind"]
+    if not kind.startswith("oracle "):
+        raise C2CError(f"{run} holds a run of {runs.command_of(kind)}; give one of c2c oracle")
     return str(kind).removeprefix("oracle ")
 
 
 def earlier(folders: Sequence[Path], kind: str) -> list[tuple[str, dict[str, Any]]]:
     """The results of finished runs of one study, with a label each."""
-    found = []
-    for folder in folders:
-        if (made := kind_of(folder)) != kind:
-            raise C2CError(f"{folder} holds a run of c2c oracle {made}; give one of {kind}")
-        found.append((folder.name, json.loads((folder / "result.json").read_text(encoding="utf-8"))))
-    return found
-
-
-def accuracy(right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy in % with its 95% Wilson interval."""
-    low, high = wilson(sum(right), len(right))
-    return {
-        "questions": len(right),
-        "accuracy": round(100 * sum(right) / len(right), 2),
-        "interval": [round(100 * low, 2), round(100 * high, 2)],
-    }
+    return runs.earlier(folders, f"oracle {kind}")
 
 
 def against(right: Sequence[bool], baseline: Sequence[bool]) -> dict[str, Any]:
-    """How much better than a baseline on the same questions: points, their paired 95% bootstrap interval, and
-    McNemar's exact p from the questions that only one of the two answers right."""
-    change = np.array(right, dtype=float) - np.array(baseline, dtype=float)
-    interval = bootstrap(len(change), lambda times: 100 * (times @ change) / len(change))
-    only = int((change > 0).sum()), int((change < 0).sum())
-    return {
-        "difference": round(100 * float(change.mean()), 2),
-        "interval": [round(x, 2) for x in interval],
-        "only_this": only[0],
-        "only_baseline": only[1],
-        "p": float(f"{mcnemar(*only):.3g}"),
-    }
+    """A method compared with a baseline on the same questions, see `summary.paired`."""
+    return paired(dict(enumerate(right)), dict(enumerate(baseline)))
 
 
 def attention(lm: LM, layer: int) -> nn.Module:

@@ -30,9 +30,11 @@ from torch.nn import functional as F
 from ..config import FuserConfig
 from ..decode import score
 from ..errors import C2CError
+from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
+from ..files import replacing
 from ..fuser import C2CFuser, RidgeFuser
-from ..fuser.c2c import KINDS, StackedLinear
+from ..fuser.c2c import KINDS, STATISTICS, StackedLinear
 from ..kv import CACHE, KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, where_to_fuse
@@ -42,7 +44,6 @@ from . import clouds, study
 from .rank import effective_rank, gram
 
 MAPS = ("mlp", "ridge", "mean")
-STATISTICS = ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std")
 HOLDOUT = 8  # every eighth training question chooses ridge's penalty
 
 
@@ -168,10 +169,8 @@ def _save_training(
 
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file that is there whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    save_file(tensors, partial, metadata)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 @torch.no_grad()
@@ -412,9 +411,9 @@ def summarize(
     pairs: Mapping[str, C2C], rows: Sequence[Row], x: Tensor, y: Tensor, seed: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All numbers but t-SNE's, and what each map makes of the samples x (G, N, S) and y (G, N, T)."""
-    fusers = {name: pair.fusers[0] for name, pair in pairs.items()}
+    fusers = {name: fuser for name, pair in pairs.items() for fuser in pair.fusers if isinstance(fuser, C2CFuser)}
     with torch.no_grad():
-        made = {name: fuser.change(x, y) + y for name, fuser in fusers.items()}  # type: ignore[operator]
+        made = {name: fuser.change(x, y) + y for name, fuser in fusers.items()}
     mean = made["mean"][:, :1]
     figures = {name: fit_figures(y, predicted, mean) for name, predicted in made.items()}
     ranks = {
@@ -423,7 +422,6 @@ def summarize(
     }
     regions = region(x, y, made, seed)
     fuser = fusers["mean"]
-    assert isinstance(fuser, C2CFuser)
     n = len(fuser.receiver_layers)
     layers = []
     for i, (t, s) in enumerate(zip(fuser.receiver_layers.tolist(), fuser.sharer_layers.tolist(), strict=True)):
@@ -437,7 +435,7 @@ def summarize(
         }
         layers.append({**layer, "region": regions[i]})
     right = {name: [row.right(name) for row in rows] for name in ("receiver", "sharer", *pairs)}
-    answers = {name: study.accuracy(marks) for name, marks in right.items()}
+    answers = {name: accuracy(marks) for name, marks in right.items()}
     for name in ("sharer", *pairs):
         answers[name]["against_receiver"] = study.against(right[name], right["receiver"])
     average = {

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..kv import KV, Read
+from ..kv import Read
 from ..pair import Turn
 
 
@@ -75,11 +75,10 @@ def _nbytes(entry: Read | Turn) -> int:
 
 
 def _copied(entry: Read | Turn) -> Read | Turn:
+    def copy(read: Read) -> Read:
+        return replace(read, kv=read.kv.clone())
+
     if isinstance(entry, Read):
-        return replace(entry, kv=KV(entry.kv.keys.clone(), entry.kv.values.clone()))
-    sharers = [
-        replace(read, kv=KV(read.kv.keys.clone(), read.kv.values.clone())) if read else None for read in entry.sharers
-    ]
-    fused = KV(entry.fused.keys.clone(), entry.fused.values.clone())
-    receiver = replace(entry.receiver, kv=KV(entry.receiver.kv.keys.clone(), entry.receiver.kv.values.clone()))
-    return replace(entry, receiver=receiver, fused=fused, sharers=sharers)
+        return copy(entry)
+    sharers = [copy(read) if read else None for read in entry.sharers]
+    return replace(entry, receiver=copy(entry.receiver), fused=entry.fused.clone(), sharers=sharers)

@@ -728,10 +728,8 @@ def serve(
         on_server: is given the server, whose `should_exit` stops it.
     """
     try:
-        with listening(host, port) as (
-            listener,
-            address,
-        ):  # first, since loading takes longer than seeing that it fails
+        # First, since loading takes longer than seeing that this fails.
+        with listening(host, port) as (listener, address):
             for engine in engines:
                 engine.start()
             config = uvicorn.Config(

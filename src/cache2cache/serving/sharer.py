@@ -155,7 +155,7 @@ class Sharer:
     def _keep(self, read: Read) -> None:
         if read.kv.nbytes > self.keep_bytes:
             return
-        self._recent.append(Read(read.ids, KV(read.kv.keys.clone(), read.kv.values.clone()), read.positions))
+        self._recent.append(Read(read.ids, read.kv.clone(), read.positions))
         while sum(kept.kv.nbytes for kept in self._recent) > self.keep_bytes:
             self._recent.popleft()
 

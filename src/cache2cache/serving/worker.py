@@ -28,7 +28,6 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from .. import decode, heap
-from ..alignment.chat import render
 from ..config import is_address
 from ..decode import Words
 from ..errors import C2CError
@@ -196,7 +195,7 @@ class _Row:
     Attributes:
         work, choice: whose, and which of its answers.
         words: the text of its tokens.
-        max_new, stop, logprobs, temperature, top_p: as for `Job`.
+        max_new: the most of its tokens.
         generator: of its draws; None: greedy.
         message: whether this is the sharer's message.
         held: text that may be the start of a stop text.
@@ -364,7 +363,7 @@ class Worker:
             if min(prompt) < 0 or max(prompt) >= lm.vocab_size:
                 raise C2CError(f"a token id is outside the vocabulary of {lm.name} ({lm.vocab_size} tokens)")
             return prompt
-        return list(render(lm.need_tokenizer(), prompt, chat_template_kwargs=self.pair.chat_template_kwargs).ids)
+        return list(self.pair.rendered(lm, prompt).ids)
 
     @staticmethod
     def _relayed(job: Job, message: str) -> list[dict[str, str]]:
@@ -387,9 +386,10 @@ class Worker:
                 return []
             first = self._waiting[0]
             others = sorted(self._waiting[1:], key=lambda work: abs(len(work.ids) - len(first.ids)))
-            batch = [first]
+            batch, unknown = [first], self._unknown(first)
             for work in others:
-                if self._fit([*batch, work]):
+                # What no earlier turn knows is read for the whole batch at once, so that should be alike too.
+                if self._fit([*batch, work]) and abs(unknown - self._unknown(work)) <= 64:
                     batch.append(work)
             self._waiting = [work for work in self._waiting if work not in batch]
             return batch
@@ -406,8 +406,6 @@ class Worker:
             and rows * (read + new) <= self.limits.max_batch_tokens
             and read + new <= self.pair.receiver.context_length
             and max(lengths) <= 2 * min(lengths) + 32
-            # What no earlier turn knows is read for the whole batch at once, so that should be alike too.
-            and abs(self._unknown(first) - self._unknown(last)) <= 64
         )
 
     def _unknown(self, work: _Work) -> int:

@@ -2,7 +2,7 @@
 
 The metrics of LongBench (Bai et al., 2024) give the figures of its published code, oddities included, so that figures
 can be compared: they are named where they occur. Its ROUGE-L is that of the package rouge 1.0.1, its code similarity
-that of fuzzywuzzy as the published requirements install it (on difflib, without python-Levenshtein).
+that of fuzzywuzzy on difflib, which it falls back to without python-Levenshtein.
 """
 
 from __future__ import annotations
