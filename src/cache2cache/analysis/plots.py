@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,8 @@ STYLE: dict[Any, Any] = {
 
 def check() -> None:
     """Raise a C2CError where figures can't be drawn, before hours of work."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise C2CError("figures need matplotlib; install it with: pip install 'cache2cache[plots]'") from error
+    if find_spec("matplotlib") is None:
+        raise C2CError("figures need matplotlib; install it with: pip install 'cache2cache[plots]'")
 
 
 def figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:

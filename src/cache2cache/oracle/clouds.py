@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -50,10 +51,8 @@ def overlap(points: Tensor, reference: Tensor, k: int = NEIGHBOURS) -> dict[str,
 
 def check(points: int, perplexity: float) -> None:
     """Raise a C2CError where t-SNE can't be made of that many points, before hours of work."""
-    try:
-        import sklearn.manifold  # noqa: F401
-    except ImportError as error:
-        raise C2CError("t-SNE needs scikit-learn; install it with: pip install 'cache2cache[plots]'") from error
+    if find_spec("sklearn") is None:
+        raise C2CError("t-SNE needs scikit-learn; install it with: pip install 'cache2cache[plots]'")
     if perplexity >= points:
         raise C2CError(
             f"a perplexity of {perplexity:g} takes more than the {points} points there are; give a lower one"

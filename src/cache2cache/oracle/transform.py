@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -54,7 +54,7 @@ class MLPFuser(C2CFuser):
     """A fuser that puts MLP(sharer) in the place of the receiver's cache: three linear layers with ReLU between them,
     inputs and outputs in units of their channels' deviation (on the training data)."""
 
-    defaults = {"gating": False, "weighting": False, "dropout": 0.0}  # noqa: RUF012
+    defaults: ClassVar[dict[str, Any]] = {"gating": False, "weighting": False, "dropout": 0.0}
 
     def _build(self, s: int, t: int) -> None:
         g, h = self.groups, self.config.hidden_dim

@@ -681,9 +681,12 @@ def _error(
     headers = dict(headers or {})
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
-    # A message may quote half of a character.
-    message, param = (text and text.encode("utf-8", "replace").decode() for text in (message, param))  # type: ignore[assignment]
-    return JSONResponse(_shape(status, message, param), status, headers)
+    return JSONResponse(_shape(status, _whole(message), param and _whole(param)), status, headers)
+
+
+def _whole(text: str) -> str:
+    """A text that may quote half of a character, without it."""
+    return text.encode("utf-8", "replace").decode()
 
 
 # ---- running it ------------------------------------------------------------------------------------------------------
