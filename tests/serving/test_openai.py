@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +424,7 @@ def test_too_many_are_told_to_come_back(tiny_pair_folder: Path) -> None:
         for status, retry, answer in refused:
             assert status == 429 and retry and int(retry) >= 1 and answer["error"]["type"] == "rate_limit_error"
         killed_under_load(server)
+        stuck(server)
         stops_gracefully(server)
     finally:
         server.stop()
@@ -450,11 +452,31 @@ def killed_under_load(server: Served) -> None:
     assert status == 503 and json.loads(body)["models"] == {"tiny": False}
     status, answer = post(server, good(), **key)
     assert status == 503 and answer["error"]["code"] == "unavailable"
+    comes_back(server)
+    assert post(server, good(), **key)[0] == 200 and engine.restarts == 1
+
+
+def comes_back(server: Served) -> None:
     deadline = time.monotonic() + 120
     while ask(server.address, "GET", "/ready")[0] != 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert post(server, good(), **key)[0] == 200 and engine.restarts == 1
+
+
+def stuck(server: Served) -> None:
+    """A worker that says nothing for longer than a request may take is started again; one with nothing to do isn't."""
+    (engine,) = server.engines
+    key = {"Authorization": "Bearer one"}
+    limits, engine.limits = engine.limits, replace(engine.limits, silence=2.0)
+    assert engine.pid
+    os.kill(engine.pid, signal.SIGSTOP)
+    time.sleep(4)
+    assert engine.ready
+    status, answer = post(server, good(), **key)
+    assert status == 503 and answer["error"]["code"] == "unavailable"
+    comes_back(server)
+    assert post(server, good(), **key)[0] == 200 and engine.restarts == 2
+    engine.limits = limits
 
 
 def stops_gracefully(server: Served) -> None:

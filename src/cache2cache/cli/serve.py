@@ -66,6 +66,7 @@ def serve(
         "max_batch": max_batch,
         "max_new_tokens": max_new_tokens,
         "keep_bytes": keep_mb << 20,
+        "silence": timeout,
     }
     engines = _engines(fuser, receiver, sharer, subfolder, dtype, device, limits, warmup)
     _run(engines, host, port, timeout, grace, log_prompts, ui, "serving {names} at {address}/v1; Ctrl-C stops it")

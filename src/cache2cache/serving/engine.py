@@ -266,6 +266,8 @@ class Limits:
         max_batch_tokens: positions of a batch, answers times the longest prompt and answer.
         max_new_tokens: the longest answer.
         keep_bytes: memory for the caches of earlier turns.
+        silence: seconds. A worker that has jobs and says nothing for so long is killed and started anew. Not less than
+            a request may take: what such a worker computes is then for nobody any more.
     """
 
     max_waiting: int = 64
@@ -273,6 +275,7 @@ class Limits:
     max_batch_tokens: int = 32768
     max_new_tokens: int = 1024
     keep_bytes: int = 512 << 20
+    silence: float = 600.0
 
 
 _END = object()
@@ -297,6 +300,7 @@ class PairEngine:
         self._first: queue.SimpleQueue[C2CError | None] = queue.SimpleQueue()
         self._seconds: deque[float] = deque(maxlen=32)  # of jobs that have ended lately
         self._kept_bytes = self._restarts = 0
+        self._heard = 0.0  # when the worker last said something, or had nothing to do
         self._wake = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name=f"engine-{name}", daemon=True)
 
@@ -360,6 +364,8 @@ class PairEngine:
                 turns = waiting / self.limits.max_batch
                 retry = min(60, max(1, round(typical * turns)))
                 raise EngineError("busy", f"{waiting} requests are waiting already; try again in {retry} s", retry)
+            if not self._pending:
+                self._heard = time.monotonic()
             number = next(self._ids)
             answering = _Answering(self, number, job.timeout)
             self._pending[number] = answering
@@ -440,6 +446,10 @@ class PairEngine:
         said = None
         try:
             while True:
+                if not mine.poll(1.0):
+                    if self._stuck():
+                        process.kill()  # its end is read next
+                    continue
                 kind, content = mine.recv()
                 if kind == "failed":
                     said = content
@@ -456,8 +466,13 @@ class PairEngine:
         self._kept_bytes = 0
         return said
 
+    def _stuck(self) -> bool:
+        with self._lock:
+            return self._ready and bool(self._pending) and time.monotonic() - self._heard > self.limits.silence
+
     def _hear(self, kind: str, content: Any) -> None:
         """What a worker says."""
+        self._heard = time.monotonic()
         if kind == "events":
             for number, event in content:
                 if (answering := self._pending.get(number)) is not None:
