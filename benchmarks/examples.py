@@ -1,12 +1,12 @@
 """Questions for the page: which of them C2C changes for the better and for the worse.
 
-python benchmarks/examples.py questions.jsonl                        # with the default pair
-python benchmarks/examples.py questions.jsonl --write FILE --keep 4
+python benchmarks/examples.py benchmarks/questions.jsonl                # with the default pair
+python benchmarks/examples.py benchmarks/questions.jsonl --write FILE --keep 4
 
 The rows are multiple-choice questions as `c2c evaluate` reads them (question, options, answer). Each is put to the
 receiver alone and to the pair, greedily; printed is every question whose letter is right with one of them only. With
 --write they are written as the page reads them (src/cache2cache/serving/examples.jsonl): question and change, "better"
-or "worse"; at most so many of each as --keep says.
+or "worse"; at most so many of each as --keep says. Rows of that file without a change stay.
 """
 
 from __future__ import annotations
@@ -57,8 +57,12 @@ def main() -> None:
         rows = find(pair, args.questions, args.new)
     except C2CError as error:
         sys.exit(f"error: {error}")
+    counts = {change: sum(row["change"] == change for row in rows) for change in ("better", "worse")}
+    print(f"{counts['better']} better, {counts['worse']} worse")
     kept = [row for change in ("better", "worse") for row in [r for r in rows if r["change"] == change][: args.keep]]
     if args.write:
+        old = args.write.read_text(encoding="utf-8").splitlines() if args.write.exists() else []
+        kept += [row for row in map(json.loads, filter(str.strip, old)) if not row["change"]]
         replace_text(args.write, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 

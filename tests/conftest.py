@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +67,16 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder shared/data beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="module")  # while its driver runs, the test's thread has an event loop, so not for longer
+def browser() -> Iterator[Any]:
+    """Headless Chromium, driven by Playwright; the test is skipped where either is missing."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright to drive a browser with")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()

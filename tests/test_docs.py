@@ -366,7 +366,8 @@ def test_named_settings_exist(page: Path) -> None:
         fields = getattr(cache2cache.config, name).model_fields
         named = [field for row in rows.splitlines() for field in re.findall(r"`(\w+)`", row.split("|")[1])]
         assert named and set(named) <= set(fields), f"{page.name}: {set(named) - set(fields)} of {name}"
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    paths = [path for folder in ("src", "tests/real") for path in (ROOT / folder).rglob("*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in paths)
     for variable in set(re.findall(r"\bC2C_[A-Z_]+\b", page.read_text(encoding="utf-8"))):
         assert f'"{variable}"' in sources, f"{page.name}: nothing reads {variable}"
 

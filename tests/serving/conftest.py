@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cache2cache.pair import C2C
 from cache2cache.serving import openai
-from cache2cache.serving.engine import Limits, PairEngine, PairSpec
+from cache2cache.serving.engine import Limits, PairEngine, PairSpec, Way
 from cache2cache.serving.metrics import Metrics
+from cache2cache.serving.page import LABELS
 from cache2cache.serving.worker import Worker, about, load
 
 
@@ -20,14 +23,15 @@ class Here(PairEngine):
     """An engine whose worker is in this process, which is there at once."""
 
     def _run_worker(self) -> str | None:
-        worker = Worker(
-            load(self.spec), self.limits, lambda e: self._hear("events", e), lambda n: self._hear("kept", n)
-        )
+        worker = Worker(self._load(), self.limits, lambda e: self._hear("events", e), lambda n: self._hear("kept", n))
         self._outbox = _Straight(worker)  # type: ignore[assignment]
         threading.Thread(target=worker.run, daemon=True).start()
         self._hear("ready", about(worker.pair))
         self._wake.wait()
         return None
+
+    def _load(self) -> C2C:
+        return load(self.spec)
 
 
 class _Straight:
@@ -86,6 +90,30 @@ class Served:
         self.server.should_exit = True
         self.thread.join(60)
         assert not self.thread.is_alive()
+
+
+@contextmanager
+def opened(browser: Any, served: Served, width: int) -> Iterator[Any]:
+    """The page in a window of that width; it is an error if its console shows one."""
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    tab = context.new_page()
+    complaints: list[str] = []
+    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(f"{served.address}/ui/")
+    tab.wait_for_selector("#ask", timeout=60_000)
+    yield tab
+    context.close()
+    assert not complaints, complaints
+
+
+def ask_on_page(tab: Any, question: str) -> dict[Way, str]:
+    """Ask and wait for the four answers; returns their texts."""
+    tab.fill("#question textarea", question)
+    tab.click("#ask")
+    for way in LABELS:
+        tab.wait_for_selector(f"#way-{way} [data-state=done]", timeout=120_000)
+    return {way: tab.inner_text(f"#way-{way} .text") for way in LABELS}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,10 +14,8 @@ from cache2cache.serving import page as pages
 from cache2cache.serving import worker as service
 from cache2cache.serving.engine import Limits, PairEngine
 from cache2cache.serving.metrics import Metrics
-from serving.conftest import Here, Served, spec_of
+from serving.conftest import Here, Served, ask_on_page, opened, spec_of
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 WAYS = list(pages.LABELS)
 # Every text that any of the columns has had.
 WATCH = """() => {
@@ -41,42 +38,13 @@ def served(tiny_pair_folder: Path) -> Iterator[Served]:
     patch.undo()
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def tab(served: Served, browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
     """The page, opened; the test fails if its console shows an error."""
-    width = getattr(request, "param", 1280)
-    context = browser.new_context(viewport={"width": width, "height": 900})
-    tab = context.new_page()
-    complaints: list[str] = []
-    tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.goto(f"{served.address}/ui/")
-    tab.wait_for_selector("#ask", timeout=60_000)
-    yield tab
-    context.close()
-    assert not complaints, complaints
+    with opened(browser, served, getattr(request, "param", 1280)) as tab:
+        yield tab
 
 
-def ask(tab: Any, question: str) -> list[str]:
-    """Ask and wait for the four answers; returns their texts."""
-    tab.fill("#question textarea", question)
-    tab.click("#ask")
-    for way in WAYS:
-        tab.wait_for_selector(f"#way-{way} [data-state=done]", timeout=120_000)
-    return [tab.inner_text(f"#way-{way} .text") for way in WAYS]
-
-
-@needs_browser
 @pytest.mark.parametrize("tab", [1280, 375], indirect=True)
 def test_the_page(tab: Any, served: Served, tmp_path: Path) -> None:
     tab.evaluate(WATCH)
@@ -101,18 +69,16 @@ def test_the_page(tab: Any, served: Served, tmp_path: Path) -> None:
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-@needs_browser
 def test_switching_and_all_at_once(tab: Any) -> None:
-    first = ask(tab, "Iron?")
+    first = ask_on_page(tab, "Iron?")
     tab.click("#fuser input")
     tab.click("#fuser [role=option]:has-text('two'), [role=listbox] [role=option]:has-text('two')")
     tab.wait_for_selector("#way-c2c [data-state=waiting]", timeout=30_000)
     assert tab.inner_text("#way-c2c .text") == ""
     tab.check("#at-once input")
-    assert ask(tab, "Iron?") == first  # the same models behind another name
+    assert ask_on_page(tab, "Iron?") == first  # the same models behind another name
 
 
-@needs_browser
 def test_examples_fill_the_question(tab: Any) -> None:
     row = pages.read_examples()[0]["question"]
     tab.get_by_text(row[:40]).first.click()
@@ -120,7 +86,6 @@ def test_examples_fill_the_question(tab: Any) -> None:
     assert tab.input_value("#question textarea") == row
 
 
-@needs_browser
 def test_with_keys_the_page_asks_for_one(tiny_pair_folder: Path, browser: Any) -> None:
     import threading
 
