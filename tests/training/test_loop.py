@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from cache2cache import C2C, C2CError, FuserConfig
+from cache2cache.fuser import c2c
 from cache2cache.kv import CACHE, KV, Prefilled
 from cache2cache.models import LM
 from cache2cache.training import loop
@@ -145,6 +146,26 @@ def test_gradients_agree_with_finite_differences(receiver: str, monkeypatch: pyt
             below = loss().item()
             parameter.add_(step)
         assert (above - below) / 8e-3 == pytest.approx(size, rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("variant", ["c2c", "c2c-c", "bottleneck"])
+@pytest.mark.parametrize("key_space", ["rotated", "unrotated"])
+def test_gradients_do_not_depend_on_how_many_positions_are_fused_at_once(
+    variant: str, key_space: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = pair_of(dtype=torch.float64, dropout=0.0, gate_noise="none", variant=variant, key_space=key_space)
+    fuser = pair.fusers[0].double().train()
+    items = items_of(pair)
+    found = []
+    for chunk in (10_000, 7):
+        monkeypatch.setattr(c2c, "CHUNK", chunk)
+        fuser.zero_grad()
+        response_loss(pair, items, None, "example")[0].backward()
+        found.append({name: p.grad.clone() for name, p in fuser.named_parameters() if p.grad is not None})
+    whole, pieces = found
+    assert whole.keys() == pieces.keys() and any(g.abs().max() > 0 for g in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(pieces[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float32])

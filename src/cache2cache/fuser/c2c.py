@@ -28,7 +28,8 @@ from ..errors import C2CError
 from ..kv import KV
 from ..rotary import Rotary
 
-# Positions fused at once without gradients: few enough that the activations stay in the processor's cache.
+# Positions fused at once: few enough that the activations stay in the processor's cache, and with gradients equal
+# buffers from batch to batch, which a heap serves without holes.
 CHUNK = 256
 
 
@@ -309,17 +310,26 @@ class C2CFuser(nn.Module):
         parts = self._parts(receiver)
         if sharer_layers is not None:
             parts = [part for whole in parts if (part := self._reading(whole, *sharer_layers)) is not None]
-        for piece in where.split(where.shape[1] if torch.is_grad_enabled() else CHUNK, dim=1):
-            for fuser, layers in parts:
+        grads = torch.is_grad_enabled()
+        chunk = where.shape[1] if grads and where.device.type != "cpu" else CHUNK
+        for fuser, layers in parts:
+            written: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+            for piece in where.split(chunk, dim=1):
                 theirs, read, before, places = self._read_both(receiver, sharer, piece, layers, fuser.dtype)
                 change = fuser.change(theirs, read)
                 changes = change.split([len(p) for p in places]) if self.kind_axis == 0 else change.chunk(2, -1)
-                for (kind, index), place, old, new in zip(layers, places, before, changes, strict=True):
+                for i, ((kind, index), place, old, new) in enumerate(zip(layers, places, before, changes, strict=True)):
                     if kind == "keys" and self._unrotated:
                         new = self._turn(0, new, self.receiver_layers[index], piece[-2])
                     if self.config.residual:
                         new = new + (old if untouched else _read(out, kind, place, fuser.dtype))
-                    _flat(out, kind)[place.flatten()] = new.reshape(-1, self.head_dim).to(out.keys.dtype)
+                    written[i].append((place, new))
+                    if not grads:
+                        _write(out, kind, *written[i].pop())
+            if grads:  # at once: the gradient of every write copies the whole cache
+                for (kind, _), pieces in zip(layers, written, strict=True):
+                    place, new = (torch.cat(some, 1) for some in zip(*pieces, strict=True))
+                    _write(out, kind, place, new)
         return out
 
     def _parts(self, receiver: KV) -> list[Part]:
@@ -504,3 +514,9 @@ def _vectors(kv: KV, layers: Tensor, row: Tensor, position: Tensor) -> Tensor:
 def _read(kv: KV, kind: str, place: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows of `_flat` at `place` (layers, N, H): (layers, N, H * D)."""
     return _flat(kv, kind).index_select(0, place.flatten()).view(*place.shape[:2], -1).to(dtype)
+
+
+def _write(kv: KV, kind: str, place: Tensor, new: Tensor) -> None:
+    """Put (layers, N, H * D) into the rows of `_flat` at `place` (layers, N, H)."""
+    flat = _flat(kv, kind)
+    flat[place.flatten()] = new.reshape(-1, flat.shape[-1]).to(flat.dtype)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import tee
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -335,18 +335,24 @@ def fused_inputs(
 
 
 @torch.no_grad()
-def calibrate(fuser: C2CFuser, pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
+def calibrate(fuser: C2CFuser, *pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Set a normalising fuser's statistics: mean and deviation of each channel over what `fused_inputs` gives."""
-    sums: dict[str, list[Tensor]] = {"sharer": [], "receiver": []}
-    for inputs in pieces:
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}  # positions so far, their mean, their sum of squared deviations
+    for inputs in chain(*pieces):
         for name, x in zip(("sharer", "receiver"), inputs, strict=True):
-            sums[name].append(x.float())
-    for name, parts in sums.items():
-        x = torch.cat(parts, dim=1)
-        std = x.std(1, keepdim=True)
+            var, mean = (y.double() for y in torch.var_mean(x.float(), 1, correction=0, keepdim=True))
+            count, squares = x.shape[1], var * x.shape[1]
+            if name in moments:  # two parts' moments into those of both
+                before, old, sum_before = moments[name]
+                shift, whole = mean - old, before + count
+                squares = sum_before + squares + shift.square() * before * count / whole
+                count, mean = whole, old + shift * count / whole
+            moments[name] = count, mean, squares
+    for name, (count, mean, squares) in moments.items():
+        std = (squares / (count - 1)).sqrt()
         # A channel that hardly moves would be blown up beyond all others.
         std = std.clamp(min=0.01 * std.mean(-1, keepdim=True).clamp(min=1e-6))
-        getattr(fuser, f"{name}_mean").copy_(x.mean(1, keepdim=True))
+        getattr(fuser, f"{name}_mean").copy_(mean)
         getattr(fuser, f"{name}_std").copy_(std)
 
 
@@ -499,11 +505,15 @@ class FuserObjective(Objective):
             if not (ridge or fuser.config.normalize):
                 continue
             groups = [[p for i, p in enumerate(prompts) if i % 5], prompts[::5]] if ridge else [prompts]
-            read = [list(fused_inputs(self.pair, some, store, 16, self.receiver_store, j)) for some in groups]
+            read = [fused_inputs(self.pair, some, store, 16, self.receiver_store, j) for some in groups]
+            if not ridge:
+                calibrate(fuser, *read)
+                continue
+            kept = [list(pieces) for pieces in read]
             if fuser.config.normalize:
-                calibrate(fuser, (piece for pieces in read for piece in pieces))
-            if ridge:  # each predicts the receiver's cache, so each goes its part of the way there
-                start_from_ridge(fuser, read[0], read[1], share=1 / len(self.fusers))
+                calibrate(fuser, *kept)
+            # Each predicts the receiver's cache, so each goes its part of the way there.
+            start_from_ridge(fuser, kept[0], kept[1], share=1 / len(self.fusers))
 
     def set_progress(self, step: int) -> None:
         for fuser in self.fusers:
