@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_kept = False
 
 
 def keep() -> None:
@@ -19,16 +20,31 @@ def keep() -> None:
 
     It changes the whole process, so the commands of `c2c` call it and the library doesn't.
     """
+    global _kept
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+        _kept = True
+
+
+def trim(above: int) -> bool:
+    """Give back what is free where a process that was told to `keep` has more than so many bytes of its own.
+
+    Buffers of ever other sizes leave holes that the next ones don't fit into, so what is kept grows slowly. To be
+    called where few buffers are in use: the next ones' pages are cleared anew. Returns whether it was needed.
+    """
+    if not _kept or (status("RssAnon") or 0) <= above:
+        return False
+    ctypes.CDLL(None).malloc_trim(0)
+    return True
 
 
 def status(name: str, pid: int | str = "self") -> int | None:
-    """Bytes, from what Linux says of a process: VmRSS are in memory, VmHWM were at the most; None elsewhere."""
+    """Bytes, from what Linux says of a process: VmRSS are in memory, VmHWM were at the most, RssAnon are its own and
+    no file's; None elsewhere."""
     with suppress(OSError, StopIteration, ValueError):
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])

@@ -30,6 +30,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..files import remove_partials, replace_text
@@ -43,6 +44,7 @@ from .store import Asked, Store
 
 # A pass of its own over the tokens that a batch's prompts all begin with has to save the others that many.
 WORTH = 256
+HELD = 3_500_000_000  # bytes that buffers may take between two steps, of those that are free then
 
 
 @dataclass(frozen=True)
@@ -620,6 +622,8 @@ class Trainer:
         # Parts of batches are read as they come.
         whole = self.config.accumulate == self.accelerator.num_processes == 1
         remaining = self._remaining()
+        heap.trim(0)  # what the calibration took
+        most = (heap.status("RssAnon") or 0) + HELD
         with interrupted:
             for batch in self.objective.read_ahead(remaining) if whole else remaining:
                 record = self._train_step(batch)
@@ -637,6 +641,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if done:
                     break
+                heap.trim(most)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.save_trained()
