@@ -43,6 +43,7 @@ def test_a_load(bench: ModuleType, served: Served, tiny_pair_folder: Path) -> No
     (engine,) = served.engines
     figures = bench.run_load(pair, engine, served.address, args)
     assert (figures["requests"], figures["lost"], figures["different"], figures["compared"]) == (16, 0, 0, 16)
+    assert figures["first_token_s"]["of"] == 8  # of streams alone
     assert figures["throughput_ratio"] > 0 and figures["first_token_s"]["median"] > 0
     turns = bench.run_turns(pair, engine, 400)
     assert turns["same_tokens"] and turns["reused_tokens"] > 390 and turns["prompt_tokens"] < 500
