@@ -41,6 +41,14 @@ def find(pair: C2C, path: Path, new_tokens: int) -> list[dict[str, str]]:
     return rows
 
 
+def write(path: Path, rows: list[dict[str, str]], keep: int) -> None:
+    """Put the first `keep` rows of each change into the file, before those that it has without one."""
+    kept = [row for change in ("better", "worse") for row in [r for r in rows if r["change"] == change][:keep]]
+    old = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept += [row for row in map(json.loads, filter(str.strip, old)) if not row["change"]]
+    replace_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", type=Path)
@@ -59,11 +67,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     counts = {change: sum(row["change"] == change for row in rows) for change in ("better", "worse")}
     print(f"{counts['better']} better, {counts['worse']} worse")
-    kept = [row for change in ("better", "worse") for row in [r for r in rows if r["change"] == change][: args.keep]]
     if args.write:
-        old = args.write.read_text(encoding="utf-8").splitlines() if args.write.exists() else []
-        kept += [row for row in map(json.loads, filter(str.strip, old)) if not row["change"]]
-        replace_text(args.write, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write(args.write, rows, args.keep)
 
 
 if __name__ == "__main__":

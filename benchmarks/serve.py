@@ -68,7 +68,7 @@ def prompts(pair: C2C, count: int, seed: int) -> list[list[dict[str, str]]]:
 
 
 async def request(address: str, raw: bytes, *, leave_after: float | None = None) -> tuple[int, bytes, float | None]:
-    """Status, body and seconds to the first piece of a stream; status 0 if this client left."""
+    """Status, body and seconds to the first text of a stream (None: it isn't one); status 0 if this client left."""
     host, port = address.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     began, first = time.perf_counter(), None
@@ -84,7 +84,9 @@ async def request(address: str, raw: bytes, *, leave_after: float | None = None)
         answer = b""
         while piece := await asyncio.wait_for(reader.read(65536), 600):
             answer += piece
-            if first is None and b'"content":"' in answer.partition(b"\r\n\r\n")[2].replace(b'"content":""', b""):
+            top, _, body = answer.partition(b"\r\n\r\n")
+            streams = b"text/event-stream" in top.lower()
+            if first is None and streams and b'"content":"' in body.replace(b'"content":""', b""):
                 first = time.perf_counter() - began
         top, _, body = answer.partition(b"\r\n\r\n")
         if b"chunked" in top.lower():
@@ -145,18 +147,13 @@ def start(engine: PairEngine, **settings: Any) -> tuple[Any, str]:
 # ---- the load --------------------------------------------------------------------------------------------------------
 
 
-def streams(index: int, clients: int) -> bool:
-    """Whether a request asks for a stream: every other one of each client."""
-    return (index // clients + index) % 2 == 0
-
-
 async def load(address: str, chats: list[Any], clients: int, new: int) -> tuple[list[Any], float]:
     """Every client asks its share, one request after the other; half of the requests stream."""
     results: list[Any] = [None] * len(chats)
 
     async def client(number: int) -> None:
         for i in range(number, len(chats), clients):
-            stream = streams(i, clients)
+            stream = (i // clients + i) % 2 == 0
             asked = {"model": "pair", "messages": chats[i], "max_tokens": new, "temperature": 0, "stream": stream}
             status, body, first = await request(address, json.dumps(asked).encode())
             results[i] = (status, text_of(body, stream) if status == 200 else body, first)
@@ -178,22 +175,20 @@ def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespa
     expected = {i: library(i) for i in sample}
     one_by_one = (time.perf_counter() - began) / len(expected) * len(chats)
     others = [i for i in range(len(chats)) if i not in expected]
-    for start in range(0, len(others), 16):
-        some = others[start : start + 16]
+    for begin in range(0, len(others), 16):
+        some = others[begin : begin + 16]
         batch = pair.chat([chats[i] for i in some], max_new_tokens=args.new, do_sample=False)
         expected.update(zip(some, map(str, batch), strict=True))
-    differs = [i for i in expected if results[i][1] != expected[i]]
-    different = [i for i in differs if results[i][1] != library(i)]
+    different = sum(results[i][1] != text and results[i][1] != library(i) for i, text in expected.items())
     lost = sum(result is None or result[0] != 200 for result in results)
-    # Of streams alone: an answer in one piece has its first token when it has its last.
-    firsts = sorted(results[i][2] for i in range(len(chats)) if streams(i, args.clients) and results[i][2] is not None)
+    firsts = sorted(first for _, _, first in results if first is not None)
     return {
         "requests": len(chats),
         "clients": args.clients,
         "new_tokens": args.new,
         "lost": lost,
         "compared": len(expected),
-        "different": len(different),
+        "different": different,
         "seconds": together,
         "one_at_a_time_seconds": one_by_one,
         "throughput_ratio": one_by_one / together,
@@ -245,6 +240,7 @@ def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
 
 BAD = [b"", b"{", b"[]", b'{"model": 1}', b'{"model": "pair", "messages": []}', b"\xff\xfe", b"[" * 5000]
 REFUSED = {400, 429}
+WARM_UP = 150  # requests, after which memory hardly grows
 
 
 async def chaos(address: str, count: int, seed: int, at_once: int = 24) -> dict[int, int]:
@@ -289,7 +285,7 @@ def memory(engine: PairEngine) -> tuple[int, int]:
 
 def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[str, Any]:
     """Warm up with a part, then all of them: statuses, and memory of the worker and of the server before and after."""
-    asyncio.run(chaos(address, max(1, count // 3), seed))
+    asyncio.run(chaos(address, max(WARM_UP, count // 3), seed))
     idle(engine)
     before = memory(engine)
     statuses = asyncio.run(chaos(address, count, seed + 1))

@@ -87,3 +87,7 @@ def test_examples_that_change(bench: ModuleType, tiny_pair_folder: Path, tmp_pat
         found = script.find(pair, path, 4)
     assert [row["change"] for row in found] == ["worse", "better"] and "Iron 0" in found[0]["question"]
     assert all(set(row) == set(read_examples()[0]) for row in found)
+    other = {"question": "Salt?", "change": ""}
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({"question": "gone", "change": "worse"}, other)))
+    script.write(path, [*found, {**found[0], "question": "one too many"}], 1)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [found[1], found[0], other]

@@ -156,12 +156,21 @@ def test_gradients_do_not_depend_on_how_many_positions_are_fused_at_once(
     pair = pair_of(dtype=torch.float64, dropout=0.0, gate_noise="none", variant=variant, key_space=key_space)
     fuser = pair.fusers[0].double().train()
     items = items_of(pair)
-    found = []
+    found, counts = [], []
+    change = fuser.change
+
+    def counted(*inputs: torch.Tensor) -> torch.Tensor:
+        counts[-1] += 1
+        return change(*inputs)
+
+    monkeypatch.setattr(fuser, "change", counted)
     for chunk in (10_000, 7):
         monkeypatch.setattr(c2c, "CHUNK", chunk)
+        counts.append(0)
         fuser.zero_grad()
         response_loss(pair, items, None, "example")[0].backward()
         found.append({name: p.grad.clone() for name, p in fuser.named_parameters() if p.grad is not None})
+    assert counts[0] == 1 and counts[1] > 5
     whole, pieces = found
     assert whole.keys() == pieces.keys() and any(g.abs().max() > 0 for g in whole.values())
     for name, gradient in whole.items():

@@ -323,13 +323,13 @@ class C2CFuser(nn.Module):
                         new = self._turn(0, new, self.receiver_layers[index], piece[-2])
                     if self.config.residual:
                         new = new + (old if untouched else _read(out, kind, place, fuser.dtype))
-                    written[i].append((place, new))
-                    if not grads:
-                        _write(out, kind, *written[i].pop())
-            if grads:  # at once: the gradient of every write copies the whole cache
-                for (kind, _), pieces in zip(layers, written, strict=True):
-                    place, new = (torch.cat(some, 1) for some in zip(*pieces, strict=True))
-                    _write(out, kind, place, new)
+                    if grads:
+                        written[i].append((place, new))
+                    else:
+                        _write(out, kind, place, new)
+            for (kind, _), pieces in zip(layers, written, strict=True):
+                if pieces:  # at once: the gradient of every write copies the whole cache
+                    _write(out, kind, *(torch.cat(some, 1) for some in zip(*pieces, strict=True)))
         return out
 
     def _parts(self, receiver: KV) -> list[Part]:
