@@ -201,3 +201,12 @@ def test_long_subjects_and_subjects_without_exemplars_are_left_out(tmp_path: Pat
     assert "reported_on" not in summary
     with pytest.raises(C2CError, match="fewer"):
         enrich.run(lm, questions(4, "test"), dev, tmp_path / "b", shots=2, max_tokens=20)
+
+
+def test_a_subject_s_exemplars_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both halves ask questions of every subject."""
+    seen: list[str] = []
+    read = enrich.read_shots
+    monkeypatch.setattr(enrich, "read_shots", lambda lm, subject, some: seen.append(subject) or read(lm, subject, some))
+    enrich.run(receiver("llama"), questions(4, "test"), questions(2, "dev"), tmp_path, shots=2, limit=8)
+    assert sorted(seen) == ["rivers", "sums"]

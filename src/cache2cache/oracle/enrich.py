@@ -334,7 +334,8 @@ def ask_all(
 ) -> list[Row]:
     """Answer every question from every cache; what stands in the file already is not asked again.
 
-    The first half goes first: the second one also tries the layers that did best and worst there.
+    The first half goes first: the second one also tries the layers that did best and worst there. A subject's exemplars
+    are read once and kept for both halves (57 subjects of 600 tokens take 2 GB with 1.5B parameters in float32).
 
     Args:
         lm: the receiver.
@@ -348,18 +349,18 @@ def ask_all(
     rotary = _rotary(lm) if layers else None
     done = read_rows(path, Row)
     have = {row.id for row in done}
+    shots: dict[str, Shots] = {}
     for half in (0, 1):
         group = sorted((a for a in asked if a.half == half), key=lambda a: a.question.subject)
         order = ranking(done, lm.num_layers) if half and layers else None
         sets = layer_sets(lm.num_layers, order) if layers else {}
-        shots: tuple[str, Shots] | None = None
         for one in group:
-            question = one.question
+            question, subject = one.question, one.question.subject
             if question.id not in have:
-                if shots is None or shots[0] != question.subject:
-                    shots = question.subject, read_shots(lm, question.subject, exemplars[question.subject])
-                found, tokens = answer(lm, question, shots[1], sets=sets, positions=positions, rotary=rotary)
-                row = Row(question.id, question.subject, half, question.answer, tokens, shots[1].removed, found)
+                if subject not in shots:
+                    shots[subject] = read_shots(lm, subject, exemplars[subject])
+                found, tokens = answer(lm, question, shots[subject], sets=sets, positions=positions, rotary=rotary)
+                row = Row(question.id, subject, half, question.answer, tokens, shots[subject].removed, found)
                 add_rows(path, [row])
                 done.append(row)
             progress(1)
