@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..alignment.positions import Positions
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.run import COLUMNS
 from ..evaluation.runner import batches_of
 from ..evaluation.statistics import accuracy
 from ..evaluation.summary import paired
 from ..evaluation.writing import add_rows, read_rows
 from ..pair import C2C, PromptIds
+from ..progress import Bar
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX
 from ..training.store import Store
@@ -66,7 +65,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Seque
     asked = encoded(pair, questions, data.prompt)
     if store is not None:
         store.check_room([p.sharers[0] for _, _, p in asked], setup.max_bytes)
-    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+    with Bar() as bar:
         row = bar.add_task("questions", total=len(asked))
         answers = answer(
             pair, asked, names, setup.output / "answers.jsonl", store, setup.batch_size, lambda n: bar.advance(row, n)

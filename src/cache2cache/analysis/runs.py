@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,11 +21,12 @@ from ..errors import C2CError
 from ..evaluation.answers import GENERATION, drawn
 from ..evaluation.asking import PROMPTS, check_names, plain
 from ..evaluation.controls import sharer_cache
-from ..evaluation.run import COLUMNS, claim, load_pair, open_store
+from ..evaluation.run import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
 from ..files import replace_text, replacing
 from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
+from ..progress import Bar
 from ..tasks import Question, load
 from ..tasks.prompts import ANSWER_PREFIX
 from ..training.data import Example, draw
@@ -190,7 +189,7 @@ def batches(
     path = setup.output / "state.safetensors"
     done = _restore(path, state)
     saved = time.monotonic()
-    with Progress(*COLUMNS, console=Console(stderr=True)) as bar:
+    with Bar() as bar:
         task = bar.add_task(label, total=len(items), completed=done)
         start = 0
         for batch in batches_of(items, setup.batch_size):

@@ -26,11 +26,11 @@ def rewrite(
 ) -> None:
     """Let a teacher answer a recipe's instruction rows. Run it again after an interruption: it goes on where it was."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cache2cache.config import DataSource, is_address
     from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
+    from cache2cache.progress import Bar
     from cache2cache.training import rewrite as run
     from cache2cache.training.data import draw, without_held_out
     from cache2cache.training.recipe import read_recipe
@@ -62,8 +62,7 @@ def rewrite(
         lm = load_lm(teacher, None, **({} if dtype == "auto" else {"dtype": dtype}))
         name = lm.name
         answers = run.local(lm, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Bar(console) as bar:
         task = bar.add_task("rewriting", total=len(found))
         done = run.rewrite(
             found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -57,12 +58,12 @@ def train(
     from accelerate import PartialState
     from rich.console import Console
     from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cache2cache import heap
     from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
+    from cache2cache.progress import EVERY, Bar
     from cache2cache.training.fit import Fitted, fit
     from cache2cache.training.loop import Trainer, prepare
     from cache2cache.training.plan import plan
@@ -101,14 +102,13 @@ def train(
         data, trained = prepare(what, config), what.fusers
     parameters = sum(p.numel() for p in trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     if isinstance(what, C2C) and isinstance(what.fusers[0], Fitted):
         if processes.num_processes > 1:
             raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
         if dry_run:
             raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
         console.print(about)
-        with Progress(*columns, console=console) as bar:
+        with Bar(console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
             folder, rows = fit(what, config, stores or None, data, lambda n: bar.advance(task, n), receiver_store)
         for row in rows:
@@ -124,11 +124,16 @@ def train(
         return
     console.print(f"{about}, {trainer.steps} steps")
     recent: deque[dict[str, Any]] = deque(maxlen=20)
+    said = time.monotonic()
     with Live(console=console, refresh_per_second=4) as live_table:
 
         def show(record: dict[str, Any]) -> None:
+            nonlocal said
             recent.append(record)
             live_table.update(status(recent, trainer.steps))
+            if not console.is_terminal and time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                console.print(status(recent, trainer.steps))
             if "holdout_loss" in record:
                 console.print(
                     f"step {record['step']}: hold-out loss {record['holdout_loss']:.4f}, exact "

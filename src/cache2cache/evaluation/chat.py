@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from ..config import DataSource, TrainConfig
@@ -28,12 +27,13 @@ from ..files import replace_text
 from ..fuser import checkpoint
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
+from ..progress import Bar
 from ..training.data import Example, draw, examples, split
 from ..training.loop import response_ids
 from ..training.store import Store
 from .asking import plain
 from .controls import fuse_others, next_rows, rows_of, sharer_cache
-from .run import COLUMNS, claim, load_pair, open_store
+from .run import claim, load_pair, open_store
 from .runner import batches_of
 from .statistics import bootstrap
 from .writing import Written, add_rows, read_rows, write, written
@@ -137,7 +137,7 @@ def run(
     console.print(
         f"{len(cases)} rows; left out: {left_out['too_long']} too long, {trained_on} that the fuser was trained on"
     )
-    with Progress(*COLUMNS, console=console) as bar:
+    with Bar(console) as bar:
         scoring = bar.add_task("bits per byte", total=len(cases))
         if prefills:
             prefills.check_room([c.prompt.sharers[0] for c in cases], max_bytes)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import tasks as sets
 from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec
@@ -23,6 +22,7 @@ from ..fuser import checkpoint
 from ..methods.base import Ask
 from ..models.load import LM
 from ..pair import C2C, identity
+from ..progress import Bar
 from ..tasks import OpenQuestion, Question
 from ..training.single import load_single
 from ..training.store import Store
@@ -47,8 +47,6 @@ from .asking import EVERY, FEW_SHOT, ROUTED, SINGLE, SKIP, Setup, check_names, e
 from .runner import AnyQuestion, Unit, check_stores, gather, plan, work
 from .summary import summarize_run
 from .writing import add_rows, line_of
-
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -161,7 +159,7 @@ def do(
     check_stores(setup, [u for units, _ in plans.values() for u in units], have, int(config.max_gb * 1e9))
     for label, (units, failed) in plans.items():
         mine = units[me::count]
-        with Progress(*COLUMNS, console=console) as bar:
+        with Bar(console) as bar:
             row = bar.add_task(label, total=sum(len(u.cases) for u in mine))
             work(setup, mine, have, into, partial(bar.advance, row))
         if processes.is_main_process:
@@ -275,7 +273,7 @@ def clock(config: EvalConfig, setup: Setup, units: Sequence[Unit], console: Cons
     """The timing pass on some of the first set's questions."""
     cases = list({c.id: c for u in units for c in u.cases}.values())
     chosen = drawn(cases, config.timing, config.seed)
-    with Progress(*COLUMNS, console=console) as bar:
+    with Bar(console) as bar:
         row = bar.add_task("clock", total=None)
         rows = timing.measure(setup.pair, chosen, config.methods, config.output / TIMES, partial(bar.advance, row))
     return timing.summarize(rows)

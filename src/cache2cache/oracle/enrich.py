@@ -34,6 +34,7 @@ from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
 from ..kv import CACHE, KV, Prefilled, Read, check_fusable, prefill_prompts
 from ..models.load import LM
+from ..progress import Bar
 from ..rotary import Rotary
 from ..tasks.base import Question
 from ..tasks.prompts import option_lines
@@ -482,7 +483,7 @@ def run(
         "layers": layers,
     }
     about = study.begin(output, settings, "enrich", [a.question.id for a in asked], seed, command)
-    with study.progress() as bar:
+    with Bar() as bar:
         task = bar.add_task("enrich", total=len(asked))
         rows = ask_all(
             lm, asked, exemplars, output / "rows.jsonl", positions=positions, layers=layers,

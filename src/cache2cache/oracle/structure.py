@@ -31,6 +31,7 @@ from ..kv import KV, Prefilled, Read, pad_left, prefill, prefill_prompts, prefil
 from ..methods.text_to_text import BACKGROUND
 from ..models.load import LM
 from ..pair import C2C, PromptIds
+from ..progress import Bar
 from ..tasks.prompts import ANSWER_PREFIX, short_prompt
 from . import study
 from .documents import KINDS, Document, generate
@@ -288,7 +289,7 @@ def run(
         "max_message_tokens": max_message_tokens,
     }
     about = study.begin(output, recorded, "structure", [d.question.id for d in documents], seed, command)
-    with study.progress() as bar:
+    with Bar() as bar:
         task = bar.add_task("structure", total=count)
         rows = ask_all(
             pair, documents, output / "rows.jsonl", settings=settings, forms=forms,

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from ..analysis import runs
 from ..errors import C2CError
-from ..evaluation.run import COLUMNS
 from ..evaluation.summary import paired
 from ..models.load import LM
 from ..pair import identity
@@ -36,11 +33,6 @@ def begin(
     """Claim the folder for one study of these questions; what its result says of the run."""
     setup = runs.Setup(None, output, seed=seed, command=command)
     return runs.begin(setup, settings, f"oracle {kind}", ids)
-
-
-def progress() -> Progress:
-    """A bar on stderr."""
-    return Progress(*COLUMNS, console=Console(stderr=True))
 
 
 def finish(output: Path, about: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ..fuser.c2c import KINDS, STATISTICS, StackedLinear
 from ..kv import CACHE, KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, where_to_fuse
+from ..progress import Bar
 from ..tasks.base import Question
 from ..tasks.prompts import ANSWER_PREFIX, short_prompt
 from . import clouds, study
@@ -554,7 +555,7 @@ def run(
     if (output / "result.json").exists():
         return study.earlier([output], "transform")[0][1]
     work, device = output / "work", receiver.device
-    with study.progress() as bar:
+    with Bar() as bar:
         reading = bar.add_task("read to train on", total=len(train))
         training = bar.add_task("train", total=epochs)
         testing = bar.add_task("test", total=len(test))

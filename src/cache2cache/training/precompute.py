@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import TrainConfig
 from ..errors import C2CError
@@ -13,6 +12,7 @@ from ..kv import pad_left, prefill
 from ..models.load import LM, load_lm
 from ..packing import dequantize, quantize
 from ..pair import C2C
+from ..progress import Bar
 from .loop import prepare
 from .store import Store
 
@@ -72,9 +72,8 @@ def _fill(
         )
     if dry_run:
         return
-    columns = (TextColumn("prefilling"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=tokens)
+    with Bar(console, "tokens") as bar:
+        task = bar.add_task("prefilling", total=tokens)
         store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n))
     console.print(f"store {store.folder}: {len(store.index)} prompts")
 
