@@ -220,6 +220,9 @@ class TrainConfig(BaseModel):
         description="what the fuser computes in, its weights being float32, and the dtype of models that name none. "
         "auto: bfloat16 on a GPU, float32 on a CPU",
     )
+    shard: bool = Field(
+        False, description="spread the frozen models over the processes, for those too large for one GPU (FSDP2)"
+    )
     learning_rate: float = Field(1e-4, gt=0, description="highest rate of AdamW")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
     schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to zero after that")
@@ -306,6 +309,10 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "several sharers' changes are summed; residual: false replaces, so that only one would last"
             )
+        if self.shard and self.method == "single":
+            raise ValueError("shard is for frozen models, and method: single trains its receiver; leave shard out")
+        if self.shard and (quantized := [spec.source for spec in (self.receiver, *self.sharers) if spec.quantization]):
+            raise ValueError(f"shard takes whole weights, {quantized[0]} is quantized; leave one of the two out")
         if self.accumulate > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
         if self.holdout == 0 and (self.patience is not None or self.keep == "best"):

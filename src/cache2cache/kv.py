@@ -438,9 +438,11 @@ def prefill_prompts(
     positions: Sequence[Sequence[int] | None] | None = None,
     *,
     past: Sequence[Read | None] | None = None,
+    chunk_tokens: int = 8192,
 ) -> Prefilled:
     """Prefill prompts given as token ids; the last token of each is left to `generate` or `score`."""
     ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
     places = positions_from(positions, mask) if positions else None
-    kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=None if places is None else places[:, :-1], past=past)
+    places_read = None if places is None else places[:, :-1]
+    kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=places_read, past=past, chunk_tokens=chunk_tokens)
     return Prefilled(ids, mask, kv, places)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
-from cache2cache import C2C
 from cache2cache.training.loop import Trainer, batches, prepare, response_loss
+from cache2cache.training.plan import plan
+from cache2cache.training.sharding import is_sharded, shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from training.runs import config_of, items_of, pair_of
@@ -31,16 +30,6 @@ class Cut(Exception):
 def cut(record: dict[str, Any]) -> None:
     if record["step"] == 3:
         raise Cut
-
-
-def shard(pair: C2C) -> None:
-    """Take the frozen models apart over the processes (FSDP2)."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for lm in (pair.receiver, *pair.sharers):
-        for part in (*lm.decoder.layers, lm.model.get_input_embeddings(), lm.decoder.norm):  # type: ignore[misc]
-            fully_shard(part, mesh=mesh)  # type: ignore[arg-type]
-        fully_shard(lm.model, mesh=mesh)
-        lm.model(input_ids=torch.tensor([[0]]))  # says which module is the outermost; a prefill calls inner ones
 
 
 def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -77,12 +66,23 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     for whose in (("llama", "qwen3"), ("gemma3", "llama")):
         pair = pair_of(*whose, gate_noise="none", dropout=0.0)
         if torch.distributed.is_initialized():
-            shard(pair)
+            shard([pair.receiver, *pair.sharers], torch.device("cpu"))
+            assert is_sharded(pair.receiver) and is_sharded(pair.sharers[0])
         pair.fusers.train()
         value = response_loss(pair, items_of(pair), None)[0]
         sharded = torch.autograd.grad(value, list(pair.fusers.parameters()))
         found[f"sharded {whose[0]} gradient"] = torch.cat([g.flatten() for g in sharded])
         found[f"sharded {whose[0]} loss of 4"] = value.detach()
+        # A whole run, with a hold-out of which one process has a batch more than the other.
+        config = config_of(folder, output=folder / name / f"sharded {whose[0]}", epochs=1, holdout=5, batch_size=2)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        found[f"sharded {whose[0]} bytes"] = torch.tensor(plan(trainer).receiver)
+        records = []
+        trainer.run(records.append)
+        found[f"sharded {whose[0]} losses"] = torch.tensor([row["loss"] for row in records])
+        found[f"sharded {whose[0]} hold-out"] = torch.tensor(
+            [r["holdout_loss"] for r in records if "holdout_loss" in r]
+        )
     for again in ("", " again", " cut"):
         config = config_of(folder, output=folder / name / f"noise{again}", epochs=1, save_every=2, **changes)
         pair = pair_of(dropout=0.1)

@@ -37,6 +37,7 @@ from cache2cache.training.loop import (
     rate,
     response_loss,
 )
+from cache2cache.training.sharding import shard
 from cache2cache.training.store import Asked, Store
 from tiny import FAMILIES
 from training.runs import (
@@ -1050,6 +1051,8 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             assert torch.equal(first[key], second[key]), key
         elif "losses" in key or "hold-out" in key:
             torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
+        elif "bytes" in key:  # each process holds half of the weights; a tied LM head counts as one of its own
+            assert 0.5 <= first[key] / alone[key] < 0.65
     assert alone["token1 losses"].shape == (4,)
     pair = pair_of(dropout=0.1)
     config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1, save_every=2)
@@ -1079,6 +1082,40 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     again = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "cut")
     assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
     assert [row["step"] for row in log_of(tmp_path / "cut")] == list(range(1, 13))
+
+
+def test_sharded_models_from_the_command_line(models: Path, tmp_path: Path) -> None:
+    """Two processes, each with half of both models, train what two with whole models do."""
+    recipe = write_recipe(tmp_path, **{k: v for k, v in recipe_of(models).items() if k in ("receiver", "sharer")})
+    for name, settings in (("whole", []), ("sharded", ["--set", "shard=true"])):
+        done = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / name, *settings)
+        assert done.returncode == 0, done.stderr
+    whole, sharded = (log_of(tmp_path / name) for name in ("whole", "sharded"))
+    assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in whole], rel=1e-3)
+    about = [json.loads((tmp_path / name / "fuser" / "config.json").read_text()) for name in ("whole", "sharded")]
+    assert about[0]["fuser"] == about[1]["fuser"]  # the fingerprints are those of whole weights
+
+
+def test_sharding_takes_several_processes_and_whole_frozen_models(models: Path, tmp_path: Path) -> None:
+    with pytest.raises(C2CError, match="several processes and one was started; start it with torchrun"):
+        shard([pair_of().receiver], torch.device("cpu"))
+    with pytest.raises(ValueError, match="method: single trains its receiver"):
+        config_of(tmp_path, shard=True, method="single")
+    with pytest.raises(ValueError, match="llama is quantized; leave one of the two out"):
+        config_of(tmp_path, shard=True, receiver={"source": "llama", "quantization": "4bit"})
+
+
+def test_items_that_a_sharded_model_has_nothing_to_read_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other processes would wait for this one's pass for ever."""
+    monkeypatch.setattr(loop, "is_sharded", lambda lm: True)
+    write_rows(tmp_path / "rows.jsonl")
+    pair, config = pair_of(), config_of(tmp_path)
+    data = prepare(pair, config)
+    Trainer(pair, config, None, data)
+    first = data.train[0]
+    data.train[0] = replace(first, prompt=replace(first.prompt, maps=[[-1] * len(first.prompt.receiver)]))
+    with pytest.raises(C2CError, match=f"{first.id} leaves a sharded model nothing to read"):
+        Trainer(pair, config, None, data)
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])

@@ -65,9 +65,10 @@ def train(
     from cache2cache.pair import C2C
     from cache2cache.progress import EVERY, Bar
     from cache2cache.training.fit import Fitted, fit
-    from cache2cache.training.loop import Trainer, prepare
+    from cache2cache.training.loop import Trainer, in_half, prepare
     from cache2cache.training.plan import plan
     from cache2cache.training.recipe import read_recipe
+    from cache2cache.training.sharding import shard
     from cache2cache.training.single import Alone, SingleObjective
     from cache2cache.training.store import Store
 
@@ -81,7 +82,10 @@ def train(
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store and not config.distill else {}
     as_set = {} if config.precision == "auto" else {"dtype": config.precision}
-    receiver = load_lm(config.receiver, None, **(as_set if config.receiver.dtype == "auto" else {}))
+    if config.shard:  # whole models needn't fit where their parts go
+        as_set = {"dtype": "bfloat16" if in_half(config, processes.device) else "float32"}
+    where = {"device": "cpu"} if config.shard else {}
+    receiver = load_lm(config.receiver, None, **where, **(as_set if config.receiver.dtype == "auto" else {}))
     torch.manual_seed(config.seed)  # the first weights
     what: C2C | SingleObjective
     stores: list[Store] = []
@@ -93,9 +97,11 @@ def train(
         sharers = [
             receiver
             if spec == config.receiver
-            else load_lm(spec, None, **(as_small or (as_set if spec.dtype == "auto" else {})))
+            else load_lm(spec, None, **(as_small or {**where, **(as_set if spec.dtype == "auto" else {})}))
             for spec in config.sharers
         ]
+        if config.shard:
+            shard([receiver, *([] if as_small else sharers)], processes.device)
         what = C2C.from_models(receiver, sharers, config.fuser)
         stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None

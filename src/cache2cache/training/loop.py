@@ -15,6 +15,7 @@ import math
 import os
 import random
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,7 @@ from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
+from .sharding import is_sharded
 from .store import Asked, Store
 
 # A pass of its own over the tokens that a batch's prompts all begin with has to save the others that many.
@@ -275,7 +277,7 @@ def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | Non
     """The receiver's clean caches of prompts but their last token, from a store of its own or computed."""
     rows = [p.receiver for p in prompts]
     if store is None:
-        return prefill_prompts(pair.receiver, rows, past=[read_start(pair.receiver, rows, WORTH)] * len(rows))
+        return prefill_prompts(pair.receiver, rows, **passes(pair.receiver, rows))
     return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
 
 
@@ -311,8 +313,15 @@ def sharer_prefill(pair: C2C, asked: Asked, store: Store | None, j: int = 0) -> 
         return store.read(*asked).to(sharer.device)
     assert asked.lengths is not None
     rows = [row[:n] for row, n in zip(asked.rows, asked.lengths, strict=True)]
-    past = [read_start(sharer, rows, WORTH)] * len(rows)
-    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), past=past)
+    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), **passes(sharer, rows))
+
+
+def passes(lm: LM, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Keyword arguments of `prefill` that say in how many passes it reads: what all rows begin with goes first, where
+    that saves work. A sharded model reads all at once, as every process has to run it equally often."""
+    if is_sharded(lm):
+        return {"chunk_tokens": sys.maxsize}
+    return {"past": [read_start(lm, rows, WORTH)] * len(rows)}
 
 
 @torch.no_grad()
@@ -429,6 +438,9 @@ class Objective(nn.Module):
         """The loss () of a batch, and which examples' tokens were all greedy, (B,) bool, as `response_loss` gives."""
         raise NotImplementedError
 
+    def check(self, data: Prepared) -> None:
+        """Raise a C2CError for what can't be trained on."""
+
     def start(self, config: TrainConfig, data: Prepared) -> None:
         """What comes before the first step of a new run."""
 
@@ -500,6 +512,17 @@ class FuserObjective(Objective):
                     loss = loss + 0.0 * sum(p.sum() for p in fuser.parameters())
         return loss, greedy
 
+    def check(self, data: Prepared) -> None:
+        sharers = [j for j, sharer in enumerate(self.pair.sharers) if is_sharded(sharer) and self.stores[j] is None]
+        receiver = is_sharded(self.pair.receiver) and self.receiver_store is None
+        for item in chain(data.train, data.holdout):
+            short = receiver and len(item.prompt.receiver) < 2
+            if short or any(not sharer_lengths([item.prompt], j)[0] for j in sharers):
+                raise C2CError(
+                    f"{item.id} leaves a sharded model nothing to read, which the other processes would wait for; "
+                    "leave it out of the data, or shard out of the recipe"
+                )
+
     def start(self, config: TrainConfig, data: Prepared) -> None:
         prompts = data.train[: config.calibration_prompts]
         for j, (fuser, store) in enumerate(zip(self.fusers, self.stores, strict=True)):
@@ -544,14 +567,20 @@ class FuserObjective(Objective):
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, items: Sequence[Item], batch_size: int) -> Tensor:
-    """Sums over the items, (2,) float64: the loss per example, and how many responses greedy decoding would write."""
+def evaluate(
+    objective: nn.Module, items: Sequence[Item], batch_size: int, process: int = 0, processes: int = 1
+) -> Tensor:
+    """Sums over one process's share of the items, (2,) float64: the loss per example, and how many responses greedy
+    decoding would write."""
     sums = torch.zeros(2, dtype=torch.float64)
+    mine, most = items[process::processes], len(items[::processes])
     objective.eval()
-    for begin in range(0, len(items), batch_size):
-        batch = items[begin : begin + batch_size]
-        loss, greedy = objective(batch, "example")
-        sums += torch.tensor([loss.item() * len(batch), greedy.sum().item()], dtype=torch.float64)
+    for begin in range(0, most, batch_size):
+        batch = mine[begin : begin + batch_size]
+        # Sharded models are run by all processes equally often, so one that has no more runs what isn't counted.
+        loss, greedy = objective(batch or items[:1], "example")
+        if batch:
+            sums += torch.tensor([loss.item() * len(batch), greedy.sum().item()], dtype=torch.float64)
     objective.train()
     return sums
 
@@ -687,7 +716,7 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """Look at the hold-out, each process at its share, and note whether it was never better."""
         holdout, count = self.data.holdout, self.accelerator.num_processes
-        sums = evaluate(self.objective, holdout[self.accelerator.process_index :: count], self.config.batch_size)
+        sums = evaluate(self.objective, holdout, self.config.batch_size, self.accelerator.process_index, count)
         loss, exact = (self._sum(sums) / len(holdout)).tolist()
         self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
         if self.best is None or loss < self.best.evaluation["holdout_loss"]:
@@ -732,7 +761,7 @@ class Trainer:
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise C2CError(
                 f"the launcher asks for {kind.value}, which would shard what is trained, the small part, and leave the "
-                "frozen models whole; start it with --multi_gpu alone, see docs/training.md"
+                "frozen models whole; start it with --multi_gpu alone, and set shard: true for what that was to do"
             )
         if processes > 1 and self.accelerator.device.type != self.device.type:
             raise C2CError(
@@ -744,6 +773,7 @@ class Trainer:
                 f"a batch of {self.config.batch_size} can't be shared by {processes} processes in "
                 f"{self.config.accumulate} parts each; raise batch_size, or lower accumulate"
             )
+        self.objective.check(self.data)
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.is_main:

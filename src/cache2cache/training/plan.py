@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .loop import Item, Trainer, batches, evaluate, parts_of
+from .sharding import local
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def padded(items: Sequence[Item]) -> int:
 def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:
     """Bytes kept for the backward pass, less weights, and seconds of both passes."""
     models = (trainer.trained, *trainer.objective.frozen.values())
-    weights = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+    weights = {local(p).untyped_storage().data_ptr() for model in models for p in model.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -112,4 +113,4 @@ def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:
 
 
 def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
