@@ -57,7 +57,8 @@ def test_every_letter_is_read_back(form: str, options: int) -> None:
     "piece",
     [
         "A, ", "A , , ", " ", "\n", "the answer ", "A is ", "not ", "((", "B. ", "answer a a a ", "，", "is the ", "!",
-        "\n- ", "_", "a", "Q: ", "Q: A: ", "\\boxed{", "~~", "<", "wait ", "no, A ", "if it ", "A. red\n", "选", "answer is ",
+        "\n- ", "_", "a", "Q: ", "Q: A: ", "\\boxed{", "~~", "<", "wait ", "no, A ", "if it ", "A. red\n", "选",
+        "answer is ",
     ],
 )  # fmt: skip
 def test_long_texts_take_no_time(piece: str) -> None:

@@ -57,10 +57,10 @@ def measure(
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[Timed]:
     """Time what `methods` have of TIMED on every case; what stands in the file is not timed again."""
-    done = [t for t in read_rows(path, Timed) if t.id in {c.id for c in cases}]
-    have = {(t.id, t.method) for t in done}
+    done = [t for t in read_rows(path, Timed) if (t.task, t.id) in {(c.task, c.id) for c in cases}]
+    have = {(t.task, t.id, t.method) for t in done}
     chosen = [m for m in TIMED if m in methods]
-    todo = [(c, m) for c in cases for m in chosen if (c.id, m) not in have]
+    todo = [(c, m) for c in cases for m in chosen if (c.task, c.id, m) not in have]
     for method in dict.fromkeys(m for _, m in todo):  # the first prompt pays for threads and buffers
         _timed(pair, todo[0][0], method, 2)
     for case, method in todo:

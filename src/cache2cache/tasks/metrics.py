@@ -277,3 +277,4 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     "count": count,
     "code": code_similarity,
 }
+RIGHT_OR_WRONG = frozenset({"exact", "number", "boxed"})  # the others give shares
