@@ -247,8 +247,8 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
             for run, way, task, result in every
             for m in methods_of({task: result})
         ],
-        "Intervals are Wilson's (scores: bootstrap); comparisons are paired, on the questions that both were asked; p is "
-        "McNemar's (exact), of answers that are right or wrong; differences have bootstrap intervals.",
+        "Intervals are Wilson's (scores: bootstrap); comparisons are paired, on the questions that both were asked; p "
+        "is McNemar's (exact), of answers that are right or wrong; differences have bootstrap intervals.",
     )
     yield (
         "Where the gain comes from",
