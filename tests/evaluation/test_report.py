@@ -80,6 +80,17 @@ def test_the_gap_starts_at_the_better_of_the_receivers_answers() -> None:
     assert worse["recovered"] is None and worse["presence_share"] is None and worse["gain"] == -25
 
 
+def test_fusion_off_is_compared_answer_by_answer() -> None:
+    """Not only in what is right: another wrong option, other likelihoods beyond rounding, other words."""
+    own = [replace(a, logprobs=[-1.0, -2.0]) for a in answers_of(receiver="000")]
+    off = [replace(a, method="off") for a in own]
+    methods = ["receiver", "off"]
+    assert summarize([*own, *off], methods)["off_differs"] == 0
+    assert summarize([*own, *(replace(a, logprobs=[-1.0001, -2.0]) for a in off)], methods)["off_differs"] == 0
+    off[0], off[1] = replace(off[0], logprobs=[-1.0, -2.5]), replace(off[1], text="B")
+    assert summarize([*own, *off], methods)["off_differs"] == 2
+
+
 def scored(scores: dict[str, tuple[float, ...]], subjects: str | list[str] = "aaab", **more: Any) -> list[Answer]:
     """Answers in words to questions with references."""
     return [

@@ -24,11 +24,11 @@ from cache2cache.evaluation import run as running
 from cache2cache.evaluation.answers import Answer, drawn, read_answers
 from cache2cache.evaluation.asking import Batch
 from cache2cache.evaluation.page import page, regressions, venn
-from cache2cache.evaluation.report import markdown, publish, read_run, told_apart, verdict
+from cache2cache.evaluation.report import Run, markdown, publish, read_run, told_apart, verdict
 from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
 from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
-from cache2cache.evaluation.summary import summarize
+from cache2cache.evaluation.summary import summarize, summarize_run
 from cache2cache.tasks import OPEN_TASKS, TASKS, Question
 from cache2cache.training.recipe import checked, read_yaml
 from evaluation.scripted import marked, scripted_pair
@@ -436,6 +436,10 @@ def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (
         made["route"]["sent"] == 50 and made["route"]["random"] == 62.5 and made["route-confidence"]["accuracy"] == 100
     )
+    learned = json.loads((tmp_path / "out" / "router.json").read_text())
+    texts = {q.question for q in test}
+    asked_too = {f"arc-easy:{q.id}" for q in train if q.question in texts}
+    assert asked_too and not asked_too & {*learned["sharer_alone_right"], *learned["receiver_alone_right"]}
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())["router"]
     assert recorded["hash"] == saved(tmp_path / "out" / "router.json").hash and recorded["examples"] > 20
     assert len((tmp_path / "out" / "routed.jsonl").read_text().splitlines()) == 8
@@ -457,6 +461,25 @@ def test_from_which_length_on() -> None:
     assert timing.cheaper_from(timed(0.5, 0.1), timed(0.5, 0.1)) == 1
     assert timing.cheaper_from(timed(1, 0.2), timed(0.5, 0.2)) is None
     assert timing.cheaper_from(timed(1, 0.3), timed(2, 0.2)) is None
+    short = verdict({"timing": {"c2c": timed(1, 0.3), "sharer": timed(2, 0.2), "cheaper_from": None}})
+    assert short[-1] == "C2C is cheaper than the sharer alone for short answers only."
+
+
+def test_the_clock_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    """Prompts that leave no room for a message or an answer; and rows of another set with the same ids."""
+    pair = pair_of()
+    texts = ["What?", "water " * 900, "What now?"]
+    asked = [Question(f"q{n}", text, ("a", "b"), 0) for n, text in enumerate(texts)]
+    setup = asking.Setup(pair)
+    (unit,), _ = runner.plan(setup, "own", asked, methods=["receiver"])
+    least = min(pair.receiver.context_length, pair.sharers[0].context_length)
+    assert max(len(c.whole.receiver) for c in unit.cases) < least
+    path = tmp_path / "timing.jsonl"
+    rows = timing.measure(pair, unit.cases, ["receiver", "text"], path)
+    assert {r.id for r in rows if r.method == "text"} == {"q0", "q2"}
+    others = [replace(c, task="two") for c in unit.cases]
+    more = timing.measure(pair, others, ["text"], path)
+    assert {r.task for r in more} == {"two"} and len(more) == 2
 
 
 def test_the_clock(tiny_pair_folder: Path, tmp_path: Path) -> None:
@@ -536,6 +559,21 @@ def test_the_page_escapes_everything(tiny_pair_folder: Path, tmp_path: Path) -> 
             for m in ("receiver", "c2c")
         }
         assert {a.id for a, _ in worse} == by["receiver"] - by["c2c"]
+
+
+def test_a_method_that_always_failed_has_no_accuracy() -> None:
+    """And a report of a run where everything fails stays small."""
+    rows = [
+        Answer("own", "paper", f"q{n}", method, 0, False, [], error="E: x" if method == "text" else None)
+        for method in ("receiver", "text")
+        for n in range(80)
+    ]
+    found = summarize_run(rows, ["own"], ["receiver", "text"])
+    models = {"receiver": {"name": "r"}, "sharer": {"name": "s"}, "fuser": "f", "fuser_hash": "0"}
+    made = Run(Path("out"), {**found, "settings": {**models, "split": "test", "prompt": "paper"}}, rows, {})
+    text = markdown([made])
+    assert "| all failed | – |" in text and text.count("| E: x |") == 50
+    assert "The first 50; all of them are in summary.json" in text and "E: x" in page([made])
 
 
 def test_right_answers_in_regions() -> None:

@@ -468,7 +468,9 @@ def _not_worth(summary: Mapping[str, Any], worse: bool) -> str:
         return f" C2C is worth it here only where it is cheaper, which was not measured: {reason}."
     length = timed["cheaper_from"]
     if length is None:
-        return f" C2C is not worth it here: {reason}, and takes less time at any length."
+        quick = timed["c2c"]["first_token"]["median"] < timed["sharer"]["first_token"]["median"]
+        when = "but in short answers" if quick else "at any length"
+        return f" C2C is not worth it here: {reason}, and takes less time {when}."
     if length == 1:
         return f" C2C is worth it here only for its time, being quicker at any length: {reason}."
     return f" C2C is not worth it here for answers below {length} tokens: {reason}, and quicker."
@@ -481,7 +483,9 @@ def _clock(timed: Mapping[str, Any]) -> Iterator[str]:
             mine, theirs = (times["median"] for times in both)
             yield f"An answer of {n} tokens takes C2C {mine:.2f} s and the sharer alone {theirs:.2f} s."
     length = timed.get("cheaper_from")
-    if length is None:
+    if length is None and timed["c2c"]["first_token"]["median"] < timed["sharer"]["first_token"]["median"]:
+        yield "C2C is cheaper than the sharer alone for short answers only."
+    elif length is None:
         yield "C2C is never cheaper than the sharer alone."
     else:
         yield f"C2C is cheaper than the sharer alone from {length} {'token' if length == 1 else 'tokens'} of answer on."
