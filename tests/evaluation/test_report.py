@@ -62,7 +62,7 @@ def test_recovered_gap_with_an_interval() -> None:
 def test_summary_without_all_methods() -> None:
     answers = answers_of(receiver="10", c2c="01")
     made = summarize(answers, ["receiver", "c2c"])
-    assert set(made) == {*("receiver", "c2c", "gain", "paired", "rescued", "harmed", "harmed_share")}
+    assert set(made) == {*("receiver", "c2c", "gain", "paired", "rescued", "harmed", "harmed_share", "gain_interval")}
     assert set(summarize(answers, ["c2c"])) == {"c2c", "paired"}
     with pytest.raises(C2CError, match="nothing was measured"):
         summarize(answers, ["sharer"])
@@ -80,24 +80,93 @@ def test_the_gap_starts_at_the_better_of_the_receivers_answers() -> None:
     assert worse["recovered"] is None and worse["presence_share"] is None and worse["gain"] == -25
 
 
-def test_scores_and_subjects() -> None:
-    """Scores have means and bootstrap intervals; LongBench's figure is the mean over its data sets."""
-    rows = [
+def test_fusion_off_is_compared_answer_by_answer() -> None:
+    """Not only in what is right: another wrong option, other likelihoods beyond rounding, other words."""
+    own = [replace(a, logprobs=[-1.0, -2.0]) for a in answers_of(receiver="000")]
+    off = [replace(a, method="off") for a in own]
+    methods = ["receiver", "off"]
+    assert summarize([*own, *off], methods)["off_differs"] == 0
+    assert summarize([*own, *(replace(a, logprobs=[-1.0001, -2.0]) for a in off)], methods)["off_differs"] == 0
+    off[0], off[1] = replace(off[0], logprobs=[-1.0, -2.5]), replace(off[1], text="B")
+    assert summarize([*own, *off], methods)["off_differs"] == 2
+
+
+def scored(scores: dict[str, tuple[float, ...]], subjects: str | list[str] = "aaab", **more: Any) -> list[Answer]:
+    """Answers in words to questions with references."""
+    return [
         Answer(
-            task, "paper", f"q{n}", method, -1, score == 1, [], answers="generation", subject="ab"[n > 2], score=score
+            more.get("task", "own"), "paper", f"q{n}", method, -1, score == 1, [], answers="generation",
+            subject=subjects[n], score=score, metric=more.get("metric", "f1"),
         )
-        for task in ("own", "minilongbench@1k")
-        for method, scores in {"receiver": (0, 0.5, 0.1, 0.4), "c2c": (1, 0.5, 0.3, 0.2)}.items()
-        for n, score in enumerate(scores)
-    ]
-    summary = summarize_run(rows, ["own", "minilongbench@1k"], ["receiver", "c2c"])["generation"]["tasks"]
-    assert summary["own"]["receiver"]["accuracy"] == 25 and summary["own"]["gain"] == 25
-    assert summary["minilongbench@1k"]["receiver"]["accuracy"] == 30 and summary["minilongbench@1k"]["gain"] == 10
-    low, high = summary["own"]["c2c"]["interval"]
+        for method, given in scores.items()
+        for n, score in enumerate(given)
+    ]  # fmt: skip
+
+
+SCORES: dict[str, tuple[float, ...]] = {"receiver": (0, 0.5, 0.1, 0.4), "c2c": (1, 0.5, 0.3, 0.2)}
+
+
+def test_scores_and_subjects() -> None:
+    """Scores have means, bootstrap intervals and counts of better and worse ones; tests of right and wrong have no
+    place there, even where all scores of a part happen to be 0 or 1."""
+    summary = summarize_run(scored(SCORES), ["own"], ["receiver", "c2c"])["generation"]["tasks"]["own"]
+    assert summary["receiver"]["accuracy"] == 25 and summary["gain"] == 25
+    low, high = summary["c2c"]["interval"]
     assert 20 <= low < 50 < high <= 100
-    against = summary["own"]["paired"]["receiver"]
-    assert (against["only_first"], against["only_second"], against["difference"]) == (2, 1, 25)
-    assert summary["own"]["subjects"]["b"]["c2c"] == {"questions": 1, "accuracy": 20, "interval": [20, 20]}
+    against = summary["paired"]["receiver"]
+    assert (against["better"], against["worse"], against["difference"]) == (2, 1, 25)
+    assert summary["subjects"]["b"]["c2c"] == {"questions": 1, "accuracy": 20, "interval": [20, 20]}
+    whole = summarize(scored({"receiver": (0, 1, 0, 1), "c2c": (1, 1, 1, 0)}), ["receiver", "c2c"])
+    for part in (summary, whole, whole["subjects"]["a"]):
+        assert not {"rescued", "harmed", "harmed_share"} & part.keys()
+        assert not {"p", "only_first", "only_second"} & part["paired"]["receiver"].keys()
+    right = summarize(scored({"receiver": (0, 1, 0, 1), "c2c": (1, 1, 1, 0)}, metric="number"), ["receiver", "c2c"])
+    assert (right["rescued"], right["harmed"], right["paired"]["receiver"]["p"]) == (2, 1, 1)
+    assert right["c2c"]["interval"] == summarize(answers_of(c2c="1110"), ["c2c"])["c2c"]["interval"]  # Wilson's
+
+
+def test_the_mean_of_longbench_is_over_data_sets() -> None:
+    """Whatever the set of questions is called: accuracies, differences, their intervals and effects alike. The pool of
+    several tasks has every question alike."""
+    sets = ["qasper"] * 3 + ["trec"]
+    rows = scored(SCORES, sets, task="mine")
+    found = summarize(rows, ["receiver", "c2c"])
+    assert (found["receiver"]["accuracy"], found["c2c"]["accuracy"], found["gain"]) == (30, 40, 10)
+    assert found["paired"]["receiver"]["difference"] == 10
+    # Draws are from within each data set: the one question of trec is in every one.
+    low, high = found["paired"]["receiver"]["interval"]
+    assert low == -10 and high == 40 and found["gain_interval"] == [low, high]
+    assert found["subjects"]["qasper"]["receiver"]["accuracy"] == 20
+    for order in (["mine", "own"], ["own", "mine"]):
+        both = summarize_run([*rows, *scored(SCORES, task="own")], order, ["receiver", "c2c"])["generation"]
+        assert both["pooled"]["receiver"]["accuracy"] == 25 and both["pooled"]["gain"] == 25
+        assert both["average"]["receiver"]["accuracy"] == 27.5 and both["average"]["gain"] == 17.5
+
+
+def test_methods_that_were_asked_fewer_questions() -> None:
+    """They are compared on the questions that both have, and parts that a method has none of go without it."""
+    right = {"receiver": "1100000011", "sharer": "1111", "c2c": "0111111100", "other": "10", "text": "111"}
+    answers = [replace(a, subject="ab"[a.id > "q4"]) for a in answers_of(**right)]
+    methods = ["receiver", "sharer", "c2c", "other", "text"]
+    found = summarize(answers, methods)
+    assert {m: found[m]["questions"] for m in methods} == {m: len(marks) for m, marks in right.items()}
+    assert {m: p["questions"] for m, p in found["paired"].items()} == {
+        "receiver": 10,
+        "sharer": 4,
+        "other": 2,
+        "text": 3,
+    }
+    assert found["gain"] == 30 and found["paired"]["text"]["difference"] == pytest.approx(-33.33)
+    # Of the first two questions the receiver has both right, C2C one, and another question's cache one.
+    assert (found["presence"], found["content"], found["content_interval"][1]) == (-50, 0, 100)
+    assert found["recovered"] == 50  # of the first four: 2, 3 and 4
+    assert set(found["subjects"]["b"]) & set(methods) == {"receiver", "c2c"}
+    two = [replace(a, task="two") for a in answers_of(receiver="11", c2c="11")]
+    both = summarize_run([*answers, *two], ["own", "two"], methods)["likelihood"]
+    assert set(both["average"]) & set(methods) == set(both["pooled"]) & set(methods) == {"receiver", "c2c"}
+    assert both["tasks"]["own"] == found and both["average"]["gain"] == 15
+    apart = [*answers_of(receiver="11"), *[replace(a, id="q9") for a in answers_of(c2c="1")]]
+    assert "gain" not in summarize(apart, ["receiver", "c2c"])
 
 
 def test_several_tasks_averaged_and_pooled() -> None:

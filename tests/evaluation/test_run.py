@@ -24,11 +24,11 @@ from cache2cache.evaluation import run as running
 from cache2cache.evaluation.answers import Answer, drawn, read_answers
 from cache2cache.evaluation.asking import Batch
 from cache2cache.evaluation.page import page, regressions, venn
-from cache2cache.evaluation.report import markdown, read_run, verdict
+from cache2cache.evaluation.report import Run, markdown, publish, read_run, told_apart, verdict
 from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
 from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
-from cache2cache.evaluation.summary import summarize
+from cache2cache.evaluation.summary import summarize, summarize_run
 from cache2cache.tasks import OPEN_TASKS, TASKS, Question
 from cache2cache.training.recipe import checked, read_yaml
 from evaluation.scripted import marked, scripted_pair
@@ -181,6 +181,98 @@ def test_a_question_that_cannot_be_put(tmp_path: Path) -> None:
     failed = [a for a in answers if a.error]
     assert {(a.id, a.method) for a in failed} == {("long", "receiver"), ("long", "c2c")} and len(answers) == 8
     assert all("context" in str(a.error) for a in failed)
+
+
+def test_few_shot_that_cannot_be_put_fails_alone(tmp_path: Path) -> None:
+    """No examples of a subject: the other methods, and the other subjects, don't notice; a limit counts as ever."""
+    examples = [Question(f"e{n}", f"Which {n}?", ("a", "b"), 0, "law") for n in range(3)]
+    asked = [Question(f"q{n}", f"What {n}?", ("a", "b"), 0, "law" if n < 3 else "logic") for n in range(6)]
+    options: dict[str, Any] = {"examples": examples, "shots": 3, "methods": ["receiver", "few-shot"]}
+    answers = evaluate(pair_of(), "own", asked, tmp_path / "s.jsonl", **options)
+    failed = [a for a in answers if a.error]
+    assert [(a.id, a.method) for a in failed] == [(f"q{n}", "few-shot") for n in (3, 4, 5)] and len(answers) == 12
+    assert all("3 examples about logic were asked for, 0 are there" in str(a.error) for a in failed)
+    found = summarize(answers, ["receiver", "few-shot"])
+    assert (found["few-shot"]["questions"], found["few-shot"]["failed"]) == (6, 3)
+    few = evaluate(pair_of(), "own", asked, tmp_path / "t.jsonl", **options, limits={"few-shot": 4})
+    assert {a.id for a in few if a.method == "few-shot"} == {q.id for q in drawn(asked, 4, 0)}
+    long = [Question("e", "water " * 2500, ("a", "b"), 0, "law")] * 3
+    row = evaluate(pair_of(), "own", asked[:2], tmp_path / "u.jsonl", **{**options, "examples": long})
+    assert [(a.id, a.method) for a in row if a.error] == [("q0", "few-shot"), ("q1", "few-shot")]
+
+
+def test_limits_end_no_run(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """Methods that are asked few questions: none of some subjects. Every part of the report is there."""
+    rows = [
+        {"id": n, "question": f"What is {'so ' * n}it?", "options": ["a", "b"], "answer": 0, "subject": f"s{n % 4}"}
+        for n in range(12)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    methods = ["receiver", "sharer", "c2c", "other", "off", "text", "few-shot", "route-confidence", "receiver-generate"]
+    limits = {"text": 2, "c2c": 5, "other": 3, "sharer": 4, "receiver-generate": 3, "few-shot": 1}
+    config = {
+        "fuser": str(tiny_pair_folder), "tasks": [{"task": str(tmp_path / "own.jsonl"), "name": "own"}],
+        "methods": methods, "limits": limits, "shots": 2, "max_new_tokens": 3, "output": str(tmp_path / "out"),
+        "timing": 1,
+    }  # fmt: skip
+    made = run(EvalConfig.model_validate(config))
+    found = made["likelihood"]["tasks"]["own"]
+    counts = {m: found[m]["questions"] for m in ("receiver", "sharer", "c2c", "other", "text", "route-confidence")}
+    assert counts == {"receiver": 12, "sharer": 4, "c2c": 5, "other": 3, "text": 2, "route-confidence": 4}
+    assert {m: p["questions"] for m, p in found["paired"].items() if m in counts} == {
+        "receiver": 5, "sharer": 4, "other": 3, "text": 2, "route-confidence": 4,
+    }  # fmt: skip
+    words = read_answers(tmp_path / "out" / "samples.jsonl")
+    assert sum(a.answers == "generation" for a in words) == 12  # the receiver is asked for both, so for all of them
+    assert "0" in {a.id for a in words}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert " of 2" in text and " of 5" in text and (tmp_path / "out" / "report.html").stat().st_size < 10**6
+    with pytest.raises(C2CError, match="limits names the unknown method 'route-confidence'"):
+        run(EvalConfig.model_validate({**config, "limits": {"route-confidence": 2}}))
+
+
+def test_a_question_that_was_changed_is_asked_again(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """Under the same id: its text, its options, or the right one. The others stand."""
+    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "text"], answers="likelihood", limits={})
+    path = Path(config["tasks"][0]["task"])
+    run(EvalConfig.model_validate(config))
+    before = {a.key: a for a in read_answers(tmp_path / "out" / "samples.jsonl")}
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["question"] = "Something else?"
+    rows[2]["options"][0] = "another option"
+    rows[3]["answer"] = "B" if rows[3]["answer"] in ("A", 0) else "A"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    run(EvalConfig.model_validate(config))
+    after = {a.key: a for a in read_answers(tmp_path / "out" / "samples.jsonl")}
+    ids = [a.id for a in before.values() if a.task == "own" and a.method == "receiver"]
+    assert {k[2] for k in before if after[k].asked != before[k].asked} == {
+        rows[n].get("id", str(n + 1)) for n in (1, 2, 3)
+    }
+    assert before.keys() == after.keys() and len(ids) == 9
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == len(after)
+
+
+def test_a_recipe_in_pieces(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Set by set and method by method into one folder: in the end the same rows as of one run."""
+    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "sharer", "c2c", "other"], limits={"other": 4})
+    config["tasks"][1]["limit"] = 3
+    once = run(EvalConfig.model_validate({**config, "output": str(tmp_path / "once")}))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    pieces = [
+        ["--task", "open"],
+        ["--method", "c2c"],
+        ["--task", "own", "--method", "other", "--method", "receiver"],
+        [],
+    ]
+    for more in pieces:
+        with pytest.raises(SystemExit) as leaving:
+            main(["evaluate", str(recipe), *more])
+        assert not leaving.value.code, capsys.readouterr().err
+    for name in ("samples.jsonl", "questions.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "once" / name).read_text()
+    made = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert made["generation"] == once["generation"] and made["asked"] == {"own": 9, "open": 3}
 
 
 def test_nothing_measured_is_no_zero(tiny_pair_folder: Path, tmp_path: Path) -> None:
@@ -344,6 +436,10 @@ def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (
         made["route"]["sent"] == 50 and made["route"]["random"] == 62.5 and made["route-confidence"]["accuracy"] == 100
     )
+    learned = json.loads((tmp_path / "out" / "router.json").read_text())
+    texts = {q.question for q in test}
+    asked_too = {f"arc-easy:{q.id}" for q in train if q.question in texts}
+    assert asked_too and not asked_too & {*learned["sharer_alone_right"], *learned["receiver_alone_right"]}
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())["router"]
     assert recorded["hash"] == saved(tmp_path / "out" / "router.json").hash and recorded["examples"] > 20
     assert len((tmp_path / "out" / "routed.jsonl").read_text().splitlines()) == 8
@@ -365,6 +461,25 @@ def test_from_which_length_on() -> None:
     assert timing.cheaper_from(timed(0.5, 0.1), timed(0.5, 0.1)) == 1
     assert timing.cheaper_from(timed(1, 0.2), timed(0.5, 0.2)) is None
     assert timing.cheaper_from(timed(1, 0.3), timed(2, 0.2)) is None
+    short = verdict({"timing": {"c2c": timed(1, 0.3), "sharer": timed(2, 0.2), "cheaper_from": None}})
+    assert short[-1] == "C2C is cheaper than the sharer alone for short answers only."
+
+
+def test_the_clock_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
+    """Prompts that leave no room for a message or an answer; and rows of another set with the same ids."""
+    pair = pair_of()
+    texts = ["What?", "water " * 900, "What now?"]
+    asked = [Question(f"q{n}", text, ("a", "b"), 0) for n, text in enumerate(texts)]
+    setup = asking.Setup(pair)
+    (unit,), _ = runner.plan(setup, "own", asked, methods=["receiver"])
+    least = min(pair.receiver.context_length, pair.sharers[0].context_length)
+    assert max(len(c.whole.receiver) for c in unit.cases) < least
+    path = tmp_path / "timing.jsonl"
+    rows = timing.measure(pair, unit.cases, ["receiver", "text"], path)
+    assert {r.id for r in rows if r.method == "text"} == {"q0", "q2"}
+    others = [replace(c, task="two") for c in unit.cases]
+    more = timing.measure(pair, others, ["text"], path)
+    assert {r.task for r in more} == {"two"} and len(more) == 2
 
 
 def test_the_clock(tiny_pair_folder: Path, tmp_path: Path) -> None:
@@ -446,6 +561,21 @@ def test_the_page_escapes_everything(tiny_pair_folder: Path, tmp_path: Path) -> 
         assert {a.id for a, _ in worse} == by["receiver"] - by["c2c"]
 
 
+def test_a_method_that_always_failed_has_no_accuracy() -> None:
+    """And a report of a run where everything fails stays small."""
+    rows = [
+        Answer("own", "paper", f"q{n}", method, 0, False, [], error="E: x" if method == "text" else None)
+        for method in ("receiver", "text")
+        for n in range(80)
+    ]
+    found = summarize_run(rows, ["own"], ["receiver", "text"])
+    models = {"receiver": {"name": "r"}, "sharer": {"name": "s"}, "fuser": "f", "fuser_hash": "0"}
+    made = Run(Path("out"), {**found, "settings": {**models, "split": "test", "prompt": "paper"}}, rows, {})
+    text = markdown([made])
+    assert "| all failed | – |" in text and text.count("| E: x |") == 50
+    assert "The first 50; all of them are in summary.json" in text and "E: x" in page([made])
+
+
 def test_right_answers_in_regions() -> None:
     drawing = venn({"receiver": set("abcg"), "sharer": set("bcde"), "c2c": set("cdfgh")})
     counts = [part.split("<")[0] for part in drawing.split(">") if part.split("<")[0].isdigit()]
@@ -466,13 +596,21 @@ def test_several_runs_in_one_report(tiny_pair_folder: Path, tmp_path: Path, caps
     assert not leaving.value.code
     assert capsys.readouterr().out.split() == [str(tmp_path / "both" / n) for n in ("report.md", "report.html")]
     runs = [read_run(tmp_path / name / "out") for name in ("a", "b")]
-    assert (tmp_path / "both" / "report.md").read_text() == markdown(runs)
-    assert (tmp_path / "both" / "report.html").read_text() == page(runs)
+    assert (tmp_path / "both" / "report.md").read_text() == markdown(told_apart(runs))
+    assert (tmp_path / "both" / "report.html").read_text() == page(told_apart(runs))
     assert markdown(runs).count("| own (9) | likelihood |") == 2
+    for name in ("a", "b"):  # both of the same sharer
+        assert str(tmp_path / name / "out") in (tmp_path / "both" / "report.html").read_text()
     # What is published has the same numbers, and nobody's words.
     published = read_answers(tmp_path / "results" / "samples.jsonl")
     assert [(a.key, a.value) for a in published] == [(a.key, a.value) for a in runs[1].answers]
     assert not any(a.text or a.message for a in published)
+    broken = [replace(a, error="ValueError: What is the text of the question?") for a in runs[1].answers[:1]]
+    listed = [{"task": "own", "id": "q", "method": "c2c", "answers": "likelihood", "error": "C2CError: said"}]
+    publish(replace(runs[1], answers=broken, summary={**runs[1].summary, "failed": listed}), tmp_path / "bare")
+    for path in (tmp_path / "bare").iterdir():
+        assert "text of the question" not in path.read_text() and "said" not in path.read_text()
+    assert "ValueError" in (tmp_path / "bare" / "samples.jsonl").read_text()
     assert sorted(p.name for p in (tmp_path / "results").iterdir()) == ["report.md", "samples.jsonl", "summary.json"]
     with pytest.raises(C2CError, match="holds no evaluation that went to its end"):
         read_run(tmp_path / "none")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cache2cache import C2CError
-from cache2cache.evaluation.statistics import bootstrap, mcnemar, recovered, wilson
+from cache2cache.evaluation.statistics import RESAMPLES, bootstrap, mcnemar, recovered, wilson
 
 
 def test_wilson() -> None:
@@ -55,3 +55,17 @@ def test_bootstrap_is_the_interval_of_a_mean() -> None:
     assert high == pytest.approx(values.mean() + error, abs=0.03)
     assert bootstrap(400, lambda times: times @ values / 400) == (low, high)
     assert bootstrap(3, lambda times: times @ np.ones(3)) == (3, 3)
+
+
+def test_bootstrap_draws_within_groups() -> None:
+    """Each group keeps its number of rows in every draw, whatever the values are; and draws come in parts."""
+    seen: list[int] = []
+
+    def second(times: np.ndarray) -> np.ndarray:
+        seen.append(len(times))
+        assert (times[:, :3].sum(1) == 3).all() and (times[:, 3:].sum(1) == 2).all()
+        return times[:, 3:] @ np.array([0.0, 1.0])
+
+    assert bootstrap((3, 2), second) == (0, 2) and sum(seen) == RESAMPLES and max(seen) < RESAMPLES
+    with pytest.raises(C2CError, match="nothing was measured"):
+        bootstrap(0, second)

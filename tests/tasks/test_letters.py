@@ -10,7 +10,6 @@ in it once. The rest were written by hand to be nasty.
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -57,25 +56,12 @@ def test_every_letter_is_read_back(form: str, options: int) -> None:
 @pytest.mark.parametrize(
     "piece",
     [
-        "A, ",
-        "A , , ",
-        " ",
-        "\n",
-        "the answer ",
-        "A is ",
-        "not ",
-        "((",
-        "B. ",
-        "answer a a a ",
-        "，",
-        "is the ",
-        "!",
-        "\n- ",
-        "_",
-        "a",
+        "A, ", "A , , ", " ", "\n", "the answer ", "A is ", "not ", "((", "B. ", "answer a a a ", "，", "is the ", "!",
+        "\n- ", "_", "a", "Q: ", "Q: A: ", "\\boxed{", "~~", "<", "wait ", "no, A ", "if it ", "A. red\n", "选",
+        "answer is ",
     ],
-)
+)  # fmt: skip
 def test_long_texts_take_no_time(piece: str) -> None:
-    began = time.perf_counter()
-    extract_letter(piece * (4000 // len(piece)), 4)
-    assert time.perf_counter() - began < 2
+    """Rules that look at each place once are through at once; one that does so from each place takes minutes."""
+    letter = extract_letter(piece * (100_000 // len(piece)), 4)
+    assert letter in (None, *"ABCD")

@@ -178,10 +178,21 @@ def test_a_number_behind_the_mark_is_read_back(number: int, before: str) -> None
         ("\\boxed{}", ""),
         ("4", None),
         ("\\boxed{4", None),
+        ("\\boxed{ \\boxed{1} + {2", "1"),
+        ("} \\boxed{1} }", "1"),
     ],
 )
 def test_last_boxed(text: str, inside: str | None) -> None:
     assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize("metric", ["number", "boxed", "f1", "exact", "classification", "count", "retrieval"])
+@pytest.mark.parametrize("piece", ["7", "1,", "\\boxed{", "{", "}", "answer: ", "#### ", " ", "the ", "\n"])
+def test_long_answers(metric: str, piece: str) -> None:
+    """A model that repeats itself is wrong, and no error; nor does it take more than one look at each place."""
+    text = piece * (100_000 // len(piece))
+    for said in (text, f"\\boxed{{{text}}}", f"\\boxed{{\\text{{{text}{{}}}}}}"):
+        assert METRICS[metric](said, "72", TREC) == 0.0
 
 
 @pytest.mark.parametrize(

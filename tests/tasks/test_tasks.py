@@ -472,6 +472,25 @@ def test_own_file_with_a_bad_reference(tmp_path: Path, row: str) -> None:
         tasks.load_open(str(path))
 
 
+def test_own_ids_letters_and_files(tmp_path: Path) -> None:
+    """An id of 0 is an id; a letter may be a small one; a mark at the front of the file is none of its text."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('\ufeff{"id": 0, "question": "?", "options": ["a", "b"], "answer": " b"}\n', encoding="utf-8")
+    (question,) = tasks.load(str(path))
+    assert (question.id, question.letter) == ("0", "B")
+    path.write_text('{"id": 0, "question": "?", "references": ["x"]}\n\n{"question": "?", "references": ["x"]}\n')
+    assert [q.id for q in tasks.load_open(str(path))] == ["0", "3"]
+    path.write_text('{"question": "?", "references": [" "]}\n')
+    with pytest.raises(C2CError, match="line 1: there is no reference answer"):
+        tasks.load_open(str(path))
+    path.write_text('{"question": "?", "options": ["a", "b"], "answer": "both"}\n')
+    with pytest.raises(C2CError, match="line 1: the answer is 'both'; expected a letter"):
+        tasks.load(str(path))
+    path.write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(C2CError, match="no text in UTF-8"):
+        tasks.load(str(path))
+
+
 @pytest.mark.parametrize("rows", ["", "{not json", "[]", '{"question": "?", "options": ["a", "b"], "answer": 0}'])
 def test_what_has_no_references_is_read_as_options(tmp_path: Path, rows: str) -> None:
     path = tmp_path / "mine.jsonl"

@@ -40,7 +40,8 @@ def evaluate(
         ),
     ] = False,
     task: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join([*TASKS, *OPEN_TASKS])} or a .jsonl; repeatable.")
+        list[str] | None,
+        typer.Option(help=f"{', '.join([*TASKS, *OPEN_TASKS])} or a .jsonl; of a recipe, one of its sets. Repeatable."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the question sets.  [default: validation]")] = None,
     data_dir: options.DataDir = None,
@@ -98,7 +99,7 @@ def evaluate(
     from rich.console import Console
 
     from cache2cache import heap
-    from cache2cache.config import EvalConfig
+    from cache2cache.config import EvalConfig, EvalTask
     from cache2cache.errors import C2CError
     from cache2cache.evaluation.report import tables
     from cache2cache.evaluation.run import run
@@ -107,7 +108,7 @@ def evaluate(
     is_recipe = what is not None and what.endswith((".yaml", ".yml"))
     given: dict[str, Any] = {
         "fuser": [*([what] if what is not None and not is_recipe else []), *(fuser or [])] or None,
-        "subfolder": subfolder, "tasks": task, "split": split, "data_dir": data_dir, "prompt": prompt,
+        "subfolder": subfolder, "split": split, "data_dir": data_dir, "prompt": prompt,
         "methods": method,
         "answers": answers, "skip": skip, "single": single, "identical": identical, "limit": limit,
         "batch_size": batch_size, "receiver": receiver, "sharer": sharer, "receiver_dtype": receiver_dtype,
@@ -115,6 +116,8 @@ def evaluate(
         "timing": timing, "seed": seed, "output": output, "results": results,
     }  # fmt: skip
     recipe = read_yaml(Path(str(what))) if is_recipe else {}
+    known = {e.label: e for e in map(EvalTask.model_validate, recipe.get("tasks", []))} if task is not None else {}
+    given["tasks"] = task and [known[t].model_dump(exclude_unset=True) if t in known else t for t in task]
     recipe |= {name: value for name, value in given.items() if value is not None}
     config = checked(EvalConfig, with_settings(recipe, settings or []), str(what) if is_recipe else "c2c evaluate")
     heap.keep()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ..tasks.metrics import RIGHT_OR_WRONG
 from .writing import read_rows
 
 LIKELIHOOD, GENERATION = "likelihood", "generation"
@@ -31,11 +32,13 @@ class Answer:
         text: what was answered in words.
         answers: likelihood or generation.
         subject, bucket: of the question: what results are broken down by.
-        score: from 0 to 1, of an answer scored against references.
+        score: from 0 to 1, of an answer scored against references, and
+        metric: by what it is.
         message: what the sharer wrote to the receiver.
         tokens, message_tokens: written, without the one that ends a text.
         partner: whose cache was fused instead, in the rows of the control other.
         sent: whether a router sent the question to the sharer.
+        asked: what was asked, as a hash of its text: a question that was changed is another one, and asked again.
         error: why there is no answer, which counts as a wrong one.
     """
 
@@ -58,12 +61,22 @@ class Answer:
     message_tokens: int | None = None
     partner: str | None = None
     sent: bool | None = None
+    metric: str | None = None
+    asked: str | None = None
     error: str | None = None
 
     @property
     def value(self) -> float:
         """What it is worth, from 0 to 1."""
         return float(self.correct) if self.score is None else self.score
+
+    @property
+    def graded(self) -> bool:
+        """Whether it may be right in part: then tests that count right answers don't apply. Rows of earlier versions
+        don't name their metric."""
+        if self.score is None or self.metric is None:
+            return self.score not in (None, 0, 1)
+        return self.metric not in RIGHT_OR_WRONG
 
     @property
     def key(self) -> Key:

@@ -7,9 +7,11 @@ of text-to-text.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from .. import response
 from ..decode import confidence, score, threshold
@@ -97,6 +99,7 @@ class Case:
         whole: with the start of the answer, behind which the options are compared; of an open question as it is.
         bare: as it is answered in words; None where it never is.
         few_shot: the user turn of few-shot.
+        asked: a hash of all that an answer and its worth depend on.
     """
 
     task: str
@@ -106,6 +109,15 @@ class Case:
     bare: PromptIds | None = None
     bucket: str | None = None
     few_shot: str | None = None
+
+    @cached_property
+    def asked(self) -> str:
+        q = self.question
+        about = (q.question, q.options, q.answer) if isinstance(q, Question) else (
+            q.references, q.metric, q.max_new_tokens, q.classes, q.first_line
+        )  # fmt: skip
+        text = json.dumps([about, self.ask.prompt, self.few_shot])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def id(self) -> str:
@@ -242,7 +254,9 @@ class Batch:
             chats = [relayed(c.ask, method, text) for c, (text, _) in zip(cases, told, strict=True)]
             return State(receiver, self._reads(receiver, chats, prefix), messages=told)
         if method == FEW_SHOT:
-            turns = [[{"role": "user", "content": c.few_shot or ""}] for c in cases]
+            turns = [
+                [{"role": "user", "content": c.few_shot or ""}] for c in cases
+            ]  # plan asks only where there is one
             return State(receiver, self._reads(receiver, turns, SHOT_PREFIX if way == LIKELIHOOD else ""))
         if method == SINGLE:
             assert setup.single is not None
@@ -292,6 +306,7 @@ class Batch:
                     text=found.text, answers=way, subject=case.question.subject or None, bucket=case.bucket,
                     score=found.score, message=message, tokens=found.tokens, message_tokens=count,
                     partner=state.partners[row] if state.partners else None,
+                    metric=case.question.metric if isinstance(case.question, OpenQuestion) else None, asked=case.asked,
                 )
             )  # fmt: skip
         return rows
@@ -349,6 +364,14 @@ def expanded(methods: Sequence[str], pair: C2C) -> list[str]:
     more = [f"sharer-{j}" for j in range(2, len(pair.sharers) + 1)]
     stands_for = {"sharer": ["sharer", *more], IN_WORDS: ["receiver"]}
     return list(dict.fromkeys(x for m in methods for x in stands_for.get(m, [m])))
+
+
+def limit_of(limits: Mapping[str, int], way: str, method: str, methods: Sequence[str]) -> int | None:
+    """How many questions `limits` allows: that of sharer is for each of several, that of receiver-generate for the
+    receiver in words where nothing else asks for that."""
+    if (way, method) == (GENERATION, "receiver") and "receiver" not in methods:
+        method = IN_WORDS
+    return limits.get(method, limits.get("sharer") if method.startswith("sharer-") else None)
 
 
 def asked_of(methods: Sequence[str], ways: Sequence[str], pair: C2C) -> list[tuple[str, str]]:

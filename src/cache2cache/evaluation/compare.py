@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import C2CError
 from .answers import GENERATION, LIKELIHOOD, Answer, read_answers
 from .asking import METHODS
-from .summary import marks_of, paired, summarize_run
+from .summary import marks_of, paired, sets_of, summarize_run
 
 AVERAGE, POOLED = "average", "all"
 
@@ -29,7 +29,7 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
     Returns:
         `runs`: per run its columns, each with accuracy and recovered (see `report.effects`; None where the run doesn't
         say), and whether it is a baseline; `mean`: per column mean and spread, the standard deviation of the runs;
-        `paired`: per two runs the questions that one of them alone answers right, and p.
+        `paired`: per two runs see `summary.paired`.
 
     Raises:
         C2CError: fewer than two runs, or answers to other questions.
@@ -96,8 +96,13 @@ def _columns(answers: Sequence[Answer], tasks: Sequence[str], way: str) -> dict[
 
 def _pairs(first: Sequence[Answer], second: Sequence[Answer], tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
     one, two = marks_of(first, "c2c"), marks_of(second, "c2c")
-    each = {task: paired({k: v for k, v in one.items() if k[0] == task}, two) for task in tasks}
-    return {**each, POOLED: paired(one, two)}
+    each = {}
+    for task in tasks:
+        rows = [a for a in (*first, *second) if a.task == task and a.method == "c2c"]
+        mine = {k: v for k, v in one.items() if k[0] == task}
+        each[task] = paired(mine, two, graded=any(a.graded for a in rows), sets=sets_of(rows))
+    graded = any(a.graded for a in (*first, *second) if a.method == "c2c")
+    return {**each, POOLED: paired(one, two, graded=graded)}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
@@ -113,15 +118,21 @@ def tables(result: dict[str, Any]) -> list[Table]:
             accuracies.add_row(names[row["run"]], *cells, style="dim" if baseline else None)
         if not baseline and sum(not row["baseline"] for row in result["runs"]) > 1:
             accuracies.add_row("mean ± spread", *(_cell(result["mean"][c]) for c in columns), style="bold")
-    tests = Table(title="right where the other is wrong, each way, and p (McNemar, exact)")
+    tests = Table(title="better than the other, each way, and p (McNemar, exact) where answers are right or wrong")
     tested = [c for c in columns if c != AVERAGE]
     for heading in ("", *tested):
         tests.add_column(heading, justify="right" if heading else "left")
     for pair in result["paired"]:
         label = " / ".join(names[run] for run in pair["runs"])
-        cells = ("{only_first}:{only_second}  {p:.2g}".format(**pair["columns"][c]) for c in tested)
+        cells = (_split(pair["columns"][c]) for c in tested)
         tests.add_row(label, *cells)
     return [accuracies, tests]
+
+
+def _split(found: Mapping[str, Any]) -> str:
+    if "p" not in found:
+        return f"{found['better']}:{found['worse']}"
+    return f"{found['only_first']}:{found['only_second']}  {found['p']:.2g}"
 
 
 def _short(runs: Sequence[str]) -> dict[str, str]:

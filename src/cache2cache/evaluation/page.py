@@ -58,7 +58,7 @@ def page(runs: Sequence[Run]) -> str:
                     parts.append(_figure(f"{task} by subject: receiver ○, C2C ●", subjects(result["subjects"])))
                 own = [a for a in run.answers if a.task == task and a.answers == way]
                 sets = {m: {a.id for a in own if a.method == m and a.value == 1} for m in ("receiver", "sharer", "c2c")}
-                if all(any(a.method == m for a in own) for m in sets):
+                if all(any(a.method == m for a in own) for m in sets) and not any(a.graded for a in own):
                     parts.append(_figure(f"{task}: questions answered right", venn(sets)))
         if "timing" in run.summary:
             parts.append(f"<h2>Time against accuracy{_of(run, runs)}</h2>")
@@ -133,7 +133,7 @@ def bars(result: Mapping[str, Any]) -> str:
 
 def split(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Presence and content of each column, one behind the other from the receiver's zero."""
-    points = [x for r in columns.values() for x in (0.0, r["presence"], r["gain"])]
+    points = [x for r in columns.values() for x in (0.0, r["presence"], r["presence"] + r["content"])]
     low, high = min(points), max(points)
     left, scale, step = 160, 420 / max(high - low, 1e-9), 24
     zero = left - low * scale
@@ -141,7 +141,7 @@ def split(columns: Mapping[str, Mapping[str, Any]]) -> str:
     for row, (name, result) in enumerate(columns.items()):
         y = row * step
         parts.append(_text(left - 6, y + 16, name, "end"))
-        ends = (0.0, result["presence"], result["gain"])
+        ends = (0.0, result["presence"], result["presence"] + result["content"])
         for (a, b), colour, part in zip(
             ((ends[0], ends[1]), (ends[1], ends[2])), COLOURS[3:5], ("presence", "content"), strict=True
         ):
@@ -259,15 +259,21 @@ def worst(run: Run, of: str) -> Iterator[str]:
                 asked = run.questions.get((task, mine.id))
                 yield f"<details><summary>{_e(mine.id)}</summary>"
                 if asked is not None:
-                    yield f"<pre>{_e(asked.prompt[:4000])}</pre><p>Right: {_e(asked.answer[:500])}</p>"
+                    yield f"<pre>{_e(_short(asked.prompt, 4000))}</pre><p>Right: {_e(_short(asked.answer, 500))}</p>"
                 for name, answer in (("receiver", mine), ("c2c", fused)):
                     yield f"<p>{_e(label_of(name))}:</p><pre>{_e(_said(answer))}</pre>"
                 yield "</details>"
+
+
+def _short(text: str, most: int) -> str:
+    """Of a long text both ends, so that a page with many of them stays small."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}\n[…]\n{text[-half:]}"
 
 
 def _said(answer: Answer) -> str:
     if answer.error is not None:
         return answer.error
     if answer.text is not None:
-        return answer.text
+        return _short(answer.text, 4000)
     return ", ".join(f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[n]} {x:.2f}" for n, x in enumerate(answer.logprobs))

@@ -52,6 +52,7 @@ EFFECTS = {
     "content": "… content: of C2C over that",
     "recovered": "% of the gap to the sharer",
 }
+FAILURES = 50  # that the report lists
 WORDS = {LIKELIHOOD: "by option likelihood", GENERATION: "by generation"}
 
 
@@ -63,6 +64,7 @@ class Run:
     summary: dict[str, Any]
     answers: Sequence[Answer]
     questions: Mapping[tuple[str, str], Asked]
+    apart: str = ""  # what tells it from another run of the same sharers
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -71,7 +73,7 @@ class Run:
 
     @property
     def sharer(self) -> str:
-        return " + ".join(s["name"] for s in self.settings.get("sharers", [self.settings["sharer"]]))
+        return " + ".join(s["name"] for s in self.settings.get("sharers", [self.settings["sharer"]])) + self.apart
 
     @property
     def ways(self) -> list[str]:
@@ -132,24 +134,38 @@ def table(found: Mapping[str, Any], title: str) -> Table:
     made = Table(title=title)
     made.add_column("")
     for name, result in columns.items():
-        count = max((v.get("questions", 0) for v in result.values() if isinstance(v, dict)), default=0)
-        made.add_column(f"{name} ({count})" if count else name, justify="right")
+        made.add_column(_task(name, result), justify="right")
     for method in methods_of(columns):
-        made.add_row(label_of(method), *(_cell(result.get(method)) for result in columns.values()))
+        made.add_row(label_of(method), *(_cell(r.get(method), most_of(r)) for r in columns.values()))
     for key, label in EFFECTS.items():
         if all(key in result for result in columns.values()):
             made.add_row(label, *(_signed(result[key]) for result in columns.values()), style="bold")
     for method in methods_of(columns):
-        if any(method in result.get("paired", {}) for result in columns.values()):
-            cells = (_p(r["paired"][method]["p"]) if method in r.get("paired", {}) else "" for r in columns.values())
+        if any("p" in result.get("paired", {}).get(method, {}) for result in columns.values()):
+            cells = (_p(r.get("paired", {}).get(method, {}).get("p")) for r in columns.values())
             made.add_row(f"p, C2C against {label_of(method)}", *cells)
     return made
 
 
-def _cell(measured: Mapping[str, Any] | None) -> str:
+def most_of(result: Mapping[str, Any]) -> int:
+    """How many questions the method was asked that was asked most."""
+    return max((v.get("questions", 0) for v in result.values() if isinstance(v, dict) and "accuracy" in v), default=0)
+
+
+def _said_of(measured: Mapping[str, Any], digits: int, most: int) -> str:
+    """An accuracy, of how many questions where others were asked more; where every answer failed there is none."""
+    count = measured.get("questions", most)
+    if count and measured.get("failed") == count:
+        return "all failed"
+    return f"{measured['accuracy']:.{digits}f}" + (f" of {count}" if count < most else "")
+
+
+def _cell(measured: Mapping[str, Any] | None, most: int = 0) -> str:
     if measured is None:
         return "–"
-    cell = f"{measured['accuracy']:.1f}"
+    cell = _said_of(measured, 1, most)
+    if cell == "all failed":
+        return cell
     if "interval" in measured:
         cell += "  [{:.1f}, {:.1f}]".format(*measured["interval"])
     if "failed" in measured:
@@ -161,7 +177,9 @@ def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.1f}"
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"
 
 
@@ -218,12 +236,19 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
         "Every method",
         ["Sharer", "Task", "Answers", "Method", "Accuracy [95%]", "C2C better : worse", "p", "C2C over it [95%]"],
         [
-            [run.sharer, task, way, label_of(m), _cell(result[m]), *_paired(result.get("paired", {}).get(m))]
+            [
+                run.sharer,
+                task,
+                way,
+                label_of(m),
+                _cell(result[m], most_of(result)),
+                *_paired(result.get("paired", {}).get(m)),
+            ]
             for run, way, task, result in every
             for m in methods_of({task: result})
         ],
-        "Intervals are Wilson's (scores: bootstrap); comparisons are paired, p is McNemar's (exact), differences have "
-        "bootstrap intervals.",
+        "Intervals are Wilson's (scores: bootstrap); comparisons are paired, on the questions that both were asked; p "
+        "is McNemar's (exact), of answers that are right or wrong; differences have bootstrap intervals.",
     )
     yield (
         "Where the gain comes from",
@@ -235,7 +260,7 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
             if "gain" in result
         ],
         "Presence is what another question's cache gives as well; only content is communication. Harmed: right for the "
-        "receiver, wrong with C2C.",
+        "receiver, wrong with C2C; scores have neither.",
     )  # fmt: skip
     yield (
         "Routers",
@@ -289,8 +314,8 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
             ["Sharer", "Task", "Answers", name[:-1].capitalize(), "Questions", *map(label_of, shown),
              "C2C over the receiver", "p"],
             [
-                [run.sharer, task, way, part, str(max(r[m]["questions"] for m in methods_of({"": r}))),
-                 *(_cell(r.get(m)) for m in shown), *_difference(r.get("paired", {}).get("receiver"))]
+                [run.sharer, task, way, part, str(most_of(r)),
+                 *(_cell(r.get(m), most_of(r)) for m in shown), *_difference(r.get("paired", {}).get("receiver"))]
                 for run, way, task, part, r in parts
             ],
             "",
@@ -300,13 +325,13 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
         yield (
             f"{len(failed)} failed, counted as wrong{which(run, runs)}",
             ["Task", "Id", "Method", "Answers", "Error"],
-            [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed],
-            "",
+            [[f["task"], f["id"], label_of(f["method"]), f["answers"], f["error"]] for f in failed[:FAILURES]],
+            "" if len(failed) <= FAILURES else f"The first {FAILURES}; all of them are in {SUMMARY}.",
         )
 
 
 def _task(task: str, result: Mapping[str, Any]) -> str:
-    count = max((v.get("questions", 0) for v in result.values() if isinstance(v, dict)), default=0)
+    count = most_of(result)
     return f"{task} ({count})" if count else task
 
 
@@ -318,7 +343,7 @@ def _table_4(run: Run, way: str, result: Mapping[str, Any]) -> list[str]:
 def _with_seconds(run: Run, way: str, result: Mapping[str, Any], method: str) -> str:
     if method not in result:
         return "–"
-    cell = f"{result[method]['accuracy']:.2f}"
+    cell = _said_of(result[method], 2, most_of(result))
     seconds = seconds_of(run.summary, method, result) if way == GENERATION else None
     return cell if seconds is None else f"{cell} / {seconds:.2f}"
 
@@ -338,15 +363,18 @@ def seconds_of(summary: Mapping[str, Any], method: str, result: Mapping[str, Any
 
 
 def _paired(found: Mapping[str, Any] | None) -> list[str]:
-    return (
-        ["", "", ""]
-        if found is None
-        else [f"{found['only_first']} : {found['only_second']}", *reversed(_difference(found))]
-    )
+    return ["", "", ""] if found is None else [" : ".join(map(str, _counts(found))), *reversed(_difference(found))]
+
+
+def _counts(found: Mapping[str, Any]) -> tuple[int, int]:
+    """How often the first of two methods is better, and the second."""
+    return (found["only_first"], found["only_second"]) if "p" in found else (found["better"], found["worse"])
 
 
 def _difference(found: Mapping[str, Any] | None) -> list[str]:
-    return ["", ""] if found is None else [_signed(found["difference"]) + _interval(found["interval"]), _p(found["p"])]
+    if found is None:
+        return ["", ""]
+    return [_signed(found["difference"]) + _interval(found["interval"]), _p(found.get("p"))]
 
 
 def _effect(result: Mapping[str, Any], key: str) -> str:
@@ -392,10 +420,10 @@ def verdict(summary: Mapping[str, Any]) -> list[str]:
             if "receiver" in pairs:
                 said.append(f"{where}: {_against(pairs['receiver'], 'the receiver alone')}.")
             if "other" in pairs and result.get("gain", 0) > 0:
-                low = pairs["other"]["interval"][0]
+                interval = result.get("content_interval", pairs["other"]["interval"])
                 said.append(
-                    f"{where}: {_CONTENT if low > 0 else _NO_CONTENT}, "
-                    f"{_signed(result['content'])} points{_interval(pairs['other']['interval'])}."
+                    f"{where}: {_CONTENT if interval[0] > 0 else _NO_CONTENT}, "
+                    f"{_signed(result['content'])} points{_interval(interval)}."
                 )
             for form in ("text", "text-options", "text-answer"):
                 if form in pairs:
@@ -422,12 +450,13 @@ _NO_CONTENT = "no content is shown: another question's cache may do as well"
 
 def _against(found: Mapping[str, Any], whom: str) -> str:
     low, high = found["interval"]
-    by = f"{abs(found['difference']):.1f} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])}"
+    p = f", p {_p(found['p'])}" if "p" in found else ""
+    by = f"{abs(found['difference']):.1f} points [{low:+.1f}, {high:+.1f}]{p}"
     if low > 0:
         return f"C2C is better than {whom} by {by}"
     if high < 0:
         return f"C2C is worse than {whom} by {by}"
-    by = f"{_signed(found['difference'])} points [{low:+.1f}, {high:+.1f}], p {_p(found['p'])}"
+    by = f"{_signed(found['difference'])} points [{low:+.1f}, {high:+.1f}]{p}"
     return f"no difference between C2C and {whom} is shown ({by})"
 
 
@@ -439,7 +468,9 @@ def _not_worth(summary: Mapping[str, Any], worse: bool) -> str:
         return f" C2C is worth it here only where it is cheaper, which was not measured: {reason}."
     length = timed["cheaper_from"]
     if length is None:
-        return f" C2C is not worth it here: {reason}, and takes less time at any length."
+        quick = timed["c2c"]["first_token"]["median"] < timed["sharer"]["first_token"]["median"]
+        when = "but in short answers" if quick else "at any length"
+        return f" C2C is not worth it here: {reason}, and takes less time {when}."
     if length == 1:
         return f" C2C is worth it here only for its time, being quicker at any length: {reason}."
     return f" C2C is not worth it here for answers below {length} tokens: {reason}, and quicker."
@@ -452,16 +483,25 @@ def _clock(timed: Mapping[str, Any]) -> Iterator[str]:
             mine, theirs = (times["median"] for times in both)
             yield f"An answer of {n} tokens takes C2C {mine:.2f} s and the sharer alone {theirs:.2f} s."
     length = timed.get("cheaper_from")
-    if length is None:
+    if length is None and timed["c2c"]["first_token"]["median"] < timed["sharer"]["first_token"]["median"]:
+        yield "C2C is cheaper than the sharer alone for short answers only."
+    elif length is None:
         yield "C2C is never cheaper than the sharer alone."
     else:
         yield f"C2C is cheaper than the sharer alone from {length} {'token' if length == 1 else 'tokens'} of answer on."
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of the same sharers by their folders."""
+    names = [run.sharer for run in runs]
+    return [replace(run, apart=f" ({run.folder})") if names.count(run.sharer) > 1 else run for run in runs]
 
 
 def write(folder: Path, runs: Sequence[Run]) -> list[Path]:
     """Put `report.md` and `report.html` into a folder."""
     from .page import page
 
+    runs = told_apart(runs)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "report.md", folder / "report.html"]
     for path, text in zip(paths, (markdown(runs), page(runs)), strict=True):
@@ -470,9 +510,16 @@ def write(folder: Path, runs: Sequence[Run]) -> list[Path]:
 
 
 def publish(run: Run, folder: Path) -> None:
-    """Numbers and ids without any text: what may be shown where the questions may not."""
+    """Numbers and ids without any text: what may be shown where the questions may not. Of errors their kind: what they
+    say may quote a question."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [replace(a, text=None, message=None) for a in run.answers]
+    rows = [replace(a, text=None, message=None, error=_kind(a.error)) for a in run.answers]
+    failed = [{**f, "error": _kind(f["error"])} for f in run.summary.get("failed", [])]
+    shown = replace(run, summary={**run.summary, "failed": failed})
     replace_text(folder / SAMPLES, "".join(map(line_of, rows)))
-    replace_text(folder / SUMMARY, json.dumps(run.summary, indent=2) + "\n")
-    replace_text(folder / "report.md", markdown([run]))
+    replace_text(folder / SUMMARY, json.dumps(shown.summary, indent=2) + "\n")
+    replace_text(folder / "report.md", markdown([shown]))
+
+
+def _kind(error: str | None) -> str | None:
+    return None if error is None else error.split(":")[0]

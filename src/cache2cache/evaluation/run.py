@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from .answers import (
     read_answers,
 )
 from .asking import EVERY, FEW_SHOT, ROUTED, SINGLE, SKIP, Setup, check_names, expanded
-from .runner import AnyQuestion, Unit, check_stores, gather, plan, work
+from .runner import AnyQuestion, Unit, check_stores, gather, plan, unchanged, work
 from .summary import summarize_run
 from .writing import add_rows, line_of
 
@@ -72,7 +72,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
         routed = route(config, setup, training, questions, answers)
         if routed:
             replace_text(config.output / ROUTED_ROWS, "".join(map(line_of, routed)))
-        write_questions(config.output / QUESTIONS, plans)
+        write_questions(config.output / QUESTIONS, plans, questions)
         summary = {"settings": json.loads((config.output / SETTINGS).read_text(encoding="utf-8"))}
         summary |= summarize_run(
             [*answers, *routed], list(questions), expanded(config.methods, setup.pair), config.seed
@@ -95,8 +95,9 @@ def named(config: EvalConfig) -> EvalConfig:
     methods = [*config.methods, *(m for m, value in given if value is not None)]
     made = config.model_copy(update={"methods": list(dict.fromkeys(methods))})
     check_names(made.prompt, made.methods, made.answers)
-    if unknown := [m for limits in (made.limits, *(t.limits for t in made.tasks)) for m in limits if m not in EVERY]:
-        raise C2CError(f"limits names the unknown method {unknown[0]!r}; expected one of {', '.join(EVERY)}")
+    asking = [m for m in EVERY if m not in ROUTED]  # a router answers whatever receiver and sharer do
+    if unknown := [m for limits in (made.limits, *(t.limits for t in made.tasks)) for m in limits if m not in asking]:
+        raise C2CError(f"limits names the unknown method {unknown[0]!r}; expected one of {', '.join(asking)}")
     needs = set(made.methods) & set(ROUTED)
     if needs and not {"receiver", "sharer"} <= set(made.methods):
         raise C2CError(f"the method {min(needs)} chooses between receiver and sharer; ask for both as well")
@@ -151,12 +152,13 @@ def do(
     if processes.is_main_process:
         gather(samples)
     processes.wait_for_everyone()
-    have = {a.key: a for a in read_answers(samples)}
+    every = [u for units, _ in plans.values() for u in units]
+    have = unchanged(read_answers(samples), every)
     into, me, count = samples, processes.process_index, processes.num_processes
     if count > 1:
         into = samples.with_name(f"{samples.stem}-{me}{samples.suffix}")
     # The questions of all sets first: which of them a store lacks is known before anything is computed.
-    check_stores(setup, [u for units, _ in plans.values() for u in units], have, int(config.max_gb * 1e9))
+    check_stores(setup, every, have, int(config.max_gb * 1e9))
     for label, (units, failed) in plans.items():
         mine = units[me::count]
         with Bar(console) as bar:
@@ -177,14 +179,14 @@ def do(
     return [a for a in read_answers(samples) if a.key in wanted]
 
 
-def write_questions(path: Path, plans: Plans) -> None:
-    """What was asked, for the report; it stays in the run's folder."""
-    cases = {(c.task, c.id): c for units, _ in plans.values() for u in units for c in u.cases}
+def write_questions(path: Path, plans: Plans, questions: Mapping[str, Sequence[AnyQuestion]]) -> None:
+    """What was asked, for the report, and what could not be; it stays in the run's folder."""
+    prompts = {(c.task, c.id): c.ask.prompt for units, _ in plans.values() for u in units for c in u.cases}
     rows = []
-    for case in cases.values():
-        q = case.question
-        answer = " | ".join(q.references) if isinstance(q, OpenQuestion) else f"{q.letter}. {q.options[q.answer]}"
-        rows.append(Asked(case.task, case.id, case.ask.prompt, answer))
+    for task, asked in questions.items():
+        for q in asked:
+            answer = " | ".join(q.references) if isinstance(q, OpenQuestion) else f"{q.letter}. {q.options[q.answer]}"
+            rows.append(Asked(task, q.id, prompts.get((task, q.id), _full(q)), answer))
     replace_text(path, "".join(map(line_of, rows)))
 
 
@@ -230,7 +232,7 @@ def route(
     receiver, scores = setup.pair.receiver, {}
     texts = {(label, q.id): _full(q) for label, rows in questions.items() for q in rows}
     if routing.LEARNED in methods:
-        router = _router(config, setup, training)
+        router = _router(config, setup, training, set(texts.values()))
         embedded = routing.embed(receiver, list(texts.values()))
         scores = dict(zip(texts, router.score(embedded), strict=True))
     made = []
@@ -248,12 +250,13 @@ def _full(question: AnyQuestion) -> str:
     return Ask.of(question if isinstance(question, Question) else question.prompt).full
 
 
-def _router(config: EvalConfig, setup: Setup, training: Plans) -> routing.Router:
+def _router(config: EvalConfig, setup: Setup, training: Plans, asked: Set[str]) -> routing.Router:
+    """Fitted on the questions of `training`, but for those that are `asked` themselves."""
     path, settings = config.output / ROUTER, config.output / SETTINGS
     cases = {(c.task, c.id): c for units, _ in training.values() for u in units for c in u.cases}
     rows = [a for a in read_answers(config.output / ROUTER_ROWS) if a.answers == LIKELIHOOD and (a.task, a.id) in cases]
     right = {m: {(a.task, a.id): a.correct for a in rows if a.method == m} for m in ("receiver", "sharer")}
-    keys = [k for k in cases if k in right["receiver"] and k in right["sharer"]]
+    keys = [k for k, c in cases.items() if k in right["receiver"] and k in right["sharer"] and c.ask.full not in asked]
     router = routing.fit(
         routing.embed(setup.pair.receiver, [cases[k].ask.full for k in keys]),
         [right["sharer"][k] for k in keys], [right["receiver"][k] for k in keys],

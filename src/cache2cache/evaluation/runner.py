@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +36,7 @@ from .asking import (
     asked_of,
     check_names,
     check_setup,
+    limit_of,
 )
 from .controls import next_rows
 from .writing import add_rows, line_of
@@ -106,25 +107,55 @@ def plan(
     ways = ways if options == {True} else [GENERATION]
     check_names(setup.prompt, methods, answers)
     check_setup(setup, methods)
-    asked, limits = asked_of(methods, ways, setup.pair), limits or {}
-    if FEW_SHOT in methods and not examples:
+    options_there = options == {True}
+    # Examples are questions with options, so few-shot is for such questions alone.
+    asked = [(w, m) for w, m in asked_of(methods, ways, setup.pair) if m != FEW_SHOT or options_there]
+    if FEW_SHOT in methods and not examples and (options_there or not asked):
         raise C2CError(f"few-shot needs examples for {task}, questions with options; name their task and split")
     words = any(way == GENERATION for way, _ in asked)
-    cases, failed = [], []
+    groups: dict[tuple[int, bool], list[tuple[str, str]]] = {}
+    for way, method in asked:
+        limit = limit_of(limits or {}, way, method, methods)
+        count = len(questions) if limit is None else min(limit, len(questions))
+        groups.setdefault((count, method == FEW_SHOT), []).append((way, method))
+    cases: dict[str, Case | C2CError] = {}
+    shown: dict[str, Case | C2CError] = {}  # for few-shot
     for question in questions:
         bucket = (buckets or {}).get(question.id)
         try:
-            cases.append(_case(setup, task, question, words, bucket, examples, shots, max_prompt_tokens))
+            cases[question.id] = shown[question.id] = made = _case(
+                setup, task, question, words, bucket, max_prompt_tokens
+            )
         except C2CError as error:
-            failed += [_failure(task, setup.prompt, question, bucket, m, way, error) for way, m in asked]
-    groups: dict[int, list[tuple[str, str]]] = {}
-    for way, method in asked:
-        groups.setdefault(min(len(cases), limits.get(method, len(cases))), []).append((way, method))
-    units = []
-    for limit, group in groups.items():
-        chosen = sorted(drawn(cases, limit, setup.seed), key=_like)
+            cases[question.id] = shown[question.id] = error
+            continue
+        if isinstance(question, Question) and examples:
+            try:
+                shown[question.id] = replace(made, few_shot=few_shot_prompt(question, examples, shots))
+            except C2CError as error:  # the other methods need none
+                shown[question.id] = error
+    units: list[Unit] = []
+    failed: list[Answer] = []
+    for (count, few_shot), group in groups.items():
+        chosen: list[Case] = []
+        for question in drawn(questions, count, setup.seed):
+            case = (shown if few_shot else cases)[question.id]
+            if isinstance(case, Case):
+                chosen.append(case)
+                continue
+            bucket = (buckets or {}).get(question.id)
+            failed += [_failure(task, setup.prompt, question, bucket, m, way, case) for way, m in group]
         paired = any(method == "other" for _, method in group)
-        for batch in batches_of(chosen, batch_size, 2 if paired else 1) if chosen else []:
+        if paired and len(chosen) == 1 and len(questions) > 1:
+            # The others of its set can't be put, so it has no other; what else it is asked is asked without.
+            only, lonely = chosen[0], C2CError("no other question of the set could be put")
+            failed += [
+                _failure(task, setup.prompt, only.question, only.bucket, m, way, lonely)
+                for way, m in group
+                if m == "other"
+            ]
+            group, paired = [(way, m) for way, m in group if m != "other"], False
+        for batch in batches_of(sorted(chosen, key=_like), batch_size, 2 if paired else 1) if chosen else []:
             partners = [batch[row] for row in next_rows(len(batch))] if paired else []
             units.append(Unit(batch, partners, group, setup.prompt))
     return units, failed
@@ -137,14 +168,7 @@ def _like(case: Case) -> tuple[int, int, str]:
 
 
 def _case(
-    setup: Setup,
-    task: str,
-    question: AnyQuestion,
-    words: bool,
-    bucket: str | None,
-    examples: Sequence[Question],
-    shots: int,
-    max_prompt_tokens: int | None,
+    setup: Setup, task: str, question: AnyQuestion, words: bool, bucket: str | None, max_prompt_tokens: int | None
 ) -> Case:
     pair = setup.pair
     if isinstance(question, OpenQuestion):
@@ -153,9 +177,7 @@ def _case(
         return Case(task, question, ask, encoded, encoded, bucket)
     ask = Ask.of(question, prompt=PROMPTS[setup.prompt])
     whole = pair.encode(ask.chat(), prefix=setup.prefix)
-    bare = pair.encode(ask.chat()) if words else None
-    few_shot = few_shot_prompt(question, examples, shots) if examples else None
-    return Case(task, question, ask, whole, bare, bucket, few_shot)
+    return Case(task, question, ask, whole, pair.encode(ask.chat()) if words else None, bucket)
 
 
 def _cut(pair: C2C, text: str, limit: int) -> str:
@@ -172,11 +194,11 @@ def _cut(pair: C2C, text: str, limit: int) -> str:
 def _failure(
     task: str, prompt: str, question: AnyQuestion, bucket: str | None, method: str, way: str, error: Exception
 ) -> Answer:
-    score = 0.0 if isinstance(question, OpenQuestion) else None
+    score, metric = (0.0, question.metric) if isinstance(question, OpenQuestion) else (None, None)
     words = " ".join(f"{type(error).__name__}: {error}".split())[:500]
     return Answer(
         task, prompt, question.id, method, -1, False, [], answers=way, subject=question.subject or None, bucket=bucket,
-        score=score, error=words,
+        score=score, metric=metric, error=words,
     )  # fmt: skip
 
 
@@ -236,6 +258,18 @@ def _alone(
         raise
     except Exception as error:
         return _failure(case.task, setup.prompt, case.question, case.bucket, method, way, error)
+
+
+def unchanged(answers: Sequence[Answer], units: Sequence[Unit]) -> dict[Key, Answer]:
+    """The rows by their keys, without those to questions that have another text, options or answer now."""
+    asked = {
+        (c.task, unit.prompt, c.id, method, way): c.asked
+        for unit in units
+        for way, method in unit.asked
+        for c in unit.cases
+    }
+    # Rows of earlier versions don't say what they were asked.
+    return {a.key: a for a in answers if a.asked is None or a.asked == asked.get(a.key, a.asked)}
 
 
 def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer], max_bytes: int) -> None:
@@ -303,7 +337,7 @@ def evaluate(
     stores = [] if store is None else [store, *[None] * (len(pair.sharers) - 1)]
     setup = Setup(pair, prompt, skip, single, identical, stores, max_new_tokens, seed)
     units, failed = plan(setup, task, questions, methods=methods, answers=answers, **options)
-    have = {a.key: a for a in gather(samples)}
+    have = unchanged(gather(samples), units)
     check_stores(setup, units, have, max_bytes)
     add_rows(samples, failed)
     order = [key for unit in units for key in unit.keys]

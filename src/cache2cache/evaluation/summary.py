@@ -1,21 +1,28 @@
-"""Figures of a run, from its rows: accuracies with intervals, paired comparisons, and where a gain comes from."""
+"""Figures of a run, from its rows: accuracies with intervals, paired comparisons, and where a gain comes from.
+
+Methods may have been asked different numbers of questions (`limits`): whatever compares them is computed on the
+questions that all of them were asked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from ..errors import C2CError
+from ..tasks.longbench import KINDS
 from .answers import GENERATION, WAYS, Answer
 from .asking import ROUTED, SKIP
 from .routing import at_random
 from .statistics import bootstrap, draws, mcnemar, recovered, wilson
 
 AVERAGE, POOLED = "average", "pooled"
-Marks = dict[tuple[str, str], float]  # per question (task, id) what an answer is worth, from 0 to 1
+Question = tuple[str, str]  # task, id
+Marks = Mapping[Question, float]  # what an answer is worth, from 0 to 1
+Level = Callable[[Sequence[str]], dict[str, float]]  # accuracies of methods in %, on the questions all of them have
 
 
 def marks_of(answers: Sequence[Answer], method: str) -> Marks:
@@ -23,23 +30,57 @@ def marks_of(answers: Sequence[Answer], method: str) -> Marks:
     return {(a.task, a.id): a.value for a in answers if a.method == method}
 
 
+def sets_of(answers: Sequence[Answer]) -> dict[Question, str]:
+    """Per question its data set, where a mean is one over data sets, as LongBench's is: there a subject is a data set.
+    Empty where every question counts alike."""
+    subjects = {a.subject or "" for a in answers}
+    if len({a.task for a in answers}) > 1 or not subjects <= KINDS.keys():
+        return {}
+    return {(a.task, a.id): a.subject or "" for a in answers}
+
+
+class Mean:
+    """A mean over questions, or over data sets of their means.
+
+    Attributes:
+        keys: the questions, those of a data set one behind the other.
+        sizes: how many of each data set; of one, where all questions count alike.
+        weights: (questions,) of each question in the mean.
+    """
+
+    def __init__(self, keys: Iterable[Question], sets: Mapping[Question, str]) -> None:
+        self.keys = sorted(keys, key=lambda k: sets.get(k, ""))
+        counts: dict[str, int] = {}
+        for key in self.keys:
+            counts[sets.get(key, "")] = counts.get(sets.get(key, ""), 0) + 1
+        self.sizes = tuple(counts.values())
+        self.weights = np.array([1 / (len(counts) * counts[sets.get(key, "")]) for key in self.keys])
+
+    def values(self, marks: Marks) -> np.ndarray:
+        """In %."""
+        return np.array([100 * marks[key] for key in self.keys])
+
+    def of(self, marks: Marks) -> float:
+        """In %."""
+        return float(self.weights @ self.values(marks))
+
+    def interval(self, values: np.ndarray, seed: int) -> list[float]:
+        """Of the mean of `values`, 95% by the bootstrap, within each data set."""
+        weighted = self.weights * values
+        return [round(x, 2) for x in bootstrap(self.sizes, lambda times: times @ weighted, seed)]
+
+
 def summarize_run(
     answers: Sequence[Answer], tasks: Sequence[str], methods: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
     """For each way to answer that was measured, what `summarize_all` says; and the questions that failed."""
     result: dict[str, Any] = {}
-    baseline: dict[str, float] = {}  # the receiver's better way, per column
-    for way in WAYS:
-        rows = {t: [a for a in answers if a.task == t and a.answers == way and a.method == "receiver"] for t in tasks}
-        for task, own in rows.items():
-            if own:
-                baseline[task] = max(baseline.get(task, 0.0), accuracy(own, "receiver"))
+    best = {task: better_way(answers, task) for task in tasks}
     for way in WAYS:
         found = {t: [a for a in answers if a.task == t and a.answers == way] for t in tasks}
-        found = {t: rows for t, rows in found.items() if rows}
+        found = {t: rows for t, rows in found.items() if any(a.method in methods for a in rows)}
         if found:
-            measured = [m for m in methods if all(any(a.method == m for a in rows) for rows in found.values())]
-            result[way] = summarize_all(found, measured, baseline, seed)
+            result[way] = summarize_all(found, methods, best, seed)
     if not result:
         raise C2CError("nothing was measured; give at least one question and one method that answers")
     result["failed"] = [
@@ -50,70 +91,113 @@ def summarize_run(
     return result
 
 
+def better_way(answers: Sequence[Answer], task: str) -> Marks:
+    """The receiver's marks in whichever of its two ways to answer is better, of those that answer every question."""
+    own = [[a for a in answers if a.task == task and a.answers == w and a.method == "receiver"] for w in WAYS]
+    ways = [rows for rows in own if rows and len(rows) == max(map(len, own))]
+    marks = [marks_of(rows, "receiver") for rows in ways]
+    means = [Mean(m, sets_of(rows)).of(m) for m, rows in zip(marks, ways, strict=True)]
+    return marks[means.index(max(means))] if marks else {}
+
+
 def summarize_all(
     found: Mapping[str, Sequence[Answer]],
     methods: Sequence[str],
-    baseline: Mapping[str, float] | None = None,
+    best: Mapping[str, Marks] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Each task's summary; the average, in which every task counts alike; and all questions pooled.
+    """Each task's summary; the average, in which every task counts alike; and all questions pooled, each alike.
 
-    `baseline`: per task the receiver's accuracy from which the gap to the sharer is counted; its own without it.
+    The average and the pool have the methods that every task has. `best`: per task the receiver's marks from which the
+    gap to the sharer is counted, where they are better than its own.
     """
-    known = baseline or {}
-    tasks = {task: summarize(answers, methods, known.get(task), seed) for task, answers in found.items()}
-    mean = {m: sum(accuracy(answers, m) for answers in found.values()) / len(found) for m in methods}
-    average = {m: {"accuracy": round(value, 2)} for m, value in mean.items()}
-    lowest = sum(known.get(t, mean.get("receiver", 0.0)) for t in found) / len(found) if known else None
-    rows = [a for answers in found.values() for a in answers]
-    sizes = {t: len({a.id for a in answers}) for t, answers in found.items()}
-    every = sum(known.get(t, 0.0) * n for t, n in sizes.items()) / sum(sizes.values()) if known else None
+    known = best or {}
+    columns = {task: Column(rows, methods, known.get(task)) for task, rows in found.items()}
+    tasks = {task: summarize(rows, methods, known.get(task), seed) for task, rows in found.items()}
+    everywhere = [m for m in methods if all(c.marks.get(m) for c in columns.values())]
+
+    def level(names: Sequence[str]) -> dict[str, float]:
+        each = [column.level(names) for column in columns.values()]
+        return {name: sum(one[name] for one in each) / len(each) for name in each[0]} if all(each) else {}
+
+    average: dict[str, Any] = {}
+    for method in everywhere:
+        average[method] = {"accuracy": round(level([method])[method], 2)}
+        if failed := sum(t[method].get("failed", 0) for t in tasks.values()):
+            average[method]["failed"] = failed
+    rows = [a for some in found.values() for a in some]
+    pool = {key: mark for marks in known.values() for key, mark in marks.items()}
     return {
         "tasks": tasks,
-        AVERAGE: {**average, **effects(mean, lowest)},
-        POOLED: summarize(rows, methods, every, seed, breakdown=False),
+        AVERAGE: {**average, **effects(level, everywhere)},
+        POOLED: summarize(rows, everywhere, pool, seed, breakdown=False),
     }
+
+
+BEST = "the receiver's better way"
+
+
+class Column:
+    """The marks of all methods on one set of questions."""
+
+    def __init__(self, answers: Sequence[Answer], methods: Sequence[str], best: Marks | None = None) -> None:
+        self.sets = sets_of(answers)
+        self.marks = {m: marks for m in methods if (marks := marks_of(answers, m))}
+        if best and best.keys() >= self.marks.get("receiver", {}).keys():
+            self.marks[BEST] = best
+
+    def common(self, methods: Sequence[str]) -> Mean:
+        """The questions that all of the methods have."""
+        keys = [k for k in self.marks[methods[0]] if all(k in self.marks[m] for m in methods)]
+        return Mean(keys, self.sets)
+
+    def level(self, methods: Sequence[str]) -> dict[str, float]:
+        """See `Level`; with the receiver also BEST, its better way, of which there may be only the one."""
+        mean = self.common(methods)
+        found = {m: mean.of(self.marks[m]) for m in methods} if mean.keys else {}
+        if "receiver" in found:
+            found[BEST] = max(found["receiver"], mean.of(self.marks.get(BEST, self.marks["receiver"])))
+        return found
 
 
 def summarize(
     answers: Sequence[Answer],
     methods: Sequence[str],
-    baseline: float | None = None,
+    best: Marks | None = None,
     seed: int = 0,
     *,
     breakdown: bool = True,
 ) -> dict[str, Any]:
     """Accuracy with its 95% interval per method, what `effects` says, and C2C against every other method.
 
-    Answers that are right or wrong have Wilson's interval, those with a score one by the bootstrap.
+    Answers that are right or wrong have Wilson's interval, those with a score one by the bootstrap. Only methods that
+    were asked some of these questions are in it.
     `paired`: see `paired`. `subjects`, `buckets`: the same for parts of the questions, without their own parts.
     """
-    marks = {m: marks_of(answers, m) for m in methods}
+    column = Column(answers, methods, best)
+    methods = [m for m in methods if m in column.marks]
+    if not methods:
+        raise C2CError("nothing was measured; give at least one question")
+    graded = any(a.graded for a in answers)
     result: dict[str, Any] = {}
-    for method, own in marks.items():
-        result[method] = _measured([a for a in answers if a.method == method], own, seed)
+    for method in methods:
+        result[method] = _measured([a for a in answers if a.method == method], column, method, graded, seed)
     if SKIP in methods:
         skipped = [bool(a.skipped) for a in answers if a.method == SKIP]
         result[SKIP]["skipped"] = round(100 * sum(skipped) / len(skipped), 2)
     for method in ROUTED:
         if method in methods and {"receiver", "sharer"} <= set(methods):
-            result[method] |= _against_random(answers, method, seed)
-    result |= effects({m: accuracy(answers, m) for m in methods}, baseline)
-    if "off" in methods and "receiver" in methods:
-        result["off_differs"] = sum(a != b for a, b in _both(marks["off"], marks["receiver"]))
+            result[method] |= _against_random(answers, column, method, seed)
+    result |= effects(column.level, methods)
+    if {"off", "receiver"} <= set(methods):
+        result["off_differs"] = _differ(answers)
     if "c2c" in methods:
-        result["paired"] = {m: paired(marks["c2c"], marks[m], seed) for m in methods if m != "c2c"}
-        if "receiver" in methods:
-            against = result["paired"]["receiver"]
-            result["rescued"], result["harmed"] = against["only_first"], against["only_second"]
-            right = sum(mark == 1 for mark in marks["receiver"].values())
-            result["harmed_share"] = round(100 * against["only_second"] / right, 2) if right else None
-        if {"receiver", "sharer"} <= set(methods) and result.get("recovered") is not None:
-            result["recovered_interval"] = _recovered_interval(marks, accuracy(answers, "receiver"), baseline, seed)
-        if {"receiver", "other"} <= set(methods):
-            result["gain_interval"] = result["paired"]["receiver"]["interval"]
-            result["presence_interval"] = paired(marks["other"], marks["receiver"], seed)["interval"]
-            result["content_interval"] = result["paired"]["other"]["interval"]
+        result["paired"] = {
+            m: paired(column.marks["c2c"], column.marks[m], seed, graded=graded, sets=column.sets)
+            for m in methods
+            if m != "c2c" and column.common(["c2c", m]).keys
+        }
+        result |= _intervals(column, methods, result, graded, seed)
     for name in ("subject", "bucket") if breakdown else ():
         parts = dict.fromkeys(getattr(a, name) for a in answers)
         if len(parts) > 1:
@@ -126,127 +210,149 @@ def summarize(
     return result
 
 
-def _measured(rows: Sequence[Answer], marks: Marks, seed: int) -> dict[str, Any]:
+def _measured(rows: Sequence[Answer], column: Column, method: str, graded: bool, seed: int) -> dict[str, Any]:
     """What there is to say of one method alone."""
-    if not marks:
-        raise C2CError("nothing was measured; give at least one question")
-    values = np.array(list(marks.values()))
-    if set(marks.values()) <= {0.0, 1.0}:
-        low, high = wilson(int(values.sum()), len(values))
+    mean, marks = column.common([method]), column.marks[method]
+    if graded:
+        interval = mean.interval(mean.values(marks), seed)
     else:
-        low, high = bootstrap(len(values), lambda times: times @ values / len(values), seed)
-    found: dict[str, Any] = {
-        "questions": len(values),
-        "accuracy": round(100 * _mean(rows), 2),
-        "interval": [round(100 * low, 2), round(100 * high, 2)],
-    }
+        interval = [round(100 * x, 2) for x in wilson(sum(mark == 1 for mark in marks.values()), len(marks))]
+    found: dict[str, Any] = {"questions": len(marks), "accuracy": round(mean.of(marks), 2), "interval": interval}
     if failed := sum(a.error is not None for a in rows):
         found["failed"] = failed
     if tokens := [a.tokens for a in rows if a.tokens is not None]:
         found["tokens"] = median(tokens)
     if all(a.answers == GENERATION and a.score is None for a in rows):
         found["no_letter"] = sum(a.choice < 0 for a in rows)
-    if messages := [a.message_tokens for a in rows if a.message_tokens is not None]:
-        found["message_tokens"] = median(messages)
-        found["message_bytes"] = median(len((a.message or "").encode()) for a in rows)
+    if messages := [a for a in rows if a.message_tokens is not None]:
+        found["message_tokens"] = median(a.message_tokens or 0 for a in messages)
+        found["message_bytes"] = median(len((a.message or "").encode()) for a in messages)
     return found
 
 
-def _mean(rows: Sequence[Answer]) -> float:
-    """The mean over questions; of LongBench, whose subjects are data sets, the mean over subjects of their means."""
-    if rows and "longbench" in rows[0].task.lower():
-        subjects: dict[str | None, list[float]] = {}
-        for a in rows:
-            subjects.setdefault(a.subject, []).append(a.value)
-        return sum(sum(s) / len(s) for s in subjects.values()) / len(subjects)
-    return sum(a.value for a in rows) / max(1, len(rows))
+def _differ(answers: Sequence[Answer]) -> int:
+    """How many answers with fusion off are others than the receiver's. Likelihoods may differ by the rounding of sums,
+    as of a question that was asked again by itself."""
+    own = {(a.task, a.id, a.answers): a for a in answers if a.method == "receiver"}
+    pairs = [(a, own[key]) for a in answers if a.method == "off" and (key := (a.task, a.id, a.answers)) in own]
+    return sum(
+        one.text != two.text
+        or len(one.logprobs) != len(two.logprobs)
+        or any(abs(x - y) > ROUNDING for x, y in zip(one.logprobs, two.logprobs, strict=True))
+        for one, two in pairs
+        if one.error is None and two.error is None
+    )
 
 
-def accuracy(answers: Sequence[Answer], method: str) -> float:
-    """In %."""
-    return 100 * _mean([a for a in answers if a.method == method])
+ROUNDING = 0.05
 
 
-def _both(first: Mapping[Any, float], second: Mapping[Any, float]) -> list[tuple[float, float]]:
-    return [(first[key], second[key]) for key in first if key in second]
+def paired(
+    first: Mapping[Any, float],
+    second: Mapping[Any, float],
+    seed: int = 0,
+    *,
+    graded: bool = False,
+    sets: Mapping[Any, str] | None = None,
+) -> dict[str, Any]:
+    """Two methods on the questions that both answered: the mean difference in points, with its 95% interval by the
+    bootstrap over questions (within each of `sets`, whose means are then averaged), and
 
-
-def paired(first: Mapping[Any, float], second: Mapping[Any, float], seed: int = 0) -> dict[str, Any]:
-    """How often either of two methods is better, on the questions that both answered, and McNemar's exact p; the mean
-    difference in points, with its 95% interval by the bootstrap over questions.
-
-    Of answers that are right or wrong the one that is better is the one that alone is right.
+    only_first, only_second, p: of answers that are right or wrong, how many only one of them has right, and McNemar's
+        exact p;
+    better, worse: of `graded` ones, whose scores may be anything from 0 to 1, how often the first has the higher, and
+        the lower score. McNemar's test is for right and wrong, so there is none.
     """
-    both = _both(first, second)
-    if not both:
-        raise C2CError("two methods have answered no question in common; nothing was measured")
-    counts = sum(a > b for a, b in both), sum(a < b for a, b in both)
-    differences = np.array([100 * (a - b) for a, b in both])
-    interval = bootstrap(len(both), lambda times: times @ differences / len(both), seed)
+    mean = Mean([k for k in first if k in second], sets or {})
+    if not mean.keys:
+        raise C2CError("two methods have no question in common; ask both of them the same ones")
+    differences = mean.values(first) - mean.values(second)
+    counts = int((differences > 0).sum()), int((differences < 0).sum())
+    if graded:
+        found: dict[str, Any] = {"better": counts[0], "worse": counts[1]}
+    else:
+        found = {"only_first": counts[0], "only_second": counts[1], "p": float(f"{mcnemar(*counts):.3g}")}
     return {
-        "only_first": counts[0],
-        "only_second": counts[1],
-        "p": float(f"{mcnemar(*counts):.3g}"),
-        "difference": round(float(differences.mean()), 2),
-        "interval": [round(x, 2) for x in interval],
+        "questions": len(mean.keys),
+        **found,
+        "difference": round(float(mean.weights @ differences), 2),
+        "interval": mean.interval(differences, seed),
     }
 
 
-def _against_random(answers: Sequence[Answer], method: str, seed: int) -> dict[str, Any]:
+def _intervals(
+    column: Column, methods: Sequence[str], result: Mapping[str, Any], graded: bool, seed: int
+) -> dict[str, Any]:
+    """Intervals of the effects, and, of answers that are right or wrong, how many C2C rescues and harms."""
+    found: dict[str, Any] = {}
+    if "receiver" not in result["paired"]:
+        return found
+    against = result["paired"]["receiver"]
+    if not graded:
+        found["rescued"], found["harmed"] = against["only_first"], against["only_second"]
+        both = column.common(["c2c", "receiver"])
+        right = sum(column.marks["receiver"][key] == 1 for key in both.keys)
+        found["harmed_share"] = round(100 * against["only_second"] / right, 2) if right else None
+    if result.get("recovered") is not None:
+        found["recovered_interval"] = _recovered_interval(column, seed)
+    found["gain_interval"] = against["interval"]
+    if "presence" in result:
+        mean = column.common(["c2c", "receiver", "other"])
+        c2c, own, other = (mean.values(column.marks[m]) for m in ("c2c", "receiver", "other"))
+        found["presence_interval"] = mean.interval(other - own, seed)
+        found["content_interval"] = mean.interval(c2c - other, seed)
+    return found
+
+
+def _against_random(answers: Sequence[Answer], column: Column, method: str, seed: int) -> dict[str, Any]:
     """How many questions a router sends to the sharer, and how it compares with sending as many at random."""
     rows = [a for a in answers if a.method == method]
-    random = at_random(answers, method)
-    differences = np.array([100 * (a.value - random[a.task, a.id]) for a in rows])
-    interval = bootstrap(len(rows), lambda times: times @ differences / len(rows), seed)
+    random, mean = at_random(answers, method), column.common([method])
+    differences = mean.values(column.marks[method]) - mean.values(random)
     return {
         "sent": round(100 * sum(bool(a.sent) for a in rows) / len(rows), 2),
-        "random": round(100 * sum(random.values()) / len(random), 2),
-        "over_random": round(float(differences.mean()), 2),
-        "over_random_interval": [round(x, 2) for x in interval],
+        "random": round(mean.of(random), 2),
+        "over_random": round(float(mean.weights @ differences), 2),
+        "over_random_interval": mean.interval(differences, seed),
     }
 
 
-def _recovered_interval(
-    marks: Mapping[str, Marks], receiver: float, baseline: float | None, seed: int
-) -> list[float] | None:
-    """The 95% interval of the recovered gap, in %; None where the sharer is so little better that a draw has no gap.
-    What the better baseline has above the receiver is taken as certain."""
-    keys = [k for k in marks["c2c"] if k in marks["receiver"] and k in marks["sharer"]]
-    c2c, own, ceiling = (np.array([100 * marks[m][k] for k in keys]) for m in ("c2c", "receiver", "sharer"))
-    above = max(0.0, (baseline or 0.0) - receiver)
-
-    def gap(times: np.ndarray) -> Any:
-        return times @ (ceiling - own) / len(keys) - above
-
-    def share(times: np.ndarray) -> Any:
-        return 100 * (times @ (c2c - own) / len(keys) - above) / gap(times)
-
-    if gap(draws(len(keys), seed)).min() <= 0:
+def _recovered_interval(column: Column, seed: int) -> list[float] | None:
+    """The 95% interval of the recovered gap, in %; None where the sharer is so little better that a draw has no gap."""
+    mean = column.common(["receiver", "sharer", "c2c"])
+    own = column.marks["receiver"]
+    if BEST in column.marks and mean.of(column.marks[BEST]) > mean.of(own):
+        own = column.marks[BEST]
+    c2c, low, high = (mean.values(marks) for marks in (column.marks["c2c"], own, column.marks["sharer"]))
+    gap, closed = mean.weights * (high - low), mean.weights * (c2c - low)
+    if min(float((times @ gap).min()) for times in draws(mean.sizes, seed)) <= 0:
         return None
-    return [round(x, 2) for x in bootstrap(len(keys), share, seed)]
+    found = bootstrap(mean.sizes, lambda times: 100 * (times @ closed) / (times @ gap), seed)
+    return [round(x, 2) for x in found]
 
 
-def effects(accuracies: Mapping[str, float], baseline: float | None = None) -> dict[str, Any]:
-    """What C2C gains, from accuracies in %, rounded. Only what the measured methods allow.
+def effects(level: Level, methods: Sequence[str]) -> dict[str, Any]:
+    """What C2C gains, in points, rounded. Only what the measured methods allow, each on the questions that all methods
+    it compares were asked.
 
-    gain: of C2C over the receiver, in points. It is the sum of
+    gain: of C2C over the receiver. It is the sum of
     presence: of C2C with another question's cache over the receiver, and
     content: of C2C over that.
     presence_share: presence in % of the gain; None where there is no gain.
-    recovered: % of the gap between the receiver (by likelihood or in words, whichever is better: `baseline`) and the
-        sharer that C2C closes; None where the sharer isn't better.
+    recovered: % of the gap between the receiver (by likelihood or in words, whichever is better) and the sharer that
+        C2C closes; None where the sharer isn't better.
     """
     result: dict[str, Any] = {}
-    if not {"receiver", "c2c"} <= accuracies.keys():
+    if not {"receiver", "c2c"} <= set(methods):
         return result
-    receiver, c2c = accuracies["receiver"], accuracies["c2c"]
-    result["gain"] = round(c2c - receiver, 2)
-    if "other" in accuracies:
-        result["presence"] = round(accuracies["other"] - receiver, 2)
-        result["content"] = round(c2c - accuracies["other"], 2)
-        result["presence_share"] = _percent(recovered(accuracies["other"], receiver, c2c))
-    if "sharer" in accuracies:
-        result["recovered"] = _percent(recovered(c2c, max(receiver, baseline or 0.0), accuracies["sharer"]))
+    if at := level(["c2c", "receiver"]):
+        result["gain"] = round(at["c2c"] - at["receiver"], 2)
+    if "other" in methods and (at := level(["c2c", "receiver", "other"])):
+        result["presence"] = round(at["other"] - at["receiver"], 2)
+        result["content"] = round(at["c2c"] - at["other"], 2)
+        result["presence_share"] = _percent(recovered(at["other"], at["receiver"], at["c2c"]))
+    if "sharer" in methods and (at := level(["c2c", "receiver", "sharer"])):
+        result["recovered"] = _percent(recovered(at["c2c"], at[BEST], at["sharer"]))
     return result
 
 

@@ -15,6 +15,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from .. import decode
+from ..errors import C2CError
 from ..heap import Peak
 from ..kv import Prefilled, prefill_prompts
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
@@ -56,18 +57,24 @@ def measure(
     path: Path,
     progress: Callable[[int], None] = lambda prompts: None,
 ) -> list[Timed]:
-    """Time what `methods` have of TIMED on every case; what stands in the file is not timed again."""
-    done = [t for t in read_rows(path, Timed) if t.id in {c.id for c in cases}]
-    have = {(t.id, t.method) for t in done}
+    """Time what `methods` have of TIMED on every case that fits; what stands in the file is not timed again."""
+    done = [t for t in read_rows(path, Timed) if (t.task, t.id) in {(c.task, c.id) for c in cases}]
+    have = {(t.task, t.id, t.method) for t in done}
     chosen = [m for m in TIMED if m in methods]
-    todo = [(c, m) for c in cases for m in chosen if (c.id, m) not in have]
-    for method in dict.fromkeys(m for _, m in todo):  # the first prompt pays for threads and buffers
-        _timed(pair, todo[0][0], method, 2)
+    todo = [(c, m) for c in cases for m in chosen if (c.task, c.id, m) not in have]
+    warm: set[str] = set()
     for case, method in todo:
-        found = _timed(pair, case, method, max(LENGTHS))
+        try:
+            if method not in warm:  # the first prompt pays for threads and buffers
+                _timed(pair, case, method, 2)
+                warm.add(method)
+            found = _timed(pair, case, method, max(LENGTHS))
+        except C2CError:  # prompt and answer don't fit the context: no time, but no end of the run either
+            continue
+        finally:
+            progress(1)
         add_rows(path, [found])
         done.append(found)
-        progress(1)
     return [t for t in done if t.method in chosen]
 
 
@@ -88,6 +95,7 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
         prompt = prefill_prompts(lm, [pair.rendered(lm, relayed(case.ask, method, words.text)).ids])
     else:
         prompt = prefill_prompts(lm, [pair.rendered(lm, chat).ids])
+    decode.check_room(lm, prompt.input_ids.shape[1], 1)
     room = min(new_tokens, lm.context_length - prompt.input_ids.shape[1])
     chunks = decode.stream(lm, prompt, do_sample=False, max_new_tokens=room, min_new_tokens=room)
     times = [time.perf_counter() - began for chunk in chunks if chunk.token is not None]
@@ -140,7 +148,8 @@ def line_of_times(timed: dict[str, Any]) -> tuple[float, float]:
 
 
 def cheaper_from(c2c: dict[str, Any], sharer: dict[str, Any]) -> int | None:
-    """The number of tokens from which on an answer of C2C takes less time than the sharer's; None: there is none."""
+    """The number of tokens from which on an answer of C2C takes less time than the sharer's; None: there is none, be it
+    that only shorter answers do."""
     (mine, my_step), (theirs, their_step) = line_of_times(c2c), line_of_times(sharer)
     if mine <= theirs and my_step <= their_step:
         return 1

@@ -42,6 +42,7 @@ def exact(text: str, reference: str, classes: Sequence[str] = ()) -> float:
 
 # Numbers and formulas.
 
+MOST_DIGITS = 1000
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"(?<![\w.])[-−]?[$€£¥]?(?:{_DIGITS})|(?:{_DIGITS})")  # the sign is none behind a word: "12-5"
 
@@ -71,8 +72,9 @@ def last_number(text: str) -> Fraction | None:
     return _fraction(found[-1]) if found else None
 
 
-def _fraction(digits: str) -> Fraction:
-    return Fraction(re.sub(r"[,$€£¥]", "", digits).replace("−", "-"))
+def _fraction(digits: str) -> Fraction | None:
+    """None for one of more digits than any answer has: a model that repeats itself, and Python refuses to read it."""
+    return Fraction(re.sub(r"[,$€£¥]", "", digits).replace("−", "-")) if len(digits) <= MOST_DIGITS else None
 
 
 def boxed(text: str, reference: str, classes: Sequence[str] = ()) -> float:
@@ -89,13 +91,15 @@ def boxed(text: str, reference: str, classes: Sequence[str] = ()) -> float:
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{…} or \fbox{…}, whose braces may be nested; None without one that is closed."""
-    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text)]):
-        depth = 1
-        for end, char in enumerate(text[start:], start):
-            depth += (char == "{") - (char == "}")
-            if depth == 0:
-                return text[start:end]
-    return None
+    starts = {m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s{0,9}\{", text)}
+    opened: list[int] = []
+    closed: dict[int, int] = {}
+    for brace in re.finditer(r"[{}]", text):  # once through, however many are never closed
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif opened and (start := opened.pop()) in starts:
+            closed[start] = brace.start()
+    return text[max(closed) : closed[max(closed)]] if closed else None
 
 
 _FORMULA_RULES = [
@@ -119,12 +123,15 @@ _FORMULA_RULES = [
 
 def normal_formula(formula: str) -> str:
     """A formula in LaTeX without what is only spacing, markup or a unit, and with fractions written one way."""
+    formula = re.sub(r"\s+", " ", formula)  # long runs of space would take long
     for pattern, replacement in _FORMULA_RULES:
         formula = re.sub(pattern, replacement, formula)
     return re.sub(r"(?<=\d),(?=\d{3})", "", formula) if re.fullmatch(rf"-?(?:{_DIGITS})", formula) else formula
 
 
 def _value(formula: str) -> Fraction | None:
+    if len(formula) > MOST_DIGITS:
+        return None
     if parts := re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(-?\d*[1-9]\d*)\}", formula):
         return Fraction(int(parts[2]), int(parts[3])) * (-1 if parts[1] else 1)
     return Fraction(formula) if re.fullmatch(r"-?\d+(?:\.\d+)?", formula) else None
@@ -270,3 +277,4 @@ METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
     "count": count,
     "code": code_similarity,
 }
+RIGHT_OR_WRONG = frozenset({"exact", "number", "boxed"})  # the others give shares

@@ -45,8 +45,11 @@ def _lines(path: Path) -> list[tuple[str, str, str]]:
     """The rows that aren't blank: text, place in words, and line number."""
     if not path.is_file():
         raise C2CError(f"no file {path}; expected JSON lines with question, options and answer; check the path")
-    with path.open(encoding="utf-8") as lines:
-        return [(line, f"{path}, line {n}", str(n)) for n, line in enumerate(lines, 1) if line.strip()]
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            return [(line, f"{path}, line {n}", str(n)) for n, line in enumerate(lines, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise C2CError(f"{path} is no text in UTF-8 ({error}); save it as such") from error
 
 
 class _Row(BaseModel):
@@ -68,9 +71,11 @@ class _OpenRow(BaseModel):
 
 def _own_row(line: str, where: str, default_id: str) -> Question:
     row = _valid(_Row, line, where, '{"question": …, "options": [… , …], "answer": "A" or 0}')
-    answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer, -1)
+    answer = row.answer if isinstance(row.answer, int) else _INDEX.get(row.answer.strip().upper(), -1)
     try:
-        return Question(str(row.id or default_id), row.question, row.options, answer, row.subject)
+        if answer < 0:
+            raise C2CError(f"the answer is {row.answer!r}; expected a letter or an index from 0")
+        return Question(default_id if row.id is None else str(row.id), row.question, row.options, answer, row.subject)
     except C2CError as error:
         raise C2CError(f"{where}: {error}; mend the row") from error
 
@@ -80,8 +85,15 @@ def _own_open_row(line: str, where: str, default_id: str) -> OpenQuestion:
     if row.metric not in METRICS:
         raise C2CError(f"{where}: unknown metric {row.metric!r}; expected one of {', '.join(METRICS)}; mend the row")
     try:
+        if not any(reference.strip() for reference in row.references):
+            raise C2CError("there is no reference answer; expected at least one that isn't blank")
         return OpenQuestion(
-            str(row.id or default_id), row.question, row.references, row.metric, row.max_new_tokens, row.subject
+            default_id if row.id is None else str(row.id),
+            row.question,
+            row.references,
+            row.metric,
+            row.max_new_tokens,
+            row.subject,
         )
     except C2CError as error:
         raise C2CError(f"{where}: {error}; mend the row") from error

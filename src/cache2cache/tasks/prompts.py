@@ -79,20 +79,50 @@ def few_shot_prompt(question: Question, dev: Sequence[Question], n: int = 5) -> 
 def extract_letter(text: str, n_options: int) -> str | None:
     """The letter that `text` gives as its answer, or None where it gives none, or several.
 
-    In this order: what is stated ("the answer is X", "I choose X", "答案是X", \\boxed{X}); a line of nothing but a
-    letter; "X is correct"; a letter that opens the text; the only letter that stands by itself. A list of letters
-    ("A/B/C/D", "A or B") is several, and a letter that is denied ("not A", "B is wrong") is none. Of several that are
-    stated one after the other the last counts where the text corrects itself or concludes. What is thought (before
-    </think>) is not looked at, and a question that the text goes on to ask only if there is no answer before it.
+    What is thought (<think>) and struck out is not looked at. Of questions that the text repeats or goes on to ask,
+    each is read by itself, and the first answer counts. In it what the text takes its answer back for ("no wait, it's
+    C") comes before anything else, and then in this order: what is stated ("the answer is X", "I choose X", "答案是X",
+    \\boxed{X}); a line of nothing but a letter; "X is correct"; a letter that opens the text; the only letter that
+    stands by itself. A list of all options is only what the question said, a list of some ("A or B") is several, and a
+    letter that is denied ("not A", "B is wrong") or supposed ("if it is A") is none. Of several that are stated one
+    after the other the last counts where the text corrects itself or concludes.
     """
     plain = _plain(text)
-    for part in dict.fromkeys((_NEXT_QUESTION.split(plain)[0], plain)):
-        listed = _LIST.sub(lambda m: m[0] if len(set(re.findall(r"[A-Z]", m[0]))) == 1 else _SEVERAL, part)
-        told = _DENIED.sub(" ", listed)
-        for find in (_stated, _own_line, _called_right, _opening, _standing_alone):
-            if found := find(told):
-                return found if found in LETTERS[:n_options] else None
+    for part in dict.fromkeys((*_QUESTION.split(plain), plain)):
+        if found := _read(part, LETTERS[:n_options]):
+            return found if found in LETTERS[:n_options] else None
     return None
+
+
+def _read(text: str, letters: str) -> str:
+    """The letter of a part, "" for none, and the sign for several."""
+
+    def together(found: re.Match[str]) -> str:
+        named = "".join(re.findall(r"[A-Z]", found[0]))
+        return found[0] if len(set(named)) == 1 else " " if named == letters else _SEVERAL
+
+    told = _DENIED.sub(" ", _LIST.sub(together, text))
+    for piece in reversed(_TAKEN_BACK.split(told)[1:]):
+        for find in (_stated, _own_line, _called_right, _instead):
+            if found := find(piece):
+                return found
+    beside = _without_options(told, letters)
+    for part in dict.fromkeys((beside, told)):
+        for find in (_stated, _own_line, _called_right, _opening, _standing_alone):
+            if found := find(part):
+                return "" if part != beside and found == _SEVERAL else found
+    return ""
+
+
+def _without_options(text: str, letters: str) -> str:
+    """Without the lists of all options, one a line: what is said beside them counts first."""
+    kept: list[str] = []
+    for line in text.split("\n"):
+        kept.append(line)
+        heads = [head[1] for row in kept[-len(letters) :] if (head := _HEAD.match(row))]
+        if "".join(heads) == letters:
+            del kept[-len(letters) :]
+    return "\n".join(kept)
 
 
 # A list of letters is put together into one sign first.
@@ -105,33 +135,52 @@ _WORD = r"(?:[AI] (?!(?:is|because|since|as|and|or|but|for|with)\b)[A-Za-z]|I, [
 _OPTION = rf"{_FREE}(?!{_WORD})[A-Z]{_ENDED}"
 _MENTION = rf"({_OPTION}|{_SEVERAL})"
 
-_JOIN = r"\s*(?:(?:[,/|&、]|\b(?:and|or|maybe|possibly|perhaps|even|also)\b|和|或|与)\s*)+\(?"
+_JOIN = r"(?:[ ]|\s*(?:(?:[,/|&、]|\b(?:and|or|maybe|possibly|perhaps|even|also)\b|和|或|与)\s*)+\(?)"
 _LIST = re.compile(rf"{_FREE}[A-Z]\)?(?:{_JOIN}(?!{_WORD})[A-Z](?![\w'])\)?)+", re.A)
 _KIND = r"(?:the\s+)?(?:(?i:options?|choices?|answers?|letters?)|选项)?\s*\(?"
 _DENIED = re.compile(
     rf"(?:(?i:\b(?:not|isn't|neither|nor|never|eliminated?|exclude|reject|rule\s+out|rather\s+than|instead\s+of))\b"
     rf"|不是|不选|排除)\s*{_KIND}{_MENTION}\)?(?:,?\s+but\b)?"
+    rf"|(?i:\b(?:if|suppose|supposing|whether))\s+(?:[\w']+\s+){{0,4}}?{_KIND}{_MENTION}"
     rf"|{_KIND}{_MENTION}\)?(?:选项|项)?\s*(?:(?:is|are|was|were|does|do|can|could|would)(?:\s+not\b|n't\b)|cannot\b"
     r"|(?:is|are|was|were)\s+(?:\w+\s+)?(?:wrong|incorrect|false|eliminated|excluded|ruled\s+out|impossible)\b"
     r"|不|错)",
     re.A,
 )
-_NEXT_QUESTION = re.compile(
-    r"\n\s*(?:(?:Question|Human|User|Instructions?|Choices|Options|Q\d*)\s*:|Accurately answer|问题|题目|<\|)"
+_HEAD = re.compile(r"\W{0,4}(?:(?i:option)\s)?([A-Z])\s?[.):、]\s?\S", re.A)  # of a line with an option
+# With the question itself, whose words are no answer.
+_QUESTION = re.compile(
+    r"(?:^|\n)\s*(?:(?:Accurately answer|请准确回答)[^\n]*(?:\n[^\n]*)?"
+    r"|(?:Question\s?\d*|Human|User|Q\d*|问题)\s?:[^\n]*|(?:Instructions?|Choices|Options|要求|选项)\s?:|题目|<\|)"
+)
+_TAKEN_BACK = re.compile(
+    r"(?i:\b(?:wait|actually|correction|corrected|scratch\s+that|on\s+second\s+thoughts?|sorry|oops|edit|or\s+rather"
+    r"|I\s+meant?|I\s+take\s+(?:that|it)\s+back|let\s+me\s+(?:reconsider|rethink|correct)|but\s+(?=it(?:'s|\s+is)\s))\b"
+    r"|\bno\b(?=\s*[,;:–—-])(?!\W{1,3}[A-Z][.):]\s+\w))"
+    r"|不对|更正|等等|(?<=[,，。])不(?=[,，])"
 )
 
 
 def _plain(text: str) -> str:
-    """Without what is thought and markup, full-width letters as plain ones, and a boxed letter as a stated one."""
-    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].replace("’", "'")
+    """Without what is thought, struck out and markup, full-width letters as plain ones, and a boxed letter as a stated
+    one."""
+    text = unicodedata.normalize("NFKC", text).rpartition("</think>")[2].partition("<think>")[0].replace("’", "'")
+    text = re.sub(r"~~[^~\n]{1,300}~~", " ", text)
     text = re.sub(r"\\(?:boxed|fbox)\b|<answer>", " answer: ", text)
     text = re.sub(
-        r"\\(?:text|textbf|mathrm|mathbf)\b|</?\w+>|\\[()\[\]]|[*`$\"“”{}\[\]§]|(?<!\w)_+|_+(?!\w)|(?<!\w)'|'(?!\w)",
+        r"\\(?:text|textbf|mathrm|mathbf)\b|</?\w{1,20}>|\\[()\[\]]|[*`$\"“”{}\[\]§]|(?<!\w)_+|_+(?!\w)|(?<!\w)'|'(?!\w)",
         " ",
         text,
     )
-    text = re.sub(r"(?s)(\bQ\d*\s?:.*?)\bA\d*\s?:", r"\1", text)  # "Q: … A: …"
-    return re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text))  # long runs of space would take long
+    asked = False
+
+    def of_dialogue(found: re.Match[str]) -> str:  # "Q: … A: …"
+        nonlocal asked
+        asked, answers = found[1] == "Q", asked and found[1] == "A"
+        return "" if answers else found[0]
+
+    text = re.sub(r"\b([QA])\d{0,3}\s?:", of_dialogue, text)
+    return re.sub(r" ?\n[ \n]*", "\n", re.sub(r"[^\S\n]+", " ", text)).strip()
 
 
 _STATES = (
@@ -141,7 +190,7 @@ _STATES = (
 )
 _BETWEEN = (
     r"(?:[^\w.!?;。§]|\b(?i:is|are|be|the|option|choice|letter|answer|most|likely|probably|clearly|definitely|indeed"
-    r"|therefore|thus|simply|only|correct|best|that)\b)*"
+    r"|therefore|thus|simply|only|correct|best|that)\b){0,30}"
 )
 _LOWER = r"\(([a-z])\)|\b([a-z])(?=[.):]?\s*(?:\n|$)|[.):]\s)"  # only where it can be no word
 _NO_WORD = rf"(?!(?:(?<=[:\n])|(?<=[:\n] )|(?=I)){_WORD})"  # "is A plant" means the letter, "Answer: A plant" doesn't
@@ -173,17 +222,33 @@ def _own_line(text: str) -> str:
 
 
 def _called_right(text: str) -> str:
+    ticked = "[✓✔✅☑]"
     right = (
         rf"{_MENTION}\)?(?:(?:[,.:]\s[^.!?\n]{{1,40}}?)?\s+(?:is|are|was|must\s+be|would\s+be)\s+(?:\w+\s+){{0,2}}?"
         r"(?i:correct|right|best|true|answer)\b|\s*[:-]\s*(?i:correct|right|true)\b|(?:选项|项)?(?:是|为)?(?:正确|对))"
     )
-    return _one(re.findall(right, text, re.A))
+    marked = (
+        rf"^[^\w\n]{{0,9}}{_MENTION}[.):][^\n]{{1,80}}?(?:\((?i:correct|right|true)\)|{ticked})"
+        rf"|{ticked}\W{{0,3}}{_MENTION}[.):]"
+    )
+    found = re.findall(right, text, re.A) or [a or b for a, b in re.findall(marked, text, re.A | re.M)]
+    return _one(found)
+
+
+def _instead(text: str) -> str:
+    """The letter that stands by itself where an answer was taken back: right behind that, or behind a word that points
+    at it, and not with words of its own ("Wait, A is hot")."""
+    pointing = (
+        r"(?:^\W*|(?<![A-Za-z])(?i:it's|is|be|so|thus|hence|then|therefore|mean|meant|with|option|choice|letter|answer"
+        r"|yes|indeed|say|either|maybe|perhaps|probably)[\s:,]+\(?|[是为选])"
+    )
+    return _one(re.findall(rf"{pointing}{_MENTION}(?=\)?\s*(?:$|\n|[.,;:!?。]|because\b|since\b|as\b))", text, re.A))
 
 
 def _opening(text: str) -> str:
     first = re.match(rf"\W*?{_MENTION}|\W*([a-z])\)\s", text, re.A)
     letter = (first[1] or first[2].upper()) if first else ""
-    heads = set(re.findall(rf"{_MENTION}[.):]\s", text, re.A))
+    heads = set(re.findall(rf"{_MENTION}\s?[.):]\s", text, re.A))
     return "" if not letter else letter if heads <= {letter} else _SEVERAL
 
 
