@@ -37,6 +37,7 @@ def test_commands(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.Capture
         typed = shlex.split(about["command"])
         assert typed[:3] == ["c2c", "analyze", name] and str(task) in typed and about["rows"] == 4
         assert [word for word in typed if word in map(str, more)] == list(map(str, more))
+        assert "llama ← qwen3; fuser fuser; my questions.jsonl" in (output / f"{name}.svg").read_text()
         assert about["store"] == "bfloat16" and about["versions"]["torch"] and about["sharer"]["name"]
     assert c2c("evaluate", *common[:7], "--output", tmp_path / "run") == 0
     assert c2c("analyze", "agreement", tmp_path / "run", "--output", tmp_path / "agreement") == 0

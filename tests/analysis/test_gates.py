@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cache2cache import C2C, C2CError
-from cache2cache.analysis import gates, runs
+from cache2cache.analysis import gates, plots, runs
 from cache2cache.analysis.runs import Data, Setup
 from cache2cache.fuser import C2CFuser
 from cache2cache.kv import Prefilled
@@ -239,3 +239,12 @@ def test_a_prompt_without_a_response_has_no_loss() -> None:
     items, _, fused = fused_of(pair)
     with pytest.raises(C2CError, match="item:1 has no response"):
         gates.losses(pair, [items[0], replace(items[1], response=[])], fused)
+
+
+def test_the_larger_of_two_runs_is_not_cut_off() -> None:
+    _, axes = plots.figure(1, 1, (3, 3))
+    results = [(str(i), {"receiver_layers": [0, 1], "keys_size": [i, i], "values_size": [i, i]}) for i in (1, 9)]
+    for index, (_, result) in enumerate(results):
+        gates._draw_size(axes[0, 0], result, "-", results, index)
+    low, high = axes[0, 0].get_ylim()
+    assert low == 0 and high >= 9

@@ -26,7 +26,7 @@ def receiver(family: str, seed: int = 0) -> LM:
 
 def questions(count: int, split: str, subjects: tuple[str, ...] = ("sums", "rivers")) -> list[Question]:
     return [
-        Question(f"{split}-{s}-{i}", f"What is {i} plus {k}?", (str(i + k), str(i), "no", f"{k}"), i % 4, s)
+        Question(f"{split}-{s}-{i}", f"What is {i} plus {k} ({split})?", (str(i + k), str(i), "no", f"{k}"), i % 4, s)
         for k, s in enumerate(subjects, 1)
         for i in range(count)
     ]
@@ -201,6 +201,23 @@ def test_long_subjects_and_subjects_without_exemplars_are_left_out(tmp_path: Pat
     assert "reported_on" not in summary
     with pytest.raises(C2CError, match="fewer"):
         enrich.run(lm, questions(4, "test"), dev, tmp_path / "b", shots=2, max_tokens=20)
+
+
+def test_exemplars_are_not_asked(tmp_path: Path) -> None:
+    """One file for both: its first questions are exemplars, and the answer to each stands in the others' front."""
+    lm, both = receiver("qwen3"), questions(5, "test", ("sums",))
+    kept, exemplars, _ = enrich.fitting(lm, both, both, 2, 2000)
+    assert exemplars["sums"] == both[:2] and kept == both[2:]
+    with pytest.raises(C2CError, match="exemplars themselves"):
+        enrich.fitting(lm, both[:2], both, 2, 2000)
+
+
+def test_one_question_has_no_other_half(tmp_path: Path) -> None:
+    given = receiver("qwen3"), questions(1, "test", ("sums",)), questions(2, "dev", ("sums",)), tmp_path / "out"
+    with pytest.raises(C2CError, match="the other; give more questions"):
+        enrich.run(*given, shots=2, max_tokens=2000)
+    assert not (tmp_path / "out").exists()
+    assert enrich.run(*given, shots=2, max_tokens=2000, layers=False)["all"]["direct"]["questions"] == 1
 
 
 def test_a_subject_s_exemplars_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

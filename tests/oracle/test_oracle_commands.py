@@ -52,6 +52,7 @@ def test_enrich(tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest
     about = result["about"]
     assert about["task"] == str(task) and about["seed"] == 0 and about["receiver"]["fingerprint"]
     assert shlex.split(about["command"])[:3] == ["c2c", "oracle", "enrich"] and str(task) in about["command"]
+    assert "qwen3-0; asked.jsonl validation; 2 shots" in (tmp_path / "qwen3" / "enrichment.svg").read_text()
     assert about["versions"]["torch"] and about["rows"] == 8 and result["all"]["direct"]["questions"] == 8
     both = tmp_path / "both"
     assert c2c("oracle", "plot", tmp_path / "qwen3", tmp_path / "gemma3", "--output", both) == 0

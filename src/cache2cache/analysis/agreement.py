@@ -248,6 +248,7 @@ def draw_venn(results: Results, output: Path) -> None:
             axis.scatter(x, y, s=36, transform=below, clip_on=False, facecolors=face, edgecolors=colour, linewidths=0.8)
     if len(results) > 1:
         axis.legend(fontsize=7)
+    plots.name_runs(made, [(name, found["settings"]) for name, found in results])
     plots.save(made, output, "venn")
 
 
@@ -310,6 +311,7 @@ def draw_confidence(results: Results, output: Path) -> None:
     axis.set_ylabel("accuracy, %")
     axis.set_title("accuracy by the sharer's confidence", fontsize=9)
     axis.legend(fontsize=7)
+    plots.name_runs(made, [(name, found["settings"]) for name, found in results])
     plots.save(made, output, "confidence")
 
 
@@ -338,6 +340,7 @@ def draw_subjects(results: Results, output: Path) -> None:
     axis.set_ylim(len(subjects) - 0.5, -0.5)
     axis.set_xlabel("accuracy less the receiver's, in points")
     axis.legend(fontsize=7)
+    plots.name_runs(made, [(name, found["settings"]) for name, found in results])
     plots.save(made, output, "subjects")
 
 

@@ -314,6 +314,8 @@ def draw(results: Sequence[tuple[str, dict[str, Any]]], output: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, ncols=2)
     axes[-1, 0].set_xlabel("receiver layer")
+    axes[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    plots.name_runs(made, [(label, result["about"]) for label, result in results])
     plots.save(made, output, "gates")
 
 
@@ -353,7 +355,7 @@ def _draw_size(axis: Any, result: dict[str, Any], style: str, results: Any, inde
             result["receiver_layers"], result[f"{kind}_size"], style, color=plots.COLOURS[kind], label=label,
             linewidth=1.4,
         )  # fmt: skip
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=0, auto=None)  # the next run may be larger
     axis.set_ylabel("relative norm")
     axis.set_title("what is added, in units of the receiver's own cache", fontsize=9)
 
@@ -368,7 +370,8 @@ def _draw_closing(axis: Any, result: dict[str, Any], style: str, results: Any, i
         [m - one["interval"][0] for m, one in zip(middle, found, strict=True)],
         [one["interval"][1] - m for m, one in zip(middle, found, strict=True)],
     ]
-    label = plots.titled(results, index, "keys and values, 95% interval")
+    total = result["closing"]["all_closed"]["change"]
+    label = plots.titled(results, index, f"keys and values, 95% interval; all layers closed: {total:+.3f}")
     axis.errorbar(
         layers, middle, yerr=ends, fmt="o", linestyle=style, color=plots.COLOURS["c2c"], markersize=3, linewidth=1,
         label=label,
@@ -378,8 +381,7 @@ def _draw_closing(axis: Any, result: dict[str, Any], style: str, results: Any, i
         axis.plot(layers, each, ".", color=plots.COLOURS[kind], markersize=4, label=plots.titled(results, index, kind))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_ylabel("nats per token")
-    total = result["closing"]["all_closed"]["change"]
-    axis.set_title(f"loss when one layer is closed, less loss with all open (all closed: {total:+.3f})", fontsize=9)
+    axis.set_title("loss when one layer is closed, less loss with all open", fontsize=9)
 
 
 _PANELS = {"gates": _draw_gates, "weights": _draw_weights, "size": _draw_size, "closing": _draw_closing}
@@ -403,4 +405,5 @@ def draw_heads(result: dict[str, Any], output: Path) -> None:
                 axis.plot([i - 0.4, i + 0.4], [-0.4, mean.shape[0] - 0.6], color="white", linewidth=1)
         made.colorbar(image, ax=axis, label="mean weight")
     axes[-1, 0].set_xlabel("receiver layer")
+    plots.name_runs(made, [("", result["about"])])
     plots.save(made, output, "heads")

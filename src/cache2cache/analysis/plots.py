@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,33 @@ def save(made: Any, output: Path, name: str) -> None:
         for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             with replacing(output / f"{name}.{kind}") as partial:
                 made.savefig(partial, format=kind, dpi=160, metadata=metadata)
+
+
+def name_runs(made: Any, runs: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Say below a figure which models and data it is of, a line a run.
+
+    Args:
+        made: the figure.
+        runs: per run its label and its settings, as a result's `about` has them.
+    """
+    lines = [titled(runs, index, _said(about)) for index, (_, about) in enumerate(runs)]
+    made.supxlabel("\n".join(lines), fontsize=7, color="#555555")
+
+
+def _said(about: Mapping[str, Any]) -> str:
+    models = [Path(about[who]["name"]).name for who in ("receiver", "sharer") if who in about]
+    parts = [" ← ".join(models)] if models else []
+    if "fuser" in about:
+        parts.append(f"fuser {Path(about['fuser']).name}")
+    data = about.get("data", about)
+    sets = data.get("tasks") or [data[key] for key in ("test_task", "task", "file") if key in data][:1]
+    split = data.get("test_split") or data.get("split")
+    parts += [" ".join([", ".join(Path(name).name for name in sets), *([split] if split else [])]).strip()]
+    if "shots" in about:
+        parts.append(f"{about['shots']} shots")
+    if "prompt" in data:
+        parts.append(f"{data['prompt']} prompt")
+    return "; ".join(filter(None, parts))
 
 
 def titled(runs: Sequence[tuple[str, Any]], index: int, label: str) -> str:

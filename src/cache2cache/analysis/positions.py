@@ -194,6 +194,7 @@ def draw(results: Sequence[tuple[str, dict[str, Any]]], output: Path) -> None:
     axes[0, 0].legend(fontsize=7)
     counts = ", ".join(f"{result['pooled']['all']['questions']}" for _, result in results)
     made.suptitle(f"Partial fusion ({counts} questions)", fontsize=10)
+    plots.name_runs(made, [(label, result["about"]) for label, result in results])
     plots.save(made, output, "positions")
 
 

@@ -137,4 +137,5 @@ def draw(results: Sequence[tuple[str, dict[str, Any]]], output: Path) -> None:
             axis.set_xlabel("depth of the layer, lowest to top" if row else "")
     tokens = ", ".join(f"{result['tokens']:,}" for _, result in results)
     made.suptitle(f"Effective rank per layer ({tokens} tokens)", fontsize=10)
+    plots.name_runs(made, [(label, result["about"]) for label, result in results])
     plots.save(made, output, "rank")

@@ -419,7 +419,10 @@ def summarize(rows: Sequence[Row], num_layers: int, layers: bool) -> dict[str, A
 def fitting(
     lm: LM, questions: Sequence[Question], dev: Sequence[Question], shots: int, max_tokens: int
 ) -> tuple[list[Question], dict[str, list[Question]], list[str]]:
-    """The questions whose subject has `shots` exemplars that are not too long; these; and the subjects left out."""
+    """The questions whose subject has `shots` exemplars that are not too long; these; and the subjects left out.
+
+    A question that is an exemplar itself is not asked: the answer would stand in front of it.
+    """
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for question in dev:
         by_subject[question.subject].append(question)
@@ -430,7 +433,12 @@ def fitting(
             exemplars[subject] = some
         else:
             left_out.append(subject)
-    kept = [q for q in questions if q.subject in exemplars]
+    shown = {(q.question, q.options) for some in exemplars.values() for q in some}
+    kept = [q for q in questions if q.subject in exemplars and (q.question, q.options) not in shown]
+    if exemplars and not kept:
+        raise C2CError(
+            f"all {len(questions)} questions are exemplars themselves; give other exemplars, or more questions"
+        )
     if not kept:
         raise C2CError(
             f"none of {len(left_out)} subjects has {shots} exemplars of at most {max_tokens} tokens in all; give fewer "
@@ -473,6 +481,11 @@ def run(
         raise C2CError(f"unknown positions {positions!r}; expected kept or rotated")
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)
     asked = choose(kept, limit, seed)
+    if layers and len({one.half for one in asked}) < 2:
+        raise C2CError(
+            f"{len(asked)} question: layers are chosen on one half of the questions and reported on the other; give "
+            "more questions, or --no-layers"
+        )
     settings = {
         "receiver": study.described(lm),
         **(data or {}),

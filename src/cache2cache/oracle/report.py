@@ -43,6 +43,7 @@ def draw(runs: Sequence[Path], output: Path) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     figures = FIGURES[kind](results)
     for name, figure in figures.items():
+        plots.name_runs(figure, [(label, result["about"]) for label, result in results])
         plots.save(figure, output, name)
     return list(figures)
 
@@ -244,7 +245,7 @@ def transform(results: Results) -> dict[str, Any]:
     _points(axes[0, 0], results, CURVES[3:] + CURVES[:3], lambda result, name: result["answers"].get(name))
     _legend(axes[0, 0], results)
     count = " / ".join(str(result["answers"]["mlp"]["questions"]) for _, result in results)
-    made.suptitle(f"The receiver answers from the transformed cache, {count} questions [95%]", fontsize=10)
+    made.suptitle(f"Answers from the transformed cache, {count} questions [95%]", fontsize=10)
     figures["transformation-answers"] = made
 
     made, axes = plots.figure(1, len(results), (4.2 * len(results), 3.8))
@@ -310,6 +311,8 @@ def structure(results: Results) -> dict[str, Any]:
                                   textcoords="offset points")  # fmt: skip
         axis.set_xscale("log")
         axis.set_xlabel("bytes from the sharer, mean")
+        axis.set_ylabel("accuracy, %")
+        axis.set_ylim(0, 105)
         axis.set_title("what it costs", fontsize=9)
         axis.margins(x=0.3)
         made.suptitle(f"Structure: {some[0][1]['meaning'][setting]}", fontsize=10)

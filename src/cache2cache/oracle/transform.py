@@ -82,6 +82,15 @@ class MLPFuser(C2CFuser):
             # A channel that hardly moves would be blown up beyond all others.
             getattr(self, f"{name}_std").copy_(std.clamp(min=1e-3 * std.mean(-1, keepdim=True).clamp(min=1e-6)))
 
+    def check_start(self) -> None:
+        """Raise a C2CError where `start_from` would have too few hidden units."""
+        t = self.proj_out.weight.shape[2]
+        if 2 * t > self.config.hidden_dim:
+            raise C2CError(
+                f"{self.config.hidden_dim} hidden units can't start as a linear map to {t} channels; give at least "
+                f"{2 * t}, or start at random"
+            )
+
     @torch.no_grad()
     def start_from(self, ridge: RidgeFuser) -> None:
         """Start as the ridge regression: ReLU(z) - ReLU(-z) = z, on twice T of the hidden units. What training adds is
@@ -89,12 +98,8 @@ class MLPFuser(C2CFuser):
         weight, bias = ridge.proj_out.weight, ridge.proj_out.bias
         assert bias is not None and self.layer1.bias is not None and self.layer2.bias is not None
         assert self.proj_out.bias is not None
+        self.check_start()
         t = weight.shape[2]
-        if 2 * t > self.config.hidden_dim:
-            raise C2CError(
-                f"{self.config.hidden_dim} hidden units can't start as a linear map to {t} channels; give at least "
-                f"{2 * t}, or start at random"
-            )
         own = self.sharer_std.transpose(1, 2) * weight / self.receiver_std
         shift = (torch.bmm(self.sharer_mean, weight) + bias - self.receiver_mean) / self.receiver_std
         for sign, start in ((1, 0), (-1, t)):
@@ -228,10 +233,15 @@ def read_both(pair: C2C, prompt: PromptIds) -> Both:
     return Both(prompt, clean, cache, where)
 
 
-def sample(pair: C2C, both: Both, positions: int, seed: str) -> tuple[Tensor, Tensor]:
-    """What sharer and receiver hold at `positions` of the paired positions, drawn by a seed: (G, n, S), (G, n, T)."""
-    count = both.where.shape[1]
-    index = sorted(random.Random(seed).sample(range(count), min(positions, count)))
+def sample(pair: C2C, both: Both, positions: int, seed: str, *, content: bool = False) -> tuple[Tensor, Tensor]:
+    """What sharer and receiver hold at `positions` of the paired positions, drawn by a seed: (G, n, S), (G, n, T).
+
+    `content`: only of those that hold a message's content. The template in front of it gives the same vectors in every
+    prompt, so whatever was trained on them knows them by heart, which would flatter it.
+    """
+    paired = both.where[1].tolist()
+    known = [i for i, t in enumerate(paired) if not content or both.prompt.content[t]]
+    index = sorted(random.Random(seed).sample(known, min(positions, len(known))))
     fuser = pair.fusers[0]
     assert isinstance(fuser, C2CFuser)
     with torch.no_grad():
@@ -358,7 +368,7 @@ def fit_figures(y: Tensor, predicted: Tensor, mean: Tensor) -> dict[str, list[fl
 
     Args:
         y, predicted: (G, N, T).
-        mean: (G, 1, T), the training data's, which R² is 0 for.
+        mean: (G, 1, T), which R² is 0 for.
 
     Returns:
         r2: over all channels in their own units, so large ones count most; r2_channels: the mean of the channels'
@@ -415,7 +425,8 @@ def summarize(
     fusers = {name: fuser for name, pair in pairs.items() for fuser in pair.fusers if isinstance(fuser, C2CFuser)}
     with torch.no_grad():
         made = {name: fuser.change(x, y) + y for name, fuser in fusers.items()}
-    mean = made["mean"][:, :1]
+    # The test vectors' own mean, the strictest reference: the training data's is farther from them.
+    mean = y.mean(1, keepdim=True)
     figures = {name: fit_figures(y, predicted, mean) for name, predicted in made.items()}
     ranks = {
         name: _rounded(effective_rank(gram(each)))
@@ -505,7 +516,7 @@ def run(
         hidden_dim: of the MLP.
         start: of the MLP: ridge (see `MLPFuser.start_from`) or random.
         epochs, batch_size, learning_rate: of its training.
-        train_positions, test_positions: drawn from each question's prompt.
+        train_positions, test_positions: drawn from each question's prompt, to test on from its content alone.
         tsne_layer: the receiver layer of the map; None: the highest one.
         tsne_samples: positions in it. perplexity: its own.
         seed: of draws, order, first weights and t-SNE.
@@ -526,12 +537,17 @@ def run(
     top = which[-1][0] if tsne_layer is None else tsne_layer
     if top not in [t for t, _ in which]:
         raise C2CError(f"t-SNE layer {top} is not among the receiver layers {[t for t, _ in which]}; choose one")
+    if (most := test_positions * len(test)) < 4:  # halves of two, see `region`
+        raise C2CError(f"{most} positions to test on; expected 4 or more: give more questions or positions")
     clouds.check(3 * min(tsne_samples, test_positions * len(test)), perplexity)
     torch.manual_seed(seed)
     config = FuserConfig.model_validate({"variant": "ridge", "layer_map": which, "key_space": key_space})
     pair = C2C.from_models(receiver, sharer, config)
     ridge = pair.fusers[0]
     assert isinstance(ridge, RidgeFuser)
+    mlp = MLPFuser(ridge.config.model_copy(update={"hidden_dim": hidden_dim})).to(receiver.device)
+    if start == "ridge":
+        mlp.check_start()
     settings = {
         "receiver": study.described(receiver),
         "sharer": study.described(sharer),
@@ -565,7 +581,6 @@ def run(
         ridge.fit([piece for i, piece in enumerate(pieces) if i % HOLDOUT], holdout)
         x, y = (torch.cat(parts, dim=1) for parts in zip(*pieces, strict=True))
         del pieces, holdout
-        mlp = MLPFuser(ridge.config.model_copy(update={"hidden_dim": hidden_dim})).to(device)
         mlp.measure(x, y)
         if start == "ridge":
             mlp.start_from(ridge)
@@ -617,7 +632,7 @@ def _test(
         path = folder / f"{number:05d}.safetensors"
         if question.id not in rows or not path.exists():
             both = read_both(pair, encode(pair, question))
-            _keep(path, sample(pair, both, positions, f"{seed}:{question.id}"))
+            _keep(path, sample(pair, both, positions, f"{seed}:{question.id}", content=True))
             if question.id not in rows:
                 rows[question.id] = answer(pairs, question, both)
                 add_rows(output / "rows.jsonl", [rows[question.id]])
