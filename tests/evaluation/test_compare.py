@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,26 @@ def test_runs_that_do_not_go_together(tmp_path: Path) -> None:
             compare(runs)
     with pytest.raises(C2CError, match="at least one of them not a baseline"):
         compare([], [first, fewer])
+
+
+def test_runs_on_scores_have_no_test_of_right_and_wrong(tmp_path: Path) -> None:
+    """Counts of better and worse ones instead, also in the table."""
+    for name, scores in (("a", (0.5, 0.2, 1.0)), ("b", (0.25, 0.4, 1.0))):
+        rows = [
+            Answer("own", "paper", f"q{n}", method, -1, False, [], answers="generation", score=score, metric="f1")
+            for method in ("receiver", "c2c")
+            for n, score in enumerate(scores)
+        ]
+        (tmp_path / name).mkdir()
+        add_rows(tmp_path / name / "samples.jsonl", rows)
+        settings = {"fuser": "f", "fuser_hash": name, "split": "test", "prompt": "paper"}
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    made = compare([tmp_path / "a", tmp_path / "b"])
+    (pair,) = made["paired"]
+    for column in ("own", "all"):
+        found = pair["columns"][column]
+        assert (found["better"], found["worse"]) == (1, 1) and "p" not in found
+        assert found["difference"] == pytest.approx(1.67)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(tables(made)[1])
+    assert "1:1" in console.export_text()
