@@ -201,7 +201,7 @@ def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
 
     async def ask(chat: list[Any], new: int) -> tuple[str, float, int, int]:
         began, first, text, started = time.perf_counter(), 0.0, "", None
-        async for event in engine.submit(Job(chat, max_tokens=new)):
+        async for event in engine.submit([Job(chat, max_tokens=new)])[0]:
             if isinstance(event, Started):
                 started = event
             elif isinstance(event, Piece):
@@ -292,11 +292,12 @@ def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[s
     idle(engine)
     after = memory(engine)
 
-    async def alive() -> int:
-        async for event in engine.submit(Job("still there", max_tokens=2)):
+    async def alive() -> bool:
+        new = 0
+        async for event in engine.submit([Job("still there", max_tokens=2)])[0]:
             if isinstance(event, Finished):
-                return event.new_tokens
-        return 0
+                new = event.new_tokens
+        return new > 0
 
     return {
         "requests": count,
@@ -304,7 +305,7 @@ def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[s
         "worker_memory_ratio": after[0] / before[0],
         "server_memory_ratio": after[1] / before[1],
         "restarts": engine.restarts,
-        "answers_afterwards": asyncio.run(alive()) > 0,
+        "answers_afterwards": asyncio.run(alive()),
     }
 
 

@@ -501,7 +501,7 @@ def test_a_request_that_takes_too_long(served: Served) -> None:
         from cache2cache.serving.engine import Job
 
         try:
-            async for _ in served.engines[0].submit(Job(CHAT, max_tokens=64, timeout=0.02)):
+            async for _ in served.engines[0].submit([Job(CHAT, max_tokens=64, timeout=0.02)])[0]:
                 pass
         except EngineError as error:
             return error.reason
