@@ -24,12 +24,12 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import C2CError
+from . import document
 from .engine import Answering, Engine, EngineError, Event, Finished, Job, Piece, Started, Token, Way
 from .http import Bodies, Refused, Streamed, listening, read_json
 from .metrics import Metrics
@@ -273,71 +273,58 @@ def make_app(
         return _error(500, "the server failed at this request")
 
     _routes(app, api)
-    _describe(app)
+    document.describe(app, (ChatRequest, CompletionRequest))
     app.add_middleware(Bodies, limit=MAX_BODY, error=lambda error: _error(error.status, str(error), error.param))
     app.add_middleware(_Keys, keys=list(keys))
     return app
 
 
 def _routes(app: FastAPI, api: _Api) -> None:
-    def body(kind: type[BaseModel]) -> dict[str, Any]:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    def asks(kind: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+        return {
+            "openapi_extra": {"requestBody": {"required": True, "content": document.reference(kind)}},
+            "responses": document.responses(answer, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504, streams=True),
+        }
+
+    ready_or_not = {503: {"description": "some model is not loaded", "content": document.reference(document.Ready)}}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "some model is not loaded"}})
+    @app.get("/ready", responses={**document.responses(document.Ready), **ready_or_not})
     async def ready() -> Response:
         """Whether every model is loaded."""
         states = {engine.name: engine.ready for engine in api.engines}
         fine = all(states.values())
         return JSONResponse({"ready": fine, "models": states}, 200 if fine else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=document.responses(None, 401))
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=document.responses(document.ModelList, 401))
     async def models() -> dict[str, Any]:
         """What `model` may be."""
         return {"object": "list", "data": [api.card(name) for name in api.names()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=document.responses(document.ModelCard, 401, 404))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         api.find(name)
         return api.card(name)
 
-    @app.post("/v1/chat/completions", openapi_extra=body(ChatRequest))
+    @app.post("/v1/chat/completions", **asks(ChatRequest, document.ChatCompletion))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
         return await api.answer(request, ChatRequest)
 
-    @app.post("/v1/completions", openapi_extra=body(CompletionRequest))
+    @app.post("/v1/completions", **asks(CompletionRequest, document.Completion))
     async def completions(request: Request) -> Response:
         """Go on with a text."""
         return await api.answer(request, CompletionRequest)
-
-
-def _describe(app: FastAPI) -> None:
-    """Put the requests' schemas into the OpenAPI document; their bodies are read by `read_json`."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = made()
-        kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
-            (ChatRequest, "validation"),
-            (CompletionRequest, "validation"),
-        ]
-        _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 class _Keys:
@@ -709,7 +696,7 @@ def log_line(record: dict[str, Any]) -> None:
 class _Server(uvicorn.Server):
     """Refuses what waits as soon as it is told to stop; what runs may end within `grace` seconds.
 
-    Only jobs are waited for; what else is open, such as the connections of a page, is then closed by `app.state.on_stop`.
+    Only jobs are waited for; what else is open, such as a page's connections, is then closed by `app.state.on_stop`.
     """
 
     def __init__(self, config: uvicorn.Config, engines: Sequence[Engine], grace: float, app: FastAPI) -> None:
