@@ -11,6 +11,8 @@ that of one at a time, time to first token under load. Then a second turn behind
 first token over the prefill of its new tokens alone, and whether its tokens are those without reuse.
 
 The chaos: nothing may be lost, stuck or answered with the wrong code, and memory is back within 5 %.
+
+Each criterion is printed with its target and what was measured; the exit status is 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
 
     async def ask(chat: list[Any], new: int) -> tuple[str, float, int, int]:
         began, first, text, started = time.perf_counter(), 0.0, "", None
-        async for event in engine.submit(Job(chat, max_tokens=new)):
+        async for event in engine.submit([Job(chat, max_tokens=new)])[0]:
             if isinstance(event, Started):
                 started = event
             elif isinstance(event, Piece):
@@ -292,11 +294,12 @@ def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[s
     idle(engine)
     after = memory(engine)
 
-    async def alive() -> int:
-        async for event in engine.submit(Job("still there", max_tokens=2)):
+    async def alive() -> bool:
+        new = 0
+        async for event in engine.submit([Job("still there", max_tokens=2)])[0]:
             if isinstance(event, Finished):
-                return event.new_tokens
-        return 0
+                new = event.new_tokens
+        return new > 0
 
     return {
         "requests": count,
@@ -304,7 +307,7 @@ def run_chaos(engine: PairEngine, address: str, count: int, seed: int) -> dict[s
         "worker_memory_ratio": after[0] / before[0],
         "server_memory_ratio": after[1] / before[1],
         "restarts": engine.restarts,
-        "answers_afterwards": asyncio.run(alive()) > 0,
+        "answers_afterwards": asyncio.run(alive()),
     }
 
 
@@ -315,6 +318,41 @@ def idle(engine: PairEngine, seconds: float = 60) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"stuck: {engine.waiting} waiting, {engine.running} running")
         time.sleep(0.05)
+
+
+# ---- what is asked of it ---------------------------------------------------------------------------------------------
+
+
+def criteria(results: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
+    """What is asked of a load or of a chaos: name, target, what was measured, and whether that is met."""
+    if "statuses" in results:
+        memory = [("worker", results["worker_memory_ratio"]), ("server", results["server_memory_ratio"])]
+        return [
+            *((f"memory of the {name}, after over before", "≤ 1.05", ratio, ratio <= 1.05) for name, ratio in memory),
+            ("restarts of the worker", "0", results["restarts"], results["restarts"] == 0),
+            ("answers afterwards", "True", results["answers_afterwards"], results["answers_afterwards"]),
+        ]
+    found = [
+        ("requests lost", "0", results["lost"], results["lost"] == 0),
+        ("answers unlike the library's", "0", results["different"], results["different"] == 0),
+        ("throughput over one at a time", "≥ 2", results["throughput_ratio"], results["throughput_ratio"] >= 2),
+    ]
+    if turn := results.get("second_turn"):
+        ratio = turn["ratio"]
+        found += [
+            ("second turn's first token over the prefill of its new tokens", "≤ 1.3", ratio, ratio <= 1.3),
+            ("second turn's tokens as without reuse", "True", turn["same_tokens"], turn["same_tokens"]),
+        ]
+    return found
+
+
+def report(results: dict[str, Any]) -> bool:
+    """Print the criteria; whether all are met."""
+    found = criteria(results)
+    for name, target, measured, met in found:
+        shown = f"{measured:.3f}" if isinstance(measured, float) else measured
+        print(f"{'met   ' if met else 'MISSED'}  {name}: {shown} (target {target})")
+    return all(met for *_, met in found)
 
 
 def main() -> None:
@@ -358,6 +396,8 @@ def main() -> None:
     print(json.dumps(results, indent=2))
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=2))
+    if not report(results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Served:
     server: Any = None
     thread: Any = None
 
-    def start(self, page: bool = False, **settings: Any) -> Served:
+    def start(self, page: bool = False, grace: int = 60, **settings: Any) -> Served:
         up = threading.Event()
         metrics = Metrics(self.engines)
 
@@ -78,7 +78,13 @@ class Served:
 
         def run() -> None:
             openai.serve(
-                self.engines, "127.0.0.1", 0, ready=ready, make=make, on_server=lambda s: setattr(self, "server", s)
+                self.engines,
+                "127.0.0.1",
+                0,
+                ready=ready,
+                make=make,
+                grace=grace,
+                on_server=lambda s: setattr(self, "server", s),
             )
 
         self.thread = threading.Thread(target=run, daemon=True)

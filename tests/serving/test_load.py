@@ -60,6 +60,27 @@ def test_chaos(bench: ModuleType, served: Served) -> None:
     assert not worker._all and not worker._gone and worker.kept.nbytes <= 4 << 20
 
 
+def test_what_is_missed_is_said(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    turn = {"ratio": 1.3, "same_tokens": True}
+    load = {"lost": 0, "different": 0, "throughput_ratio": 2.0, "second_turn": turn}
+    assert bench.report(load) and "MISSED" not in capsys.readouterr().out
+    for wrong in (
+        {"lost": 1},
+        {"different": 1},
+        {"throughput_ratio": 1.9},
+        {"second_turn": {**turn, "ratio": 1.31}},
+        {"second_turn": {**turn, "same_tokens": False}},
+    ):
+        assert not bench.report({**load, **wrong}) and capsys.readouterr().out.count("MISSED") == 1
+    chaos = {"worker_memory_ratio": 1.05, "server_memory_ratio": 0.9, "restarts": 0, "answers_afterwards": True}
+    assert bench.report({"statuses": {}, **chaos})
+    for name, value in (("worker_memory_ratio", 1.06), ("server_memory_ratio", 1.06), ("restarts", 1)):
+        assert not bench.report({"statuses": {}, **chaos, name: value})
+    capsys.readouterr()
+    assert not bench.report({"statuses": {}, **chaos, "answers_afterwards": False})
+    assert "answers afterwards: False (target True)" in capsys.readouterr().out
+
+
 def test_a_wrong_status_is_noticed(bench: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(address: str, raw: bytes, **options: object) -> tuple[int, bytes, None]:
         return 500, b"{}", None

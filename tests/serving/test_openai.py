@@ -19,10 +19,14 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from cache2cache.pair import C2C
-from cache2cache.serving.engine import EngineError, Limits, PairEngine
-from serving.conftest import Served, spec_of
+from cache2cache.serving import document as documents
+from cache2cache.serving import engine as service
+from cache2cache.serving import openai as openai_server
+from cache2cache.serving.engine import EngineError, Job, Limits, PairEngine, PairSpec
+from serving.conftest import Here, Served, spec_of
 from serving.wire import ask
 
 CHAT: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -328,11 +332,24 @@ def test_hostile_bodies(served: Served, data: st.DataObject) -> None:
         assert 0 < len(json.loads(raw)["error"]["message"]) < 1000
 
 
-def test_schemathesis_finds_no_5xx(served: Served) -> None:
+def test_schemathesis_finds_nothing(served: Served) -> None:
+    """No 5xx, and every answer is what the document says."""
     import schemathesis
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
 
+    conform = [
+        not_a_server_error,
+        checks.status_code_conformance,
+        checks.content_type_conformance,
+        checks.response_schema_conformance,
+    ]
     document = json.loads(ask(served.address, "GET", "/openapi.json")[1])
     assert document["components"]["schemas"]["ChatRequest"]["properties"]["c2c"]
+    for asks in ("chat/completions", "completions"):
+        answers = document["paths"][f"/v1/{asks}"]["post"]["responses"]
+        assert set(answers) == {"200", "400", "401", "404", "408", "413", "415", "429", "500", "503", "504"}
+        assert set(answers["200"]["content"]) == {"application/json", "text/event-stream"}
     schema = schemathesis.openapi.from_dict(document)
     tried = set()
     for result in schema.get_all_operations():
@@ -344,11 +361,38 @@ def test_schemathesis_finds_no_5xx(served: Served) -> None:
         def probe(case: Any, negative: None) -> None:
             if isinstance(case.body, dict) and "max_tokens" in case.body:
                 case.body["max_tokens"] = min(case.body["max_tokens"] or 4, 4)
-            response = case.call(base_url=served.address, timeout=60)
-            assert response.status_code < 500, (case.body, response.text)
+            case.call_and_validate(base_url=served.address, timeout=60, checks=conform)
 
         probe()
     assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models", "GET /metrics"} <= tried
+
+
+def test_answers_are_what_the_document_says(served: Served) -> None:
+    chat, completion = documents.ChatCompletion, documents.Completion
+    chat.model_validate(post(served, good(n=2, logprobs=True, top_logprobs=2))[1])
+    chat.model_validate(post(served, good(model="tiny:text"))[1])
+    body = {"model": "tiny", "prompt": ["Iron", "Plants"], "max_tokens": 3}
+    completion.model_validate(post(served, body, "/v1/completions")[1])
+    completion.model_validate(post(served, {**body, "logprobs": 2}, "/v1/completions")[1])
+    documents.Error.model_validate(post(served, b"")[1])
+    for path, kind in (("models", documents.ModelList), ("models/tiny:text", documents.ModelCard)):
+        kind.model_validate_json(ask(served.address, "GET", f"/v1/{path}")[1])
+
+
+def test_bodies_that_are_wrong_in_many_places(served: Served) -> None:
+    """The first place is said, and the others are not even looked for."""
+    for body, path in (
+        ({"model": "tiny", "prompt": [-1] * 300_000}, "/v1/completions"),
+        ({"model": "tiny", "prompt": [[]] * 300_000}, "/v1/completions"),
+        (good(**{f"field{i}": 1 for i in range(50_000)}), "/v1/chat/completions"),
+        (good(messages=[{f"field{i}": 1 for i in range(50_000)}]), "/v1/chat/completions"),
+        (good(messages=[{}] * 2048), "/v1/chat/completions"),
+    ):
+        kind = openai_server.ChatRequest if "messages" in body else openai_server.CompletionRequest
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() < 200
+        assert post(served, body, path)[0] == 400
 
 
 def test_the_log_holds_no_prompts(served: Served) -> None:
@@ -400,6 +444,88 @@ def test_a_client_that_leaves_stops_its_job(served: Served, stream: bool) -> Non
     settle(served)
     assert number(served, "c2c_new_tokens_total") - before < 4 * 64
     assert post(served, good())[0] == 200
+
+
+def test_a_client_that_leaves_while_it_sends(served: Served) -> None:
+    settle(served)
+    served.records.clear()
+    host, port = served.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        )
+        client.sendall(head.encode() + b"{")
+    deadline = time.monotonic() + 30
+    while not served.records:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [record["status"] for record in served.records] == [499]
+    assert 'status="500"' not in ask(served.address, "GET", "/metrics")[1].decode()
+
+
+def test_a_list_of_prompts_is_taken_as_a_whole(tiny_pair_folder: Path) -> None:
+    """All of them or none, also where they are more than may wait."""
+    engine = Here("tiny", spec_of(tiny_pair_folder), Limits(max_waiting=2, max_batch=4))
+    server = Served([engine]).start()
+    try:
+        asked = {"model": "tiny", "prompt": [f"Iron {i}" for i in range(9)], "max_tokens": 2, "temperature": 0}
+        status, answer = post(server, asked, "/v1/completions")
+        assert status == 200 and [choice["index"] for choice in answer["choices"]] == list(range(9))
+        settle(server)
+
+        async def full() -> tuple[str, int]:
+            job = Job(CHAT, max_tokens=64)
+            taken = engine.submit([job] * 2)
+            try:
+                engine.submit([job] * 3)
+            except EngineError as error:
+                return error.reason, engine.waiting + engine.running
+            finally:
+                for answering in taken:
+                    answering.close()
+            return "taken", 0
+
+        assert asyncio.run(full()) == ("busy", 2)
+        settle(server)
+    finally:
+        server.stop()
+
+
+def test_a_worker_that_dies_and_one_that_does_not_come_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are logged and started again, the latter after ever longer pauses; meanwhile the engine isn't ready."""
+    up, down = threading.Event(), threading.Event()
+
+    class Scripted(PairEngine):
+        turns = iter(["dies", "fails", "fails", "stays"])
+
+        def _run_worker(self) -> str | None:
+            turn = next(self.turns)
+            if turn == "fails":
+                assert not self.ready
+                return "no memory"
+            self._hear("ready", "about")
+            if turn == "stays":
+                up.set()
+                self._wake.wait()
+            else:
+                down.wait(30)
+            return None
+
+    monkeypatch.setattr(service, "_PAUSES", (0.0, 0.01, 0.02, 0.03))
+    records: list[dict[str, Any]] = []
+    engine = Scripted("tiny", PairSpec(), log=records.append)
+    engine.start()
+    assert engine.ready and not records
+    down.set()
+    assert up.wait(30)
+    assert [(r["event"], r.get("again_in_s"), r["restarts"]) for r in records] == [
+        ("worker_died", 0.0, 1),
+        ("worker_failed", 0.01, 2),
+        ("worker_failed", 0.02, 3),
+        ("worker_ready", None, 3),
+    ]
+    assert records[1]["error"] == "no memory" and "exit_code" in records[0] and engine.ready
+    engine.close()
 
 
 def test_too_many_are_told_to_come_back(tiny_pair_folder: Path) -> None:
@@ -498,10 +624,8 @@ def stops_gracefully(server: Served) -> None:
 
 def test_a_request_that_takes_too_long(served: Served) -> None:
     async def run() -> str:
-        from cache2cache.serving.engine import Job
-
         try:
-            async for _ in served.engines[0].submit(Job(CHAT, max_tokens=64, timeout=0.02)):
+            async for _ in served.engines[0].submit([Job(CHAT, max_tokens=64, timeout=0.02)])[0]:
                 pass
         except EngineError as error:
             return error.reason

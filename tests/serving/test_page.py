@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,7 @@ from cache2cache.serving import worker as service
 from cache2cache.serving.engine import Limits, PairEngine
 from cache2cache.serving.metrics import Metrics
 from serving.conftest import Here, Served, ask_on_page, opened, spec_of
+from serving.wire import ask
 
 WAYS = list(pages.LABELS)
 # Every text that any of the columns has had.
@@ -79,11 +82,53 @@ def test_switching_and_all_at_once(tab: Any) -> None:
     assert ask_on_page(tab, "Iron?") == first  # the same models behind another name
 
 
+def test_stop(tab: Any, served: Served) -> None:
+    """No column goes on, the models stop, and one may ask again."""
+    tab.fill("#question textarea", "Plants?")
+    tab.evaluate("document.querySelector('#ask').click()")
+    tab.wait_for_selector("[data-state=running]")
+    tab.click("#stop")
+    tab.wait_for_selector("[data-state=stopped]")
+    tab.wait_for_function("!document.querySelector('[data-state=running]')")
+    engine = served.engines[0]
+    for _ in range(400):
+        if not engine.waiting and not engine.running:
+            break
+        tab.wait_for_timeout(50)
+    assert not engine.waiting and not engine.running
+    tab.wait_for_timeout(500)  # nothing comes in late
+    states = tab.eval_on_selector_all(".c2c-answer", "all => all.map(each => each.dataset.state)")
+    assert "running" not in states and "stopped" in states
+    ask_on_page(tab, "Iron?")
+
+
 def test_examples_fill_the_question(tab: Any) -> None:
     row = pages.read_examples()[0]["question"]
     tab.get_by_text(row[:40]).first.click()
     tab.wait_for_function("document.querySelector('#question textarea').value.length > 20", timeout=20_000)
     assert tab.input_value("#question textarea") == row
+
+
+def test_an_open_page_does_not_hold_the_shutdown(tiny_pair_folder: Path) -> None:
+    server = Served([Here("one", spec_of(tiny_pair_folder))]).start(page=True, grace=3600)
+    held = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=60)
+    held.request("GET", "/ui/gradio_api/heartbeat/session")  # a page may hold this for as long as it is open
+    response = held.getresponse()
+    assert response.status == 200 and response.read(4) == b"data"
+    server.stop()
+    held.close()
+
+
+def test_what_the_page_takes(served: Served) -> None:
+    """Bodies are limited on its routes too, with and without a declared length, and files are not taken."""
+    large, join = b"x" * ((8 << 20) + 1), "/ui/gradio_api/queue/join"
+    for body in (large, iter([large[: 1 << 20]] * 9)):
+        status, raw = ask(served.address, "POST", join, body)
+        assert status == 413 and json.loads(raw)["error"]["code"] == "body_too_large"
+    assert ask(served.address, "POST", join, b"{}")[0] == 422
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    file = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nhello\r\n--x--\r\n'
+    assert ask(served.address, "POST", "/ui/gradio_api/upload", file, **form)[0] == 404
 
 
 def test_with_keys_the_page_asks_for_one(tiny_pair_folder: Path, browser: Any) -> None:

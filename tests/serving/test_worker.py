@@ -160,7 +160,78 @@ def test_logprobs(pair: C2C, desk: Desk) -> None:
     (score,) = decode.score(pair.receiver, pair.prefill(CHATS[0]), [[answer.tolist()]])[0]
     assert len(tokens) == 6 and sum(token.logprob for token in tokens) == pytest.approx(score.logprob, abs=1e-3)
     for token in tokens:
-        assert token.likeliest[0] == (token.text, token.logprob) and len(token.likeliest) == 3
+        best = token.likeliest[0]
+        assert (best.text, best.logprob) == (token.text, token.logprob) and len(token.likeliest) == 3
+
+
+@pytest.mark.parametrize("stop", [None, "c"])
+def test_logprobs_of_parts_of_characters(monkeypatch: pytest.MonkeyPatch, stop: str | None) -> None:
+    pair = pair_of("qwen3", "llama")
+    said = "aé€b 😀cd"
+    ids = pair.receiver.need_tokenizer()(said).input_ids
+    assert len(ids) > len(said)  # or no character is in parts
+    script = iter(ids)
+    monkeypatch.setattr(service, "draw", lambda *_: next(script))
+    job = Job(CHATS[0], max_tokens=len(ids), temperature=1.0, logprobs=2, stop=(stop,) if stop else ())
+    (events,) = Desk(pair).run(job)
+    shown = text(events)
+    tokens = [token for event in events if isinstance(event, Piece) for token in event.tokens]
+    assert shown == (said[: said.index(stop)] if stop else said)
+    assert b"".join(token.data for token in tokens) == shown.encode()
+    for i, token in enumerate(tokens):
+        before = b"".join(t.data for t in tokens[:i])
+        assert token.offset == len(before.decode(errors="ignore"))
+        assert token.text == token.data.decode(errors="replace")
+    so_far = ""
+    for event in events:
+        if isinstance(event, Piece):
+            so_far += event.text
+            assert all(token.offset < len(so_far) for token in event.tokens)  # they come with their text
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3"])
+def test_the_text_and_bytes_of_tokens(family: str) -> None:
+    tokenizer = pair_of(family, "qwen2").receiver.need_tokenizer()
+    said = "Plants make food. é€😀 Why?"
+    ids = [i for i in tokenizer(said, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+    found = b"".join(service.token_text(tokenizer, i)[1] for i in ids)
+    assert found.decode().strip() == tokenizer.decode(ids).strip()
+
+
+def test_a_prompt_that_is_far_too_long_is_only_counted(pair: C2C, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(C2C, "rendered", lambda *_, **__: pytest.fail("it was read"))
+    words = "Plants make food. " * 40_000
+    chat = [{"role": "user", "content": words[: 1 << 18]}] * 2
+    for way in WAYS:
+        prompts: list[Any] = [chat] if way == "text" else [chat, words, [5] * 100_000]
+        for events in Desk(pair).run(*(Job(prompt, way) for prompt in prompts)):
+            assert events[-1].reason == "invalid" and "doesn't fit the context" in events[-1].message
+
+
+def test_looking_at_jobs(pair: C2C, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest first, and not those that were cancelled meanwhile."""
+    seen: list[int] = []
+    busy, go_on = threading.Event(), threading.Event()
+    original = Worker._checked
+
+    def checked(self: Worker, number: int, job: Job) -> Any:
+        seen.append(number)
+        if number == 0:
+            busy.set()
+            assert go_on.wait(30)
+        return original(self, number, job)
+
+    monkeypatch.setattr(Worker, "_checked", checked)
+    desk = Desk(pair)
+    desk.worker.submit(0, Job("Hi", max_tokens=1))
+    assert busy.wait(30)
+    for number, words in ((1, 50), (2, 40), (3, 2)):
+        desk.worker.submit(number, Job("Hi " * words, max_tokens=1))
+    desk.worker.cancel(2)
+    threading.Thread(target=desk.worker.run, daemon=True).start()
+    go_on.set()
+    assert sorted(desk.ended.get(timeout=30) for _ in range(3)) == [0, 1, 3]
+    assert seen == [0, 3, 1] and not desk.worker._all and not desk.worker._gone
 
 
 def test_later_turns_start_from_earlier_ones(pair: C2C) -> None:

@@ -99,7 +99,7 @@ def _engines(
 ) -> list[PairEngine]:
     try:
         from cache2cache.serving.engine import Limits, PairEngine, PairSpec
-        from cache2cache.serving.openai import check_names
+        from cache2cache.serving.openai import check_names, log_line
     except ImportError as error:
         raise C2CError(
             f"serving needs the package {error.name}; install it with: pip install 'cache2cache[serve]'"
@@ -110,13 +110,11 @@ def _engines(
         raise C2CError("--receiver, --sharer and --subfolder are for one fuser; several run with their own models")
     if subfolders and len(subfolders) > 1:  # one pair with several sharers
         ((name, place),) = named
-        spec = PairSpec(place, list(subfolders), receiver, sharers, dtype, device)
-        return [PairEngine(name, spec, Limits(**limits), warmup=warmup)]
-    inside = subfolders[0] if subfolders else None
-    return [
-        PairEngine(name, PairSpec(place, inside, receiver, sharers, dtype, device), Limits(**limits), warmup=warmup)
-        for name, place in named
-    ]
+        specs = [(name, PairSpec(place, list(subfolders), receiver, sharers, dtype, device))]
+    else:
+        inside = subfolders[0] if subfolders else None
+        specs = [(name, PairSpec(place, inside, receiver, sharers, dtype, device)) for name, place in named]
+    return [PairEngine(name, spec, Limits(**limits), warmup=warmup, log=log_line) for name, spec in specs]
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
     engine = PairEngine("default", PairSpec())
     engine.start()                                     # loads the models; a C2CError says what is in the way
-    async for event in engine.submit(Job([{"role": "user", "content": "Why is the sky blue?"}])):
+    (answering,) = engine.submit([Job([{"role": "user", "content": "Why is the sky blue?"}])])
+    async for event in answering:
         ...
     engine.close()
 
@@ -19,7 +20,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal, Protocol
@@ -97,11 +98,21 @@ class Started:
 
 @dataclass(frozen=True)
 class Token:
-    """A token's text, its log-probability (nats), and the likeliest tokens in its place with theirs."""
+    """A token in its place.
+
+    Attributes:
+        text: of the token alone; of a part of a character "\ufffd".
+        data: its bytes, also of a part of a character.
+        logprob: nats.
+        offset: how many characters of the answer stand before it, or before the character that it is a part of.
+        likeliest: the likeliest tokens in its place, themselves without any.
+    """
 
     text: str
+    data: bytes
     logprob: float
-    likeliest: tuple[tuple[str, float], ...] = ()
+    offset: int = 0
+    likeliest: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -210,8 +221,9 @@ class Answering(Protocol):
 class Engine(Protocol):
     """What the server and the page need of an inference engine.
 
-    `submit` raises an EngineError for what isn't taken, and so does the iteration for what goes wrong later. `drain`
-    refuses new jobs and those that wait and lets the running ones end, `close` ends all.
+    `submit` takes the jobs of one request, all or none, and gives one `Answering` per job; it raises an EngineError for
+    what isn't taken, and so does the iteration for what goes wrong later. `drain` refuses new jobs and those that wait
+    and lets the running ones end, `close` ends all.
     """
 
     name: str
@@ -234,7 +246,7 @@ class Engine(Protocol):
     @property
     def restarts(self) -> int: ...
 
-    def submit(self, job: Job) -> Answering: ...
+    def submit(self, jobs: Sequence[Job]) -> Sequence[Answering]: ...
 
     def drain(self) -> None: ...
 
@@ -261,7 +273,7 @@ class Limits:
     """What one engine takes.
 
     Attributes:
-        max_waiting: jobs that wait for their turn.
+        max_waiting: jobs that wait for their turn. A request is taken as a whole while fewer wait.
         max_batch: answers that are written together; also the most that one job may ask for.
         max_batch_tokens: positions of a batch, answers times the longest prompt and answer.
         max_new_tokens: the longest answer.
@@ -279,17 +291,26 @@ class Limits:
 
 
 _END = object()
-_PAUSES = (0.0, 1.0, 5.0, 15.0)  # seconds before the worker is started again, the last one from then on
+_PAUSES = (0.0, 1.0, 5.0, 15.0)  # seconds before a worker is started again, by how often in a row loading failed
 
 
 class PairEngine:
     """Runs a pair in a worker process and starts it anew when it dies.
 
-    Jobs travel to the worker and events back through a pipe between these two processes alone.
+    Jobs travel to the worker and events back through a pipe between these two processes alone. `log` is called with a
+    record of each worker that ends or comes back.
     """
 
-    def __init__(self, name: str, spec: PairSpec, limits: Limits | None = None, *, warmup: bool = False) -> None:
-        self.name, self.spec, self.limits, self.warmup = name, spec, limits or Limits(), warmup
+    def __init__(
+        self,
+        name: str,
+        spec: PairSpec,
+        limits: Limits | None = None,
+        *,
+        warmup: bool = False,
+        log: Callable[[dict[str, Any]], None] = lambda record: None,
+    ) -> None:
+        self.name, self.spec, self.limits, self.warmup, self.log = name, spec, limits or Limits(), warmup, log
         self._about: About | None = None
         self._pending: dict[int, _Answering] = {}
         self._ids = itertools.count()
@@ -344,18 +365,21 @@ class PairEngine:
             self.close()
             raise error
 
-    def submit(self, job: Job) -> Answering:
-        """Queue a job. To be called on the event loop that reads the answer."""
+    def submit(self, jobs: Sequence[Job]) -> list[_Answering]:
+        """Queue the jobs of a request, all or none. To be called on the event loop that reads the answers."""
         if self._draining:
             raise EngineError("unavailable", "the server is stopping; try again later", 5)
-        if job.n > self.limits.max_batch:
-            raise EngineError("invalid", f"{job.n} answers were asked for; at most {self.limits.max_batch} are given")
-        if job.max_tokens is not None and job.max_tokens > self.limits.max_new_tokens:
-            raise EngineError(
-                "invalid",
-                f"an answer of up to {job.max_tokens} tokens was asked for; at most {self.limits.max_new_tokens} "
-                "are given",
-            )
+        for job in jobs:
+            if job.n > self.limits.max_batch:
+                raise EngineError(
+                    "invalid", f"{job.n} answers were asked for; at most {self.limits.max_batch} are given"
+                )
+            if job.max_tokens is not None and job.max_tokens > self.limits.max_new_tokens:
+                raise EngineError(
+                    "invalid",
+                    f"an answer of up to {job.max_tokens} tokens was asked for; at most {self.limits.max_new_tokens} "
+                    "are given",
+                )
         with self._lock:
             if not self._ready:
                 raise EngineError("unavailable", f"{self.name} is loading its models; try again soon", 5)
@@ -366,11 +390,11 @@ class PairEngine:
                 raise EngineError("busy", f"{waiting} requests are waiting already; try again in {retry} s", retry)
             if not self._pending:
                 self._heard = time.monotonic()
-            number = next(self._ids)
-            answering = _Answering(self, number, job.timeout)
-            self._pending[number] = answering
-            self._outbox.put(("job", number, job))
-        return answering
+            answers = [_Answering(self, next(self._ids), job.timeout) for job in jobs]
+            self._pending.update((answering.number, answering) for answering in answers)
+            for answering, job in zip(answers, jobs, strict=True):
+                self._outbox.put(("job", answering.number, job))
+        return answers
 
     def drain(self) -> None:
         self._draining = True
@@ -410,22 +434,29 @@ class PairEngine:
 
     def _supervise(self) -> None:
         """Keep a worker running until the engine is closed."""
-        for attempt in itertools.count():
+        failures = 0  # in a row
+        while True:
             said = self._run_worker()
             with self._lock:
-                self._ready = False
+                came_up, self._ready = self._ready, False
             self._fail_all(f"the worker of {self.name} has ended; it is being started again")
             if self._closed:
                 return
+            code = None if self._process is None else self._process.exitcode
+            hint = ", perhaps for want of memory" if code == -9 else ""
             if self._about is None:  # it has never come up
-                code = None if self._process is None else self._process.exitcode
-                hint = ", perhaps for want of memory" if code == -9 else ""
                 self._first.put(
                     C2CError(said or f"the worker of {self.name} ended with code {code} while loading{hint}")
                 )
                 return
+            failures = 0 if came_up else failures + 1
+            pause = _PAUSES[min(failures, len(_PAUSES) - 1)]
             self._restarts += 1
-            self._wake.wait(_PAUSES[min(attempt, len(_PAUSES) - 1)])
+            record = {"event": "worker_died" if came_up else "worker_failed", "model": self.name, "exit_code": code}
+            if not came_up:
+                record["error"] = said or f"it ended while loading{hint}"
+            self.log({**record, "restarts": self._restarts, "again_in_s": pause})
+            self._wake.wait(pause)
             if self._closed:
                 return
 
@@ -448,6 +479,7 @@ class PairEngine:
             while True:
                 if not mine.poll(1.0):
                     if self._stuck():
+                        self.log({"event": "worker_stuck", "model": self.name, "silent_s": self.limits.silence})
                         process.kill()  # its end is read next
                     continue
                 kind, content = mine.recv()
@@ -487,6 +519,8 @@ class PairEngine:
                 self._ready = True
             if first:
                 self._first.put(None)
+            else:
+                self.log({"event": "worker_ready", "model": self.name, "restarts": self._restarts})
 
 
 def _work(connection: Connection, spec: PairSpec, limits: Limits, warmup: bool) -> None:

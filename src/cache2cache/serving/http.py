@@ -9,12 +9,14 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
-from starlette.types import Message, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import C2CError
+
+MAX_ERRORS = 1000  # of a body
 
 _T = TypeVar("_T", bound=BaseModel)
 
@@ -27,8 +29,50 @@ class Refused(Exception):
         self.status, self.param = status, param
 
 
-async def read_json(request: Request, kind: type[_T], max_body: int, seconds: float) -> _T:
-    """The body of a request as a model, or a `Refused`: 415, 413, 408, 400."""
+class Bodies:
+    """Refuses bodies of more than `limit` bytes on every route, with what `error` makes of the refusal."""
+
+    def __init__(self, app: ASGIApp, limit: int, error: Callable[[Refused], Response]) -> None:
+        self.app, self.limit, self.error = app, limit, error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        declared, read, started = int(given) if given.isdigit() else 0, 0, False
+        refusal: Refused | None = None
+
+        async def counted() -> Message:
+            nonlocal read, refusal
+            if declared <= self.limit:
+                message = await receive()
+                read += len(message.get("body", b""))
+                if read <= self.limit:
+                    return message
+            refusal = Refused(413, f"the body has more than {self.limit} bytes; ask for less at a time")
+            raise refusal
+
+        async def answered(message: Message) -> None:
+            nonlocal started
+            if refusal is None or started:
+                started = True
+                await send(message)
+
+        try:
+            await self.app(scope, counted, answered)
+        except Exception:
+            if refusal is None or started:
+                raise
+        if refusal is not None and not started:  # whatever the application made of it
+            await self.error(refusal)(scope, receive, send)
+
+
+async def read_json(request: Request, kind: type[_T], seconds: float) -> _T:
+    """The body of a request as a model, or a `Refused`: 415, 408, 400; where `Bodies` says so, 413.
+
+    Raises starlette's ClientDisconnect where the client leaves meanwhile.
+    """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the body must be application/json")
     body = bytearray()
@@ -36,8 +80,6 @@ async def read_json(request: Request, kind: type[_T], max_body: int, seconds: fl
     async def read() -> None:
         async for chunk in request.stream():
             body.extend(chunk)
-            if len(body) > max_body:
-                raise Refused(413, f"the body has more than {max_body} bytes; ask for less at a time")
 
     try:
         await asyncio.wait_for(read(), seconds)
@@ -46,7 +88,11 @@ async def read_json(request: Request, kind: type[_T], max_body: int, seconds: fl
     try:
         return await asyncio.to_thread(kind.model_validate_json, bytes(body))
     except (ValidationError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "nested too deep"}
+        if isinstance(error, RecursionError):
+            raise Refused(400, "the body: nested too deep") from error
+        if error.error_count() > MAX_ERRORS:  # to say them all takes longer than to find them
+            raise Refused(400, f"the body: {error.error_count()} things in it are wrong") from None
+        first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))[:200]
         raise Refused(400, f"{where or 'the body'}: {first['msg'][:300]}", where or None) from error
 

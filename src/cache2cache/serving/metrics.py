@@ -1,15 +1,15 @@
-"""What is counted for Prometheus: every job goes through `Metrics.events`, whoever asks for it."""
+"""What is counted for Prometheus: every job goes through `Metrics.submit`, whoever asks for it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from .engine import Engine, EngineError, Event, Finished, Job, Piece, Started
+from .engine import Answering, Engine, EngineError, Event, Finished, Job, Piece, Started
 
 _LABELS = ("model", "way")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120)
@@ -37,42 +37,60 @@ class Metrics:
         self.errors = Counter("c2c_errors", "Jobs without an answer", [*_LABELS, "reason"], registry=self.registry)
         self.responses = Counter("c2c_responses", "Answers of the API", ["path", "status"], registry=self.registry)
 
-    async def events(self, engine: Engine, job: Job) -> AsyncGenerator[Event, None]:
-        """The events of a job, counted. Closing the generator gives the job up."""
-        labels = (engine.name, job.way)
-        began, first = time.perf_counter(), 0.0
+    def submit(self, engine: Engine, jobs: Sequence[Job]) -> list[Answering]:
+        """The jobs of one request, queued and counted, as `Engine.submit` does it."""
         try:
-            answering = engine.submit(job)
+            answers = engine.submit(jobs)
         except EngineError as error:
-            self.errors.labels(*labels, error.reason).inc()
+            for job in jobs:
+                self.errors.labels(engine.name, job.way, error.reason).inc()
             raise
-        try:
-            async for event in answering:
-                now = time.perf_counter() - began
-                if isinstance(event, Started):
-                    self.prompt.labels(*labels).inc(event.prompt_tokens)
-                    self.reused.labels(*labels).inc(event.reused)
-                    if event.first:
-                        self.batch.labels(*labels).observe(event.batch)
-                elif isinstance(event, Piece) and not event.message and not first:
-                    first = now
-                    self.first.labels(*labels).observe(first)
-                elif isinstance(event, Finished):
-                    self.total.labels(*labels).observe(now)
-                    self.new.labels(*labels).inc(event.new_tokens)
-                    self.passed.labels(*labels).inc(event.bytes_passed)
-                    if event.new_tokens > job.n and now > first:
-                        self.rate.labels(*labels).observe((event.new_tokens - job.n) / (now - first))
-                yield event
-        except EngineError as error:
-            self.errors.labels(*labels, error.reason).inc()
-            raise
-        finally:
-            answering.close()
+        return [_Counted(self, engine, job, answering) for job, answering in zip(jobs, answers, strict=True)]
 
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _Counted:
+    """The events of a job, which are counted as they are read."""
+
+    def __init__(self, metrics: Metrics, engine: Engine, job: Job, answering: Answering) -> None:
+        self.metrics, self.job, self.answering = metrics, job, answering
+        self.labels = (engine.name, job.way)
+        self.began, self.first = time.perf_counter(), 0.0
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        try:
+            event = await anext(self.answering)
+        except EngineError as error:
+            self.metrics.errors.labels(*self.labels, error.reason).inc()
+            raise
+        self._count(event)
+        return event
+
+    def close(self) -> None:
+        self.answering.close()
+
+    def _count(self, event: Event) -> None:
+        metrics, labels, now = self.metrics, self.labels, time.perf_counter() - self.began
+        if isinstance(event, Started):
+            metrics.prompt.labels(*labels).inc(event.prompt_tokens)
+            metrics.reused.labels(*labels).inc(event.reused)
+            if event.first:
+                metrics.batch.labels(*labels).observe(event.batch)
+        elif isinstance(event, Piece) and not event.message and not self.first:
+            self.first = now
+            metrics.first.labels(*labels).observe(now)
+        elif isinstance(event, Finished):
+            metrics.total.labels(*labels).observe(now)
+            metrics.new.labels(*labels).inc(event.new_tokens)
+            metrics.passed.labels(*labels).inc(event.bytes_passed)
+            if event.new_tokens > self.job.n and now > self.first:
+                metrics.rate.labels(*labels).observe((event.new_tokens - self.job.n) / (now - self.first))
 
 
 class _Engines:
@@ -92,7 +110,7 @@ class _Engines:
             for engine in self.engines:
                 gauge.add_metric([engine.name], value(engine))
             yield gauge
-        restarts = CounterMetricFamily("c2c_worker_restarts", "Workers that ended and came back", labels=["model"])
+        restarts = CounterMetricFamily("c2c_worker_restarts", "Times a worker was started again", labels=["model"])
         for engine in self.engines:
             restarts.add_metric([engine.name], engine.restarts)
         yield restarts

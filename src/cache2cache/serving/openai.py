@@ -24,18 +24,23 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import C2CError
-from .engine import Engine, EngineError, Event, Finished, Job, Piece, Started, Token, Way
-from .http import Refused, Streamed, listening, read_json
+from . import document
+from .engine import Answering, Engine, EngineError, Event, Finished, Job, Piece, Started, Token, Way
+from .http import Bodies, Refused, Streamed, listening, read_json
 from .metrics import Metrics
 
 MAX_BODY = 8 << 20
+LAST_SECONDS = 2  # to send what is left when nothing runs any more
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 MAX_PROMPTS = 64  # of one request for completions
+MAX_MESSAGES = 2048
+MAX_FIELDS = 100  # of an object
+MAX_MESSAGE = 900  # characters of an error
 
 _STATUS = {"invalid": 400, "busy": 429, "unavailable": 503, "timeout": 504, "internal": 500}
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -70,10 +75,19 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Ids = Annotated[list[_Id], Field(min_length=1, fail_fast=True)]  # millions of wrong items are one error
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, given: Any) -> Any:
+        # Every field that isn't known would be an error of its own.
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise ValueError(f"more than {MAX_FIELDS} fields")
+        return given
 
 
 class Choices(_Model):
@@ -158,7 +172,7 @@ class Said(_Model):
 class ChatRequest(_Asked):
     """A chat to be answered."""
 
-    messages: Annotated[list[Said], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Said], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -177,9 +191,9 @@ class CompletionRequest(_Asked):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[_Id], Field(min_length=1)]
-        | Annotated[list[Annotated[list[_Id], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | _Ids
+        | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -223,6 +237,8 @@ def make_app(
         timeout: seconds that a request may take, the wait for its turn included.
         log: is called with a record of each request.
         log_prompts: whether the records hold prompts and answers.
+
+    `state.on_stop` of the application is a list of what `serve` calls, without arguments, when all jobs have ended.
     """
     metrics = metrics or Metrics(engines)
     api = _Api(engines, metrics, timeout, log or (lambda record: None), log_prompts)
@@ -236,6 +252,7 @@ def make_app(
     from .. import __version__
 
     app = FastAPI(title="cache2cache", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.on_stop = []
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
@@ -256,70 +273,58 @@ def make_app(
         return _error(500, "the server failed at this request")
 
     _routes(app, api)
-    _describe(app)
+    document.describe(app, (ChatRequest, CompletionRequest))
+    app.add_middleware(Bodies, limit=MAX_BODY, error=lambda error: _error(error.status, str(error), error.param))
     app.add_middleware(_Keys, keys=list(keys))
     return app
 
 
 def _routes(app: FastAPI, api: _Api) -> None:
-    def body(kind: type[BaseModel]) -> dict[str, Any]:
-        schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    def asks(kind: type[BaseModel], answer: type[BaseModel]) -> dict[str, Any]:
+        return {
+            "openapi_extra": {"requestBody": {"required": True, "content": document.reference(kind)}},
+            "responses": document.responses(answer, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504, streams=True),
+        }
+
+    ready_or_not = {503: {"description": "some model is not loaded", "content": document.reference(document.Ready)}}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses={503: {"description": "some model is not loaded"}})
+    @app.get("/ready", responses={**document.responses(document.Ready), **ready_or_not})
     async def ready() -> Response:
         """Whether every model is loaded."""
         states = {engine.name: engine.ready for engine in api.engines}
         fine = all(states.values())
         return JSONResponse({"ready": fine, "models": states}, 200 if fine else 503)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=document.responses(None, 401))
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(api.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=document.responses(document.ModelList, 401))
     async def models() -> dict[str, Any]:
         """What `model` may be."""
         return {"object": "list", "data": [api.card(name) for name in api.names()]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=document.responses(document.ModelCard, 401, 404))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         api.find(name)
         return api.card(name)
 
-    @app.post("/v1/chat/completions", openapi_extra=body(ChatRequest))
+    @app.post("/v1/chat/completions", **asks(ChatRequest, document.ChatCompletion))
     async def chat(request: Request) -> Response:
         """Answer a chat."""
         return await api.answer(request, ChatRequest)
 
-    @app.post("/v1/completions", openapi_extra=body(CompletionRequest))
+    @app.post("/v1/completions", **asks(CompletionRequest, document.Completion))
     async def completions(request: Request) -> Response:
         """Go on with a text."""
         return await api.answer(request, CompletionRequest)
-
-
-def _describe(app: FastAPI) -> None:
-    """Put the requests' schemas into the OpenAPI document; their bodies are read by `read_json`."""
-    made = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = made()
-        kinds: list[tuple[type[BaseModel], Literal["validation"]]] = [
-            (ChatRequest, "validation"),
-            (CompletionRequest, "validation"),
-        ]
-        _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 class _Keys:
@@ -390,7 +395,7 @@ class _Api:
             self.log({**record, "status": status, "seconds": round(time.perf_counter() - began, 4)})
 
         try:
-            asked = await read_json(request, kind, MAX_BODY, STALL_SECONDS)
+            asked = await read_json(request, kind, STALL_SECONDS)
             record.update(model=asked.model, stream=bool(asked.stream), n=asked.n or 1)
             engine, way = self.find(asked.model)
             jobs = _jobs(asked, engine, way, self.timeout)
@@ -418,7 +423,7 @@ class _Api:
                 await events.aclose()
             done(200)
             return JSONResponse(content, headers={"X-Request-Id": record["id"]})
-        except _Gone:
+        except (_Gone, ClientDisconnect):
             done(499)
             return Response(status_code=499)
         except EngineError as error:
@@ -433,41 +438,33 @@ class _Api:
 
     async def _events(self, engine: Engine, jobs: Sequence[Job]) -> _Merged:
         """The events of all jobs of a request, with each job's number, as they come. An error ends all."""
-        if len(jobs) == 1:
-            source = self.metrics.events(engine, jobs[0])
-            try:
-                async for event in source:
-                    yield 0, event
-            finally:
-                await source.aclose()
-            return
-        ready: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue()
+        sources = self.metrics.submit(engine, jobs)
+        # Of one event per job, so that a client who reads slowly isn't read ahead for.
+        ready: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue(len(jobs))
 
-        async def read(number: int, job: Job) -> None:
-            source = self.metrics.events(engine, job)
+        async def read(number: int, source: Answering) -> None:
             try:
                 async for event in source:
-                    ready.put_nowait((number, event))
-                ready.put_nowait((number, None))
+                    await ready.put((number, event))
+                await ready.put((number, None))
             except Exception as error:
-                ready.put_nowait((number, error))
-            finally:
-                await source.aclose()
+                await ready.put((number, error))
 
-        tasks = [asyncio.create_task(read(number, job)) for number, job in enumerate(jobs)]
+        tasks = [asyncio.create_task(read(number, source)) for number, source in enumerate(sources)]
         try:
             left = len(tasks)
             while left:
                 number, item = await ready.get()
-                if isinstance(item, BaseException):
+                if isinstance(item, Exception):
                     raise item
                 if item is None:
                     left -= 1
                 else:
                     yield number, item
         finally:
-            for task in tasks:
+            for task, source in zip(tasks, sources, strict=True):
                 task.cancel()
+                source.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
@@ -582,7 +579,7 @@ class _Writer:
                 {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
             )
             logprobs = (
-                self.logprobs(tokens[index], 0)
+                self.logprobs(tokens[index])
                 if self.asked.logprobs is not None and self.asked.logprobs is not False
                 else None
             )
@@ -600,8 +597,8 @@ class _Writer:
                 more = {"usage": None, **more}
             return _sse({**self.head, "object": object_, "choices": choices, **more})
 
-        def choice(index: int, text: str, finish: str | None, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
-            logprobs = self.logprobs(tokens, offset) if tokens else None
+        def choice(index: int, text: str, finish: str | None, tokens: Sequence[Token]) -> dict[str, Any]:
+            logprobs = self.logprobs(tokens) if tokens else None
             content = {"delta": {"content": text} if text or not finish else {}} if self.chat else {"text": text}
             return {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
 
@@ -609,25 +606,24 @@ class _Writer:
             try:
                 if self.chat:
                     for index in range(len(self.texts)):
-                        yield data([{**choice(index, "", None, (), 0), "delta": {"role": "assistant", "content": ""}}])
+                        yield data([{**choice(index, "", None, ()), "delta": {"role": "assistant", "content": ""}}])
                 number, event = first
                 while True:
                     self.note(event)
                     if isinstance(event, Piece) and not event.message and (event.text or event.finish or event.tokens):
                         index = number * self.n + event.choice
                         if self.chat and event.finish and event.text:  # the protocol ends with a choice of its own
-                            yield data([choice(index, event.text, None, event.tokens, 0)])
-                            yield data([choice(index, "", event.finish, (), 0)])
+                            yield data([choice(index, event.text, None, event.tokens)])
+                            yield data([choice(index, "", event.finish, ())])
                         else:
-                            offset = len(self.texts[index])
-                            yield data([choice(index, event.text, event.finish, event.tokens, offset)])
+                            yield data([choice(index, event.text, event.finish, event.tokens)])
                         self.texts[index] += event.text
                     number, event = await anext(events)
             except StopAsyncIteration:
                 pass
             except EngineError as error:
                 self.record["error"] = error.reason
-                yield _sse(_shape(_STATUS[error.reason], str(error)))
+                yield _sse(_shape(_STATUS[error.reason], _told(str(error))))
                 return
             if with_usage:
                 yield data([], usage=self.usage(), c2c=self.extra())
@@ -637,27 +633,26 @@ class _Writer:
                 self.record["answers"] = self.texts
             await events.aclose()
 
-    def logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         if self.chat:
-            content = [
-                {**_logprob(t.text, t.logprob), "top_logprobs": [_logprob(*other) for other in t.likeliest]}
-                for t in tokens
-            ]
+            content = [{**_logprob(t), "top_logprobs": [_logprob(other) for other in t.likeliest]} for t in tokens]
             return {"content": content, "refusal": None}
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
         return {
-            "tokens": [token.text for token in tokens],
+            "tokens": [_key(token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [dict(token.likeliest) for token in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [{_key(other): other.logprob for other in token.likeliest} for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
 
-def _logprob(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _logprob(token: Token) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.data)}
+
+
+def _key(token: Token) -> str:
+    """A token as completions name it, parts of characters by their bytes: text alone would make several the same."""
+    whole = token.data == token.text.encode()
+    return token.text if whole else "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
 
 
 def _sse(content: dict[str, Any]) -> str:
@@ -681,12 +676,12 @@ def _error(
     headers = dict(headers or {})
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
-    return JSONResponse(_shape(status, _whole(message), param and _whole(param)), status, headers)
+    return JSONResponse(_shape(status, _told(message), param and _told(param)), status, headers)
 
 
-def _whole(text: str) -> str:
-    """A text that may quote half of a character, without it."""
-    return text.encode("utf-8", "replace").decode()
+def _told(text: str) -> str:
+    """A text that may quote a request, without halves of characters, and no longer than one reads."""
+    return text[:MAX_MESSAGE].encode("utf-8", "replace").decode()
 
 
 # ---- running it ------------------------------------------------------------------------------------------------------
@@ -699,15 +694,25 @@ def log_line(record: dict[str, Any]) -> None:
 
 
 class _Server(uvicorn.Server):
-    """Refuses what waits as soon as it is told to stop; what runs may end."""
+    """Refuses what waits as soon as it is told to stop; what runs may end within `grace` seconds.
 
-    def __init__(self, config: uvicorn.Config, engines: Sequence[Engine]) -> None:
+    Only jobs are waited for; what else is open, such as a page's connections, is then closed by `app.state.on_stop`.
+    """
+
+    def __init__(self, config: uvicorn.Config, engines: Sequence[Engine], grace: float, app: FastAPI) -> None:
         super().__init__(config)
-        self.engines = engines
+        self.engines, self.grace, self.app = engines, grace, app
 
     async def shutdown(self, sockets: Any = None) -> None:
         for engine in self.engines:
             engine.drain()
+        end = time.monotonic() + self.grace
+        while any(engine.running for engine in self.engines) and time.monotonic() < end and not self.force_exit:
+            await asyncio.sleep(0.05)
+        for engine in self.engines:  # who is still waiting is told so
+            await asyncio.to_thread(engine.close)
+        for call in self.app.state.on_stop:
+            call()
         await super().shutdown(sockets)
 
 
@@ -735,15 +740,16 @@ def serve(
         with listening(host, port) as (listener, address):
             for engine in engines:
                 engine.start()
+            app = make()
             config = uvicorn.Config(
-                make(),
+                app,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
-                timeout_graceful_shutdown=grace,
+                timeout_graceful_shutdown=LAST_SECONDS,
             )
-            server = _Server(config, engines)
+            server = _Server(config, engines, grace, app)
             on_server(server)
             ready(address)
             server.run(sockets=[listener])

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, HTTPException, Response
 
 from .engine import About, Engine, EngineError, Event, Finished, Job, Piece, Started, Way, Weights
 from .metrics import Metrics
 
 EXAMPLES = Path(__file__).with_name("examples.jsonl")
+MAX_QUEUE = 64  # events of open pages that wait
 MAX_COLUMNS = 120  # tokens of a heat map; of longer prompts the last ones are shown
 LABELS: dict[Way, str] = {
     "receiver": "Receiver alone",
@@ -59,10 +60,15 @@ def mount(app: FastAPI, engines: Sequence[Engine], metrics: Metrics, *, keys: Se
     async def icon() -> Response:
         return Response(status_code=204)  # browsers ask for it there, wherever the page is
 
+    @app.post("/ui/gradio_api/upload", include_in_schema=False)
+    async def no_files() -> Response:
+        raise HTTPException(404, "the page takes no files")  # Gradio would keep whatever is sent there
+
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-    return gradio.mount_gradio_app(
+    page = make_page(engines, metrics)
+    app = gradio.mount_gradio_app(
         app,
-        make_page(engines, metrics),
+        page,
         "/ui",
         auth=known if keys else None,
         auth_message="Any name, and an API key of this server as the password." if keys else None,
@@ -71,6 +77,9 @@ def mount(app: FastAPI, engines: Sequence[Engine], metrics: Metrics, *, keys: Se
         footer_links=[],
         ssr_mode=False,
     )
+    mounted: Any = app.routes[-1]
+    app.state.on_stop.append(mounted.app.stop_event.set)  # ends the connections that each open page holds
+    return app
 
 
 def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
@@ -87,6 +96,9 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
     def switch(name: str) -> list[str]:
         engine = by_name[name]
         return [*_blank(engine), pair_html(engine.about), ""]
+
+    def stopped(*shown: str) -> list[str]:
+        return [column.replace('data-state="running"', 'data-state="stopped"', 1) for column in shown]
 
     with gr.Blocks(title="Cache-to-Cache", analytics_enabled=False) as page:
         gr.Markdown(
@@ -125,8 +137,9 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
             button.click(ask, inputs, outputs, **options),
             question.submit(ask, inputs, outputs, **options),
         ]
-        stop.click(None, cancels=asked, api_visibility="private")
+        stop.click(stopped, columns, columns, cancels=asked, **options)
         model.change(switch, [model], [*columns, pair, heat], cancels=asked, **options)
+    page.queue(max_size=MAX_QUEUE)
     return page
 
 
@@ -218,16 +231,17 @@ async def answers(
         )
         began = time.perf_counter()
         column.state = "running"
-        events = metrics.events(engine, job)
         try:
-            async for event in events:
-                column.take(event, time.perf_counter() - began)
-                weights = event.weights if isinstance(event, Finished) else ()
-                ready.put_nowait(heat_html(engine.about, weights) if weights else "")
+            (events,) = metrics.submit(engine, [job])
+            try:
+                async for event in events:
+                    column.take(event, time.perf_counter() - began)
+                    weights = event.weights if isinstance(event, Finished) else ()
+                    ready.put_nowait(heat_html(engine.about, weights) if weights else "")
+            finally:
+                events.close()
         except EngineError as error:
             column.state, column.text = "failed", str(error)
-        finally:
-            await events.aclose()
 
     async def run() -> None:
         try:

@@ -17,6 +17,7 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
 from ..alignment.chat import Rendered, render
@@ -27,7 +28,7 @@ from ..models.owner import Owner
 from ..packing import encode, format_of, pack
 from ..remote import ALIVE, ERROR, LAYER, PROTOCOL, AskedCache, Served, frame, layer_content
 from ..web import MAX_ERROR
-from .http import Refused, Streamed, listening, read_json
+from .http import Bodies, Refused, Streamed, listening, read_json
 
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 ALIVE_SECONDS = 5.0  # between two signs of life while a prompt waits for its turn or is read
@@ -174,10 +175,11 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
     worker = ThreadPoolExecutor(1, "prefill")  # one prompt at a time, first come, first served
     waiting = threading.BoundedSemaphore(MAX_WAITING)
     # A token takes up to 8 bytes as JSON, and every row may bring position ids.
-    max_body = 1 << 16 | sharer.max_tokens * 64
+    limit = 1 << 16 | sharer.max_tokens * 64
+    app.add_middleware(Bodies, limit=limit, error=lambda refusal: _error(refusal.status, str(refusal)))
 
     async def asked(request: Request, kind: type[Any]) -> Any:
-        return await read_json(request, kind, max_body, STALL_SECONDS)
+        return await read_json(request, kind, STALL_SECONDS)
 
     @app.middleware("http")
     async def allowed(request: Request, go_on: Callable[[Request], Any]) -> Response:
@@ -190,6 +192,10 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return _error(error.status, str(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # to nobody
 
     @app.exception_handler(C2CError)
     async def wrong(_: Request, error: C2CError) -> Response:

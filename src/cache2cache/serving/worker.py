@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -17,17 +18,18 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from .. import decode, heap
+from ..alignment.chat import least_tokens
 from ..config import is_address
 from ..decode import Words
 from ..errors import C2CError
@@ -199,6 +201,8 @@ class _Row:
         generator: of its draws; None: greedy.
         message: whether this is the sharer's message.
         held: text that may be the start of a stop text.
+        tokens: of that text or of a character that isn't complete, where their logprobs were asked for.
+        told: characters that were handed on.
         count: tokens so far.
         live: whether it goes on.
     """
@@ -210,6 +214,8 @@ class _Row:
     generator: torch.Generator | None = None
     message: bool = False
     held: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    told: int = 0
     count: int = 0
     live: bool = True
 
@@ -241,7 +247,8 @@ class Worker:
     ) -> None:
         self.pair, self.limits, self._emit, self._tell_kept = pair, limits, emit, tell_kept
         self.kept = Kept(limits.keep_bytes)
-        self._inbox: queue.SimpleQueue[tuple[int, Job]] = queue.SimpleQueue()
+        # The shortest prompts first: to look at a long one takes a while.
+        self._inbox: queue.PriorityQueue[tuple[int, int, Job]] = queue.PriorityQueue()
         self._waiting: list[_Work] = []
         self._all: dict[int, _Work | None] = {}  # every job that has not ended; None: not looked at yet
         self._gone: set[int] = set()  # cancelled before they were looked at
@@ -253,7 +260,7 @@ class Worker:
 
     def submit(self, number: int, job: Job) -> None:
         self._all[number] = None
-        self._inbox.put((number, job))
+        self._inbox.put((_size(job.prompt), number, job))
 
     def cancel(self, number: int) -> None:
         with self._arrived:
@@ -284,18 +291,18 @@ class Worker:
     def _look_at(self) -> None:
         """Tokenize and check jobs beside what is computed, so that bad ones are refused at once."""
         while True:
-            number, job = self._inbox.get()
+            _, number, job = self._inbox.get()
             try:
-                work = self._checked(number, job)
+                work = None if number in self._gone else self._checked(number, job)
             except C2CError as error:
                 self._end(number, Failed("invalid", str(error)))
                 continue
-            except Exception:
-                traceback.print_exc()
+            except Exception as error:
+                _complain("a prompt could not be read", error)
                 self._end(number, Failed("internal", "the prompt could not be read"))
                 continue
             with self._arrived:
-                if number in self._gone:
+                if work is None or number in self._gone:
                     self._gone.discard(number)
                     self._all.pop(number, None)
                     continue
@@ -317,6 +324,7 @@ class Worker:
     def _checked(self, number: int, job: Job) -> _Work:
         """Raises a C2CError for what can't be answered."""
         pair, prompt = self.pair, job.prompt
+        self._bounded(job)
         mask = (1 << len(pair.sharers)) - 1
         if job.way == "c2c":
             encoded = pair.encode(prompt)
@@ -344,6 +352,28 @@ class Worker:
         decode.check_room(sharer, len(ids), MAX_MESSAGE_TOKENS)
         return self._work(number, job, None, ids, pair.receiver, ("text",), "sharer")
 
+    def _bounded(self, job: Job) -> None:
+        """Raise a C2CError for a prompt that is far too long, before it is looked at in earnest."""
+        size, sharers = _size(job.prompt), self.pair.sharers
+        readers = {
+            "receiver": [self.pair.receiver],
+            "sharer": sharers[:1],
+            "text": [self.pair.receiver, sharers[0]],
+            "c2c": [self.pair.receiver, *sharers],
+        }
+        for lm in readers[job.way]:
+            if size <= lm.context_length or isinstance(lm, RemoteSharer):
+                continue
+            least = size
+            if not _is_ids(job.prompt):
+                kwargs, tokenizer = self.pair.chat_template_kwargs, lm.need_tokenizer()
+                least = least_tokens(tokenizer, job.prompt, lm.context_length, chat_template_kwargs=kwargs)
+            if least > lm.context_length:
+                raise C2CError(
+                    f"the prompt has more than {lm.context_length} tokens and so doesn't fit the context of {lm.name}; "
+                    "shorten it"
+                )
+
     def _work(
         self, number: int, job: Job, prompt: PromptIds | None, ids: Sequence[int], lm: LM, key: Any, kind: str
     ) -> _Work:
@@ -359,7 +389,7 @@ class Worker:
         return _Work(number, job, prompt, ids, job.max_tokens or min(self.limits.max_new_tokens, room), key, kind)
 
     def _ids(self, lm: LM, prompt: Any) -> list[int]:
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+        if _is_ids(prompt):
             if min(prompt) < 0 or max(prompt) >= lm.vocab_size:
                 raise C2CError(f"a token id is outside the vocabulary of {lm.name} ({lm.vocab_size} tokens)")
             return prompt
@@ -423,8 +453,7 @@ class Worker:
                 self._answer(batch, self._emit)
         except Exception as error:
             if not isinstance(error, C2CError):
-                print(f"error: a batch of {len(batch)} failed: {type(error).__name__}", file=sys.stderr, flush=True)
-                traceback.print_tb(error.__traceback__)
+                _complain(f"a batch of {len(batch)} failed", error)
             fresh = [work for work in batch if not work.emitted]
             if len(batch) > 1 and len(fresh) == len(batch):
                 del error
@@ -550,6 +579,21 @@ class Worker:
         )
 
 
+def _complain(what: str, error: Exception) -> None:
+    """Where an error is from, without what it says: that may quote a prompt."""
+    print(f"error: {what}: {type(error).__name__}", file=sys.stderr, flush=True)
+    traceback.print_tb(error.__traceback__)
+
+
+def _is_ids(prompt: Any) -> TypeGuard[list[int]]:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _size(prompt: Any) -> int:
+    """Characters or token ids of a prompt."""
+    return len(prompt) if isinstance(prompt, str) or _is_ids(prompt) else sum(len(said["content"]) for said in prompt)
+
+
 class _Step(StoppingCriteria):
     """Takes each new token of a batch: its text, whether its row ends with it, and who is told."""
 
@@ -570,6 +614,9 @@ class _Step(StoppingCriteria):
         return torch.tensor([not row.live for row in self.rows], device=input_ids.device)
 
     def _take(self, index: int, row: _Row, token: int) -> Piece:
+        if (logprobs := self.scores.pop(index, None)) is not None:
+            offset = row.told + len(row.held)
+            row.tokens.append(_token(row.words.lm, token, logprobs, offset, row.logprobs or 0))
         row.count += 1
         row.held += row.words.add(token)
         finish: Any = "stop" if token in self.ends else "length" if row.count >= row.max_new else None
@@ -582,11 +629,14 @@ class _Step(StoppingCriteria):
             keep = 0 if finish is not None else _possible(row.held, row.stop)
             text, row.held = row.held[: len(row.held) - keep], row.held[len(row.held) - keep :]
         row.live = finish is None
+        row.told += len(text)
         if row.message:
             row.work.message += text
             return Piece(row.choice, text, message=True)
-        logprobs = self.scores.pop(index, None)
-        tokens = () if logprobs is None else (_token(row.words.lm, token, logprobs, row.logprobs or 0),)
+        # Tokens come with their text, and those of a stop text not at all.
+        every = finish is not None and found < 0
+        tokens = tuple(each for each in row.tokens if every or each.offset < row.told)
+        row.tokens = row.tokens[len(tokens) :]
         return Piece(row.choice, text, tokens, finish)
 
 
@@ -627,12 +677,39 @@ def _possible(text: str, stops: Sequence[str]) -> int:
     return next(fits, 0)
 
 
-def _token(lm: LM, token: int, logprobs: Tensor, likeliest: int) -> Token:
+def _token(lm: LM, token: int, logprobs: Tensor, offset: int, likeliest: int) -> Token:
     tokenizer = lm.need_tokenizer()
-    top = logprobs.topk(min(likeliest, len(logprobs))) if likeliest else None
-    others = [] if top is None else list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    pairs = tuple((str(tokenizer.decode([i])), max(p, -9999.0)) for i, p in others)
-    return Token(str(tokenizer.decode([token])), max(float(logprobs[token]), -9999.0), pairs)
+
+    def one(token: int, others: tuple[Token, ...] = ()) -> Token:
+        text, data = token_text(tokenizer, token)
+        return Token(text, data, max(float(logprobs[token]), -9999.0), offset, others)
+
+    top = logprobs.topk(min(likeliest, len(logprobs))).indices.tolist() if likeliest else []
+    return one(token, tuple(one(other) for other in top))
+
+
+def token_text(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """A token's text as it stands inside of a text, and its bytes; of a part of a character U+FFFD and the part."""
+    alone, twice = str(tokenizer.decode([token])), str(tokenizer.decode([token, token]))
+    # At the start of a text some decoders leave a token's space out.
+    text = twice[len(alone) :] if twice.startswith(alone) else alone
+    if "\ufffd" in text:
+        piece = str(tokenizer.convert_ids_to_tokens(token))
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return text, bytes.fromhex(byte[1])
+        if all(letter in _BYTE_OF for letter in piece):
+            return text, bytes(_BYTE_OF[letter] for letter in piece)
+    return text, text.encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """By which letters byte-level tokenizers write bytes: printable ones as themselves, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 def _end_tokens(lm: LM) -> set[int]:
