@@ -39,14 +39,10 @@ class Document:
     question: Question
 
 
-def _options(generator: random.Random, right: str, wrong: Sequence[str]) -> tuple[tuple[str, ...], int]:
-    """The right option among three of the wrong ones, and where it is."""
-    options = [right, *generator.sample([w for w in dict.fromkeys(wrong) if w != right], 3)]
-    generator.shuffle(options)
-    return tuple(options), options.index(right)
-
-
-Made = tuple[str, str, str, list[str]]  # document, question, right option, candidates for wrong ones
+def _options(generator: random.Random, right: str, wrong: Sequence[str], place: int) -> tuple[str, ...]:
+    """The right one in its place among three wrong ones."""
+    options = generator.sample([w for w in dict.fromkeys(wrong) if w != right], 3)
+    return (*options[:place], right, *options[place:])
 
 
 def _roles(generator: random.Random) -> Made:
@@ -127,11 +123,12 @@ def generate(count: int, seed: int = 0) -> list[Document]:
     while len(made) < count:
         number = len(made)
         kind = list(KINDS)[number % len(KINDS)]
-        makers = KINDS[kind]
-        text, asked, right, wrong = makers[number // len(KINDS) % len(makers)](generator)
+        makers, turn = KINDS[kind], number // len(KINDS)
+        text, asked, right, wrong = makers[turn % len(makers)](generator)
         if text in seen:
             continue
         seen.add(text)
-        options, answer = _options(generator, right, wrong)
+        answer = turn // len(makers) % 4  # every letter as often as the others
+        options = _options(generator, right, wrong, answer)
         made.append(Document(text, Question(f"{kind}-{number}", asked, options, answer, kind)))
     return made
