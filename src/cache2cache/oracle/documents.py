@@ -39,6 +39,9 @@ class Document:
     question: Question
 
 
+Made = tuple[str, str, str, list[str]]  # document, question, right option, candidates for wrong ones
+
+
 def _options(generator: random.Random, right: str, wrong: Sequence[str], place: int) -> tuple[str, ...]:
     """The right one in its place among three wrong ones."""
     options = generator.sample([w for w in dict.fromkeys(wrong) if w != right], 3)
