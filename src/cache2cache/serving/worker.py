@@ -367,7 +367,8 @@ class Worker:
             least = size
             if not _is_ids(job.prompt):
                 kwargs, tokenizer = self.pair.chat_template_kwargs, lm.need_tokenizer()
-                least = least_tokens(tokenizer, job.prompt, lm.context_length, chat_template_kwargs=kwargs)
+                text = cast("str | list[dict[str, str]]", job.prompt)
+                least = least_tokens(tokenizer, text, lm.context_length, chat_template_kwargs=kwargs)
             if least > lm.context_length:
                 raise C2CError(
                     f"the prompt has more than {lm.context_length} tokens and so doesn't fit the context of {lm.name}; "
