@@ -170,7 +170,7 @@ def test_leaving_the_page_stops_the_models(served: Served) -> None:
     engine = served.engines[0]
 
     async def run() -> None:
-        stream = pages.answers(Metrics([engine]), engine, "Plants?", False, 256)
+        stream = pages.answers(Metrics([engine]), engine, "Plants?", False, 256, asyncio.Event())
         async for columns, _ in stream:
             if columns["receiver"].text:
                 break

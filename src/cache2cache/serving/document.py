@@ -130,7 +130,7 @@ class Completion(_Answer):
     choices: list[CompletionChoice]
 
 
-ANSWERS = (Error, Ready, ModelCard, ModelList, ChatCompletion, Completion)
+ANSWERS: tuple[type[BaseModel], ...] = (Error, Ready, ModelCard, ModelList, ChatCompletion, Completion)
 _WHEN = {
     400: "the request isn't one that can be answered",
     401: "no valid API key",
@@ -170,7 +170,8 @@ def describe(app: FastAPI, requests: tuple[type[BaseModel], ...]) -> None:
 
     def openapi() -> dict[str, Any]:
         document = made()
-        kinds: list[tuple[type[BaseModel], JsonSchemaMode]] = [(kind, "validation") for kind in (*requests, *ANSWERS)]
+        shapes: tuple[type[BaseModel], ...] = (*requests, *ANSWERS)
+        kinds: list[tuple[type[BaseModel], JsonSchemaMode]] = [(kind, "validation") for kind in shapes]
         _, schemas = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
         document.setdefault("components", {})["schemas"] = schemas["$defs"]
         for path in document["paths"].values():

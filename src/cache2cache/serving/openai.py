@@ -286,17 +286,14 @@ def _routes(app: FastAPI, api: _Api) -> None:
             "responses": document.responses(answer, 400, 401, 404, 408, 413, 415, 429, 500, 503, 504, streams=True),
         }
 
-    ready_or_not: dict[int | str, dict[str, Any]] = {
-        **document.responses(document.Ready),
-        503: {"description": "some model is not loaded", "content": document.reference(document.Ready)},
-    }
+    loading = {"description": "some model is not loaded", "content": document.reference(document.Ready)}
 
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Whether the server runs."""
         return {"status": "ok"}
 
-    @app.get("/ready", responses=ready_or_not)
+    @app.get("/ready", responses={**document.responses(document.Ready), 503: loading})
     async def ready() -> Response:
         """Whether every model is loaded."""
         states = {engine.name: engine.ready for engine in api.engines}

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,35 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
     by_name = {engine.name: engine for engine in engines}
     names = list(by_name)
 
-    async def ask(name: str, question: str, at_once: bool, new_tokens: float) -> AsyncGenerator[list[Any], None]:
-        async for columns, heat in answers(metrics, by_name[name], question, at_once, int(new_tokens)):
-            yield [*(columns[way].html() for way in LABELS), gr.skip() if heat is None else heat]
+    running: dict[str, set[asyncio.Event]] = {}  # by open page: what stops its questions
+
+    async def ask(
+        name: str, question: str, at_once: bool, new_tokens: float, request: Any
+    ) -> AsyncGenerator[list[Any], None]:
+        stop, mine = asyncio.Event(), running.setdefault(request.session_hash, set())
+        mine.add(stop)
+        try:
+            async with aclosing(answers(metrics, by_name[name], question, at_once, int(new_tokens), stop)) as so_far:
+                async for columns, heat in so_far:
+                    yield [*(columns[way].html() for way in LABELS), gr.skip() if heat is None else heat]
+        finally:
+            mine.discard(stop)
+            if not mine:
+                running.pop(request.session_hash, None)
+
+    async def halt(request: Any) -> None:
+        # The questions end by themselves, so that nothing of theirs comes in behind what is shown next.
+        while mine := running.get(request.session_hash):
+            for stop in mine:
+                stop.set()
+            await asyncio.sleep(0.02)
+
+    # By this Gradio knows what it is to hand over; it is imported here alone, so the signatures can't say it.
+    ask.__annotations__["request"] = halt.__annotations__["request"] = gr.Request
 
     def switch(name: str) -> list[str]:
         engine = by_name[name]
         return [*_blank(engine), pair_html(engine.about), ""]
-
-    def stopped(*shown: str) -> list[str]:
-        return [column.replace('data-state="running"', 'data-state="stopped"', 1) for column in shown]
 
     with gr.Blocks(title="Cache-to-Cache", analytics_enabled=False) as page:
         gr.Markdown(
@@ -133,12 +153,10 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
 
         inputs, outputs = [model, question, at_once, tokens], [*columns, heat]
         options: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
-        asked: list[Any] = [
-            button.click(ask, inputs, outputs, **options),
-            question.submit(ask, inputs, outputs, **options),
-        ]
-        stop.click(stopped, columns, columns, cancels=asked, **options)
-        model.change(switch, [model], [*columns, pair, heat], cancels=asked, **options)
+        button.click(ask, inputs, outputs, **options)
+        question.submit(ask, inputs, outputs, **options)
+        stop.click(halt, **options)
+        model.change(halt, **options).then(switch, [model], [*columns, pair, heat], **options)
     page.queue(max_size=MAX_QUEUE)
     return page
 
@@ -207,9 +225,9 @@ def _columns(engine: Engine) -> dict[Way, Column]:
 
 
 async def answers(
-    metrics: Metrics, engine: Engine, question: str, at_once: bool, new_tokens: int
+    metrics: Metrics, engine: Engine, question: str, at_once: bool, new_tokens: int, stop: asyncio.Event
 ) -> AsyncGenerator[tuple[dict[Way, Column], str | None], None]:
-    """The four answers as they grow, and the heat map once it is there. Closing it stops the models."""
+    """The four answers as they grow, and the heat map once it is there. `stop` ends them, closing it does too."""
     columns = _columns(engine)
     if not question.strip():
         yield columns, None
@@ -253,7 +271,11 @@ async def answers(
         finally:
             ready.put_nowait(None)
 
-    running = asyncio.create_task(run())
+    async def stopping() -> None:
+        await stop.wait()
+        running.cancel()
+
+    running, stopper = asyncio.create_task(run()), asyncio.create_task(stopping())
     try:
         heat: str | None = ""  # that of the question before goes
         ended = False
@@ -264,11 +286,17 @@ async def answers(
                 news.append(ready.get_nowait())
             heat = next((item for item in news if item), None)
             ended = None in news
+        await asyncio.wait([running])
+        for column in columns.values():
+            if column.state == "running":
+                column.state = "stopped"
         yield columns, heat
-        await running
+        if not running.cancelled():
+            running.result()
     finally:
+        stopper.cancel()
         running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(running, stopper, return_exceptions=True)
 
 
 # ---- what the fuser did ----------------------------------------------------------------------------------------------
