@@ -135,7 +135,8 @@ def make_mirror(folder: Path) -> None:
         mirror(folder, recipe["data"], count)
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
         mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
-    mirror(folder, [{"task": "mmlu", "split": split} for split in ("validation", "dev")], 6)
+    mirror(folder, [{"task": "mmlu", "split": "dev"}], 6)
+    mirror(folder, [{"task": "mmlu", "split": "validation"}], 6, start=1000)  # an exemplar is not asked
 
 
 @pytest.fixture
