@@ -530,14 +530,14 @@ def test_a_worker_that_dies_and_one_that_does_not_come_up(monkeypatch: pytest.Mo
 
 def test_too_many_are_told_to_come_back(tiny_pair_folder: Path) -> None:
     engine = PairEngine("tiny", spec_of(tiny_pair_folder), Limits(max_waiting=2, max_batch=1, max_new_tokens=200))
-    server = Served([engine]).start(keys=["one", "two"], timeout=20)
+    server = Served([engine]).start(keys=["one", "two"], timeout=120)
     try:
         assert post(server, good())[0] == 401 and post(server, good(), Authorization="Bearer three")[0] == 401
         assert ask(server.address, "GET", "/health")[0] == 200
         body = json.dumps(good(max_tokens=100)).encode()
 
         def one(i: int) -> tuple[int, str | None, Any]:
-            connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=60)
+            connection = http.client.HTTPConnection(server.address.removeprefix("http://"), timeout=150)
             headers = {"Content-Type": "application/json", "Authorization": "Bearer two"}
             connection.request("POST", "/v1/chat/completions", body, headers)
             response = connection.getresponse()
