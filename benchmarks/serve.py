@@ -66,6 +66,11 @@ def prompts(pair: C2C, count: int, seed: int) -> list[list[dict[str, str]]]:
     return chats
 
 
+def say(text: str) -> None:
+    """Where a run of minutes is."""
+    print(text, file=sys.stderr, flush=True)
+
+
 # ---- HTTP, with what misbehaving takes -------------------------------------------------------------------------------
 
 
@@ -168,6 +173,7 @@ async def load(address: str, chats: list[Any], clients: int, new: int) -> tuple[
 def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespace) -> dict[str, Any]:
     chats = prompts(pair, args.clients * args.requests, args.seed)
     results, together = asyncio.run(load(address, chats, args.clients, args.new))
+    say(f"{len(chats)} requests of {args.clients} clients answered in {together:.1f} s; now the library")
     sample = range(0, len(chats), max(1, len(chats) // args.alone))
 
     def library(index: int) -> str:
@@ -176,6 +182,7 @@ def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespa
     began = time.perf_counter()
     expected = {i: library(i) for i in sample}
     one_by_one = (time.perf_counter() - began) / len(expected) * len(chats)
+    say(f"{len(expected)} of them one at a time: {one_by_one:.1f} s for all; now the others in batches")
     others = [i for i in range(len(chats)) if i not in expected]
     for begin in range(0, len(others), 16):
         some = others[begin : begin + 16]
@@ -386,6 +393,7 @@ def main() -> None:
             pair = load_pair([args.fuser] if args.fuser else None, None, args.receiver, sharers, args.dtype, None)
             results = run_load(pair, engine, address, args)
             if args.history:
+                say("now the second turn")
                 results["second_turn"] = run_turns(pair, engine, args.history)
     except (EngineError, AssertionError) as error:
         sys.exit(f"error: {error}")

@@ -439,10 +439,16 @@ def leave(served: Served, body: dict[str, Any], after: int) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_job(served: Served, stream: bool) -> None:
     settle(served)
+    served.records.clear()
     before = number(served, "c2c_new_tokens_total")
     leave(served, good(max_tokens=64, stream=stream, n=4), after=100 if stream else 0)
     settle(served)
     assert number(served, "c2c_new_tokens_total") - before < 4 * 64
+    deadline = time.monotonic() + 30
+    while not served.records:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert [record["status"] for record in served.records] == [499]
     assert post(served, good())[0] == 200
 
 
@@ -461,6 +467,38 @@ def test_a_client_that_leaves_while_it_sends(served: Served) -> None:
         time.sleep(0.01)
     assert [record["status"] for record in served.records] == [499]
     assert 'status="500"' not in ask(served.address, "GET", "/metrics")[1].decode()
+
+
+def test_bodies_of_many_are_bounded_together(tiny_pair_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sends while others hold the server's memory is told to come back; who hangs up gives it back."""
+    monkeypatch.setattr(openai_server, "MAX_BODIES", 1_000_500)
+    server = Served([Here("tiny", spec_of(tiny_pair_folder), Limits())]).start()
+    host, port = server.address.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += "Content-Length: 8000000\r\n\r\n"
+    try:
+        assert post(server, good())[0] == 200
+        clients: list[socket.socket] = []
+        deadline = time.monotonic() + 30
+
+        def asks() -> tuple[int, Any]:
+            assert time.monotonic() < deadline
+            return post(server, json.dumps(good()).encode() + b" " * 1000)
+
+        # More than two, since one whose bytes arrive beside those of a whole request is itself refused.
+        while (answered := asks())[0] == 200:
+            clients.append(socket.create_connection((host, int(port))))
+            clients[-1].sendall(head.encode() + b" " * 500_000)
+            time.sleep(0.1)
+        assert answered[0] == 429 and answered[1]["error"]["type"] == "rate_limit_error"
+        assert len(clients) >= 2 and ask(server.address, "GET", "/health")[0] == 200
+        for client in clients:
+            client.close()
+        while (answered := asks())[0] == 429:
+            time.sleep(0.01)
+        assert answered[0] == 200
+    finally:
+        server.stop()
 
 
 def test_a_list_of_prompts_is_taken_as_a_whole(tiny_pair_folder: Path) -> None:

@@ -30,10 +30,14 @@ class Refused(Exception):
 
 
 class Bodies:
-    """Refuses bodies of more than `limit` bytes on every route, with what `error` makes of the refusal."""
+    """Refuses bodies of more than `limit` bytes on every route, with what `error` makes of the refusal.
 
-    def __init__(self, app: ASGIApp, limit: int, error: Callable[[Refused], Response]) -> None:
-        self.app, self.limit, self.error = app, limit, error
+    And whatever comes while the requests that are not answered yet have sent `together` bytes.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int, together: int, error: Callable[[Refused], Response]) -> None:
+        self.app, self.limit, self.together, self.error = app, limit, together, error
+        self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,10 +51,14 @@ class Bodies:
             nonlocal read, refusal
             if declared <= self.limit:
                 message = await receive()
-                read += len(message.get("body", b""))
-                if read <= self.limit:
+                size = len(message.get("body", b""))
+                read, self.held = read + size, self.held + size
+                if read <= self.limit and (not size or self.held <= self.together):
                     return message
-            refusal = Refused(413, f"the body has more than {self.limit} bytes; ask for less at a time")
+            if max(read, declared) > self.limit:
+                refusal = Refused(413, f"the body has more than {self.limit} bytes; ask for less at a time")
+            else:
+                refusal = Refused(429, f"the server holds {self.together} bytes of requests already; come back later")
             raise refusal
 
         async def answered(message: Message) -> None:
@@ -64,6 +72,8 @@ class Bodies:
         except Exception:
             if refusal is None or started:
                 raise
+        finally:
+            self.held -= read
         if refusal is not None and not started:  # whatever the application made of it
             await self.error(refusal)(scope, receive, send)
 

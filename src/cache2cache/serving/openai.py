@@ -35,6 +35,7 @@ from .http import Bodies, Refused, Streamed, listening, read_json
 from .metrics import Metrics
 
 MAX_BODY = 8 << 20
+MAX_BODIES = 128 << 20  # of all requests that are not answered yet
 LAST_SECONDS = 2  # to send what is left when nothing runs any more
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 MAX_PROMPTS = 64  # of one request for completions
@@ -274,7 +275,12 @@ def make_app(
 
     _routes(app, api)
     document.describe(app, (ChatRequest, CompletionRequest))
-    app.add_middleware(Bodies, limit=MAX_BODY, error=lambda error: _error(error.status, str(error), error.param))
+    app.add_middleware(
+        Bodies,
+        limit=MAX_BODY,
+        together=MAX_BODIES,
+        error=lambda error: _error(error.status, str(error), retry_after=1 if error.status == 429 else None),
+    )
     app.add_middleware(_Keys, keys=list(keys))
     return app
 
@@ -413,7 +419,7 @@ class _Api:
                 return Streamed(
                     writer.stream(first, events, self.log_prompts),
                     media_type="text/event-stream",
-                    done=lambda: done(200),
+                    done=lambda: done(writer.status),
                     seconds=STALL_SECONDS,
                     headers={"Cache-Control": "no-cache", "X-Request-Id": record["id"]},
                 )
@@ -519,6 +525,7 @@ class _Writer:
         self.message = ""
         self.sums = dict.fromkeys(("prompt_tokens", "reused", "new_tokens", "message_tokens", "bytes_passed"), 0)
         self.first_token_s: float | None = None
+        self.status = 499  # of a stream: what became of it; its client has left unless it came to an end
         kind = "chatcmpl" if self.chat else "cmpl"
         self.head = {"id": f"{kind}-{record['id']}", "created": int(time.time()), "model": asked.model}
 
@@ -622,11 +629,12 @@ class _Writer:
             except StopAsyncIteration:
                 pass
             except EngineError as error:
-                self.record["error"] = error.reason
+                self.record["error"], self.status = error.reason, _STATUS[error.reason]
                 yield _sse(_shape(_STATUS[error.reason], _told(str(error))))
                 return
             if with_usage:
                 yield data([], usage=self.usage(), c2c=self.extra())
+            self.status = 200
             yield "data: [DONE]\n\n"
         finally:
             if log_answers:
