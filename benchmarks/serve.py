@@ -22,7 +22,9 @@ import asyncio
 import json
 import random
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -121,10 +123,8 @@ def text_of(body: bytes, stream: bool) -> str:
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
-def start(engine: PairEngine, **settings: Any) -> tuple[Any, str]:
-    """The server in a thread, and its address."""
-    import threading
-
+def start(engine: PairEngine, **settings: Any) -> tuple[str, Callable[[], None]]:
+    """The server in a thread: its address, and what stops it."""
     from cache2cache.serving import openai
 
     up, found = threading.Event(), {}
@@ -148,7 +148,12 @@ def start(engine: PairEngine, **settings: Any) -> tuple[Any, str]:
     while not up.wait(1):
         if not thread.is_alive():
             raise SystemExit("the server didn't start")
-    return found["server"], found["address"]
+
+    def stop() -> None:
+        found["server"].should_exit = True
+        thread.join()
+
+    return found["address"], stop
 
 
 # ---- the load --------------------------------------------------------------------------------------------------------
@@ -269,7 +274,8 @@ async def chaos(address: str, count: int, seed: int, at_once: int = 24) -> dict[
             asked: dict[str, Any] = {"model": drawn.choice(["pair", "pair", "pair:receiver"]), "messages": chat, "n": n}
             asked.update(stream=stream, max_tokens=drawn.randint(1, 24), temperature=drawn.choice([0, 1]))
             if kind < 0.25:
-                wrong = drawn.choice([{"n": -1}, {"max_tokens": "x"}, {"temperature": 9}, {"messages": chat * 300}, {}])
+                long = {"messages": chat * 3000}
+                wrong = drawn.choice([{"n": -1}, {"max_tokens": "x"}, {"temperature": 9}, long, {}])
                 raw = json.dumps({**asked, **wrong}).encode() if wrong else drawn.choice(BAD)
                 status, body, _ = await request(address, raw)
                 assert status in REFUSED, (status, body[:200])
@@ -385,7 +391,7 @@ def main() -> None:
     if args.chaos:  # what is kept for later turns is no leak, so it shall be full before it is looked at
         limits = replace(limits, keep_bytes=4 << 20)
     engine = PairEngine("pair", spec, limits, warmup=True)
-    server, address = start(engine)
+    address, stop = start(engine)
     try:
         if args.chaos:
             results = run_chaos(engine, address, args.chaos, args.seed)
@@ -398,8 +404,7 @@ def main() -> None:
     except (EngineError, AssertionError) as error:
         sys.exit(f"error: {error}")
     finally:
-        server.should_exit = True
-        idle(engine)
+        stop()
     results = {"machine": measure.machine(), **results}
     print(json.dumps(results, indent=2))
     if args.json:

@@ -25,7 +25,7 @@ from cache2cache.pair import C2C
 from cache2cache.serving import document as documents
 from cache2cache.serving import engine as service
 from cache2cache.serving import openai as openai_server
-from cache2cache.serving.engine import EngineError, Job, Limits, PairEngine, PairSpec
+from cache2cache.serving.engine import EngineError, Job, Limits, PairEngine, PairSpec, Piece
 from serving.conftest import Here, Served, spec_of
 from serving.wire import ask
 
@@ -450,6 +450,25 @@ def test_a_client_that_leaves_stops_its_job(served: Served, stream: bool) -> Non
         time.sleep(0.01)
     assert [record["status"] for record in served.records] == [499]
     assert post(served, good())[0] == 200
+
+
+def test_giving_up_at_the_moment_of_an_event(served: Served) -> None:
+    """A reader that is cancelled as an event arrives ends, or it would wait for a place in a queue that nobody reads."""
+
+    async def ends(ticks: int) -> bool:
+        (answering,) = served.engines[0].submit([Job(CHAT, max_tokens=64)])
+        reading = asyncio.create_task(anext(answering))  # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        answering.push(Piece(0, "here"))
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        cancelled = reading.cancel()
+        await asyncio.wait([reading])
+        answering.close()
+        return not cancelled or reading.cancelled()
+
+    assert all(asyncio.run(ends(ticks)) for ticks in range(6))
+    settle(served)
 
 
 def test_a_client_that_leaves_while_it_sends(served: Served) -> None:

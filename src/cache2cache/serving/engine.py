@@ -547,7 +547,8 @@ class _Answering:
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Any] = asyncio.Queue()
         self.began = time.monotonic()
-        self.deadline = self.began + timeout
+        # Not `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes together with an event.
+        self.timer = self.loop.call_later(timeout, self.expire)
         # `over`: the worker has no more to do for it.
         self.started = self.ended = self.over = False
 
@@ -567,12 +568,7 @@ class _Answering:
         return self
 
     async def __anext__(self) -> Event:
-        left = self.deadline - time.monotonic()
-        try:
-            event = await asyncio.wait_for(self.events.get(), max(left, 0.001))
-        except asyncio.TimeoutError:
-            self.close()
-            raise EngineError("timeout", "the request took longer than it may; ask for less, or try later") from None
+        event = await self.events.get()
         if event is _END:
             self.close()
             self.events.put_nowait(_END)
@@ -583,5 +579,11 @@ class _Answering:
         result: Event = event
         return result
 
+    def expire(self) -> None:
+        if not self.ended:
+            self.push(EngineError("timeout", "the request took longer than it may; ask for less, or try later"))
+            self.engine.forget(self.number)
+
     def close(self) -> None:
+        self.timer.cancel()
         self.engine.forget(self.number)
