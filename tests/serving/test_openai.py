@@ -453,7 +453,7 @@ def test_a_client_that_leaves_stops_its_job(served: Served, stream: bool) -> Non
 
 
 def test_giving_up_at_the_moment_of_an_event(served: Served) -> None:
-    """A reader that is cancelled as an event arrives ends, or it would wait for a place in a queue that nobody reads."""
+    """A reader that is cancelled as an event arrives ends; it doesn't wait for who reads no more."""
 
     async def ends(ticks: int) -> bool:
         (answering,) = served.engines[0].submit([Job(CHAT, max_tokens=64)])
