@@ -17,7 +17,9 @@ from cache2cache.errors import C2CError
 from cache2cache.models.load import load_lm
 from cache2cache.oracle import structure
 from cache2cache.oracle.documents import Document, generate
+from cache2cache.oracle.structure import Row
 from cache2cache.pair import C2C
+from cache2cache.tasks.base import Question
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 DOCUMENTS = generate(210, seed=0)
@@ -167,3 +169,23 @@ def test_bad_input(options: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(C2CError, match=message):
         structure.run(pair(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_messages_that_name_the_answer() -> None:
+    """Whole words, and no other option beside it; per method, with the receiver's accuracy behind them."""
+    question = Question("1", "Which value?", ("red", "green", "a.b", "x"), 1, "json")
+    for message, named in (("It is green.", True), ("greenish", False), ("red, not green", False), ("", False)):
+        assert structure.names_it(question, message) is named
+    assert structure.names_it(Question("2", "?", ("a.b", "axb"), 0, "json"), 'The value is "a.b".')
+    questions = {str(i): replace(question, id=str(i)) for i in range(4)}
+    told = [("green", True), ("It is green", False), ("red", False), ("green or red", True)]
+    rows = [
+        Row("both", "json", str(i), method, 1, right, [], 5, message, 2, True)
+        if method == "text:tell"
+        else Row("both", "json", str(i), method, 1, True, [])
+        for method in ("c2c", "text:tell")
+        for i, (message, right) in enumerate(told)
+    ]
+    found = structure.summarize(rows, ["text:tell", "c2c"], questions)["all"]["text:tell"]
+    assert found["accuracy"] == 50 and found["named"]["accuracy"] == 50
+    assert found["behind_named"]["questions"] == 2 and found["behind_named"]["accuracy"] == 50

@@ -328,10 +328,11 @@ def structure_tables(result: dict[str, Any]) -> list[Table]:
     made = []
     for setting, meaning in result["meaning"].items():
         table = _accuracies(f"{setting}: {meaning}", "it, C2C")
-        for heading in ("bytes", "tokens"):
+        for heading in ("bytes", "tokens", "names it, %"):
             table.add_column(heading, justify="right")
         for name, found in result[setting]["all"].items():
             more = [f"{found[key]:,.0f}" if key in found else "" for key in ("bytes", "message_tokens")]
+            more.append(f"{found['named']['accuracy']:.1f}" if "named" in found else "")
             _row(table, LABELS[name], found, found.get("c2c_against"), *more)
         made.append(table)
     return made

@@ -13,6 +13,7 @@ the likeliest letter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from ..methods.text_to_text import BACKGROUND
 from ..models.load import LM
 from ..pair import C2C, PromptIds
 from ..progress import Bar
+from ..tasks.base import Question
 from ..tasks.prompts import ANSWER_PREFIX, short_prompt
 from . import study
 from .documents import KINDS, Document, generate
@@ -225,9 +227,16 @@ def ask_all(
 # ---- the study ------------------------------------------------------------------------------------------------------
 
 
-def summarize(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+def names_it(question: Question, message: str) -> bool:
+    """Whether a message names the right option, in whole words, and none of the others."""
+    named = [re.search(rf"(?<!\w){re.escape(option)}(?!\w)", message) is not None for option in question.options]
+    return named == [i == question.answer for i in range(len(named))]
+
+
+def summarize(rows: Sequence[Row], names: Sequence[str], questions: Mapping[str, Question]) -> dict[str, Any]:
     """One setting, per kind of structure and over all: accuracies, lengths and bytes, and C2C against each other
-    method on the same questions."""
+    method on the same questions. Of messages also the share that names the right option alone (`named`), and the
+    receiver's accuracy behind those: is a wrong answer the message's fault or its reader's?"""
 
     def table(kind: str | None) -> dict[str, Any]:
         mine = {m: {r.id: r for r in rows if r.method == m and kind in (None, r.kind)} for m in names}
@@ -242,6 +251,10 @@ def summarize(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
             if lengths := [r.message_tokens for r in some if r.message_tokens is not None]:
                 result[m]["message_tokens"] = round(sum(lengths) / len(lengths), 1)
                 result[m]["cut"] = sum(r.ended is False for r in some)
+                clear = [r.message is not None and names_it(questions[r.id], r.message) for r in some]
+                result[m]["named"] = accuracy(clear)
+                if any(clear):
+                    result[m]["behind_named"] = accuracy([r.correct for r, it in zip(some, clear, strict=True) if it])
             if m != "c2c":
                 result[m]["c2c_against"] = study.against(right["c2c"], right[m])
         return result
@@ -296,9 +309,10 @@ def run(
             max_message_tokens=max_message_tokens, batch_size=batch_size, progress=lambda n: bar.advance(task, n),
         )  # fmt: skip
     tokens = [len(pair.sharers[0].continuation_ids(d.text)) for d in documents]
+    questions = {d.question.id: d.question for d in documents}
     results = {
         "document_tokens": round(sum(tokens) / count, 1),
         "meaning": {setting: SETTINGS[setting] for setting in settings},
-        **{s: summarize([r for r in rows if r.setting == s], methods(s, forms)) for s in settings},
+        **{s: summarize([r for r in rows if r.setting == s], methods(s, forms), questions) for s in settings},
     }
     return study.finish(output, about, results)
