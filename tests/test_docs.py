@@ -126,13 +126,20 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_mirror(folder: Path) -> None:
-    """Rows for the recipes of the catalogue's models, enough for a hold-out and two batches; and questions to ask."""
-    recipes = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in (ROOT / "recipes").glob("[!pr]*.yaml")]
-    count = 8
-    for recipe in recipes:
-        count = max(count, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))
-    for recipe in recipes:
-        mirror(folder, recipe["data"], count)
+    """Rows for the recipes that a reader runs, enough for a hold-out and two batches each; and questions to ask."""
+    typed = "".join(block.text for page in PAGES for block in blocks(page) if block.language == "bash")
+    counts: dict[tuple[str, str, str], int] = {}
+    for path in (ROOT / "recipes").glob("[!pr]*.yaml"):
+        if f"recipes/{path.name}" not in typed:
+            continue
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        count = max(8, math.ceil((recipe["holdout"] + 2 * recipe["batch_size"]) / len(recipe["data"])))
+        for source in recipe["data"]:
+            kind = "task" if "task" in source else "rows"
+            key = kind, source[kind], source.get("split", "train")
+            counts[key] = max(count, counts.get(key, 0))
+    for (kind, name, split), count in counts.items():
+        mirror(folder, [{kind: name, "split": split}], count)
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
         mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
     mirror(folder, [{"task": "mmlu", "split": "dev"}], 6)
