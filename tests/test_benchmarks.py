@@ -109,6 +109,16 @@ def test_harness(tiny_pair_folder: Path) -> None:
     assert answers.endswith("6 alike")
 
 
+def test_evaluate(tiny_pair_folder: Path) -> None:
+    sizes = ["--questions", 6, "--batch-size", 2, "--new-tokens", 3, "--batch-tokens", 4, "--rounds", 1]
+    models = ["--model", tiny_pair_folder.parent / "qwen3", "--sharer", tiny_pair_folder.parent / "llama"]
+    done = script("evaluate.py", *models, *sizes)
+    assert done.returncode == 0, done.stderr
+    _, asked, share, over, *batches = done.stdout.splitlines()
+    assert asked.startswith("6 questions") and "over hf" in over and len(batches) == 2
+    assert 0 < float(share.split(": ")[1].split()[0]) < 1
+
+
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])
 @pytest.mark.parametrize("chat", range(4))
 def test_prompts_have_exactly_the_length_that_is_asked_for(measure: ModuleType, kind: str, chat: int) -> None:
