@@ -86,6 +86,12 @@ def test_variants_without_weights_or_gates() -> None:
     assert page({"about": {}, **short})
 
 
+def test_models_from_folders_are_named_without_them() -> None:
+    pair = opened()
+    pair.receiver.name = "/home/somebody/models/mine"
+    assert look(pair, CHAT)["receiver"]["name"] == "mine"
+
+
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 

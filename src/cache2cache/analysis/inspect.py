@@ -84,8 +84,8 @@ def look(pair: C2C, messages: Messages, *, prefix: str = "") -> dict[str, Any]:
     found = {
         "prompt": [dict(m) for m in messages],
         "prefix": prefix,
-        "receiver": {"name": receiver.name, "tokens": texts(receiver, prompt.receiver)},
-        "sharer": {"name": sharer.name, "tokens": texts(sharer, prompt.sharers[0])},
+        "receiver": {"name": Path(receiver.name).name, "tokens": texts(receiver, prompt.receiver)},
+        "sharer": {"name": Path(sharer.name).name, "tokens": texts(sharer, prompt.sharers[0])},
         "content": [bool(x) for x in prompt.content],
         "map": [*index[:-1], -1],
         "coverage": prompt.coverage[0],
