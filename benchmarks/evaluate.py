@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import NOUNS
+from harness import asked, options_of
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from measure import clock, machine, take_turns
@@ -35,12 +35,7 @@ from cache2cache.evaluation.runner import Unit, evaluate
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     """So many questions with four options, of lengths that differ."""
-    rows = []
-    for i in range(count):
-        options = [f"{NOUNS[(i + k) % 8]} and {NOUNS[(i * k + 3) % 8]}" for k in range(4)]
-        text = f"Question {i}: which of these {'really ' * (i % 5)}belongs to {NOUNS[i % 8]}?"
-        rows.append({"id": str(i), "question": text, "options": options, "answer": i % 4})
-    return rows
+    return [{"id": str(i), "question": asked(i), "options": options_of(i), "answer": i % 4} for i in range(count)]
 
 
 class Computing:
@@ -96,12 +91,12 @@ def whole_run(lm: LM, given: argparse.Namespace, folder: Path) -> dict[str, floa
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(given.questions)))
     C2C.from_models(lm, lm, FuserConfig(hidden_dim=8, intermediate_dim=8)).save_pretrained(folder / "fuser")
-    asked = {"fuser": str(folder / "fuser"), "tasks": [str(file)], "methods": ["receiver"], "answers": "both"}
-    asked |= {"receiver": given.model, "sharer": given.model}
-    asked |= {"batch_size": given.batch_size, "max_new_tokens": given.new_tokens}
+    settings = {"fuser": str(folder / "fuser"), "tasks": [str(file)], "methods": ["receiver"], "answers": "both"}
+    settings |= {"receiver": given.model, "sharer": given.model}
+    settings |= {"batch_size": given.batch_size, "max_new_tokens": given.new_tokens}
 
     def config(number: int) -> EvalConfig:
-        return EvalConfig.model_validate({**asked, "output": folder / f"run-{number}"})
+        return EvalConfig.model_validate({**settings, "output": folder / f"run-{number}"})
 
     first = config(0)
     loaded = setup, _ = runs.load(first)

@@ -26,13 +26,23 @@ NOUNS = ["iron", "water", "sunlight", "a magnet", "the river", "a plant", "steam
 KINDS = {"letters": "loglikelihood", "option texts": "loglikelihood", "answers": "generate_until"}
 
 
+def options_of(i: int) -> list[str]:
+    """Four options of question `i`, none of them right."""
+    return [f"{NOUNS[(i + k) % 8]} and {NOUNS[(i * k + 3) % 8]}" for k in range(4)]
+
+
+def asked(i: int) -> str:
+    """Question `i`; their lengths differ."""
+    return f"Question {i}: which of these {'really ' * (i % 5)}belongs to {NOUNS[i % 8]}?"
+
+
 def requests_of(kind: str, count: int, new_tokens: int) -> list[Instance]:
     """So many requests, four a question but for answers."""
     made: list[tuple[Any, ...]] = []
     for i in range(count if kind == "answers" else -(-count // 4)):
-        options = [f"{NOUNS[(i + k) % 8]} and {NOUNS[(i * k + 3) % 8]}" for k in range(4)]
+        options = options_of(i)
         lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
-        question = f"Question {i}: which of these {'really ' * (i % 5)}belongs to {NOUNS[i % 8]}?\n{lines}\nAnswer:"
+        question = f"{asked(i)}\n{lines}\nAnswer:"
         if kind == "answers":
             made.append((question, {"until": ["\n\n"], "max_gen_toks": new_tokens, "do_sample": False}))
         else:

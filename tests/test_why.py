@@ -38,3 +38,48 @@ def test_every_figure_stands_in_the_results() -> None:
             assert near, f"{found} in {part.splitlines()[0]!r} is not in {named[1]}"
             checked += 1
     assert checked > 80
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "results" / "oracle" / name / "result.json").read_text(encoding="utf-8"))
+
+
+def with_interval(found: Any) -> str:
+    return "{:.1f} [{:.1f}, {:.1f}]".format(found["accuracy"], *found["interval"])
+
+
+def rows_of_tables() -> Iterator[str]:
+    """The rows that the studies' tables should have: a figure somewhere among thousands is no proof."""
+    labels = {
+        "direct": "Direct",
+        "few-shot": "Few-shot",
+        "oracle": "Oracle",
+        "oracle-rotated": "Oracle, keys rotated back",
+    }
+    for run in ("enrich-1.5b", "enrich-0.5b"):
+        for name, found in result(run)["all"].items():
+            against = ""
+            if d := found.get("against_direct"):
+                against = "{:+.1f} [{:+.1f}, {:+.1f}], p = {:.2g} ".format(d["difference"], *d["interval"], d["p"])
+            yield f"| {labels[name]} | {with_interval(found)} | {against}|"
+    labels = {"receiver": "receiver", "sharer": "sharer", "text:tell": "text-to-text", "c2c": "C2C"}
+    labels["other"] = "C2C, *another* document's cache"
+    for setting in ("both", "private"):
+        kinds = result("structure")[setting]
+        for name, label in labels.items():
+            if (setting, name) == ("private", "sharer"):  # it read the same, see the first table
+                continue
+            label += ", without the document" * ((setting, name) == ("private", "receiver"))
+            each = " | ".join(f"{kinds[kind][name]['accuracy']:.1f}" for kind in ("markup", "json", "code"))
+            yield f"| {label} | {with_interval(kinds['all'][name])} | {each} |"
+    found = result("transform")
+    for name, label in {"mlp": "MLP", "ridge": "ridge regression", "mean": "the receiver's mean"}.items():
+        average = found["average"][name]
+        keys = ("keys_r2", "values_r2", "keys_cosine", "values_cosine", "attention_error")
+        figures = " | ".join(f"{average[key]:.3f}" for key in keys)
+        yield f"| {label} | {figures} | {with_interval(found['answers'][name])} |"
+
+
+def test_tables_are_those_of_the_studies() -> None:
+    expected = list(rows_of_tables())
+    assert len(expected) == 20 and [row for row in expected if row not in PAGE.splitlines()] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +36,10 @@ class Bodies:
     And whatever comes while the requests that are not answered yet have sent `together` bytes.
     """
 
-    def __init__(self, app: ASGIApp, limit: int, together: int, error: Callable[[Refused], Response]) -> None:
-        self.app, self.limit, self.together, self.error = app, limit, together, error
+    def __init__(
+        self, app: ASGIApp, limit: int, error: Callable[[Refused], Response], together: float = math.inf
+    ) -> None:
+        self.app, self.limit, self.error, self.together = app, limit, error, together
         self.held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -176,8 +176,7 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
     waiting = threading.BoundedSemaphore(MAX_WAITING)
     # A token takes up to 8 bytes as JSON, and every row may bring position ids.
     limit = 1 << 16 | sharer.max_tokens * 64
-    together = limit * 4 * MAX_WAITING  # as many as may be connected
-    app.add_middleware(Bodies, limit=limit, together=together, error=lambda e: _error(e.status, str(e)))
+    app.add_middleware(Bodies, limit=limit, error=lambda refusal: _error(refusal.status, str(refusal)))
 
     async def asked(request: Request, kind: type[Any]) -> Any:
         return await read_json(request, kind, STALL_SECONDS)
