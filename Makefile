@@ -9,7 +9,7 @@ demo: .venv/.core
 	@.venv/bin/c2c ask
 
 test: .venv/.test
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 lint: .venv/.test
 	.venv/bin/ruff check .

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+
+# `make test` gives each core a worker of its own. Threads of two workers on one core wait for each other, so each has
+# its share of the cores, and so have the commands it starts; torch reads this as it is imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +25,18 @@ for _name in ("FORCE_COLOR", "CLICOLOR_FORCE", "PY_COLORS"):
     os.environ.pop(_name, None)
 os.environ["NO_COLOR"] = "1"
 os.environ["COLUMNS"] = "120"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a worker gets at once: the tests of a file, which share its servers and runs; the pages of the documents one
+    by one, for they are the longest; all that loads real models, which are loaded once."""
+    here = Path(__file__).parent
+    for item in items:
+        file = item.path.relative_to(here)
+        if file.parts[0] == "real":
+            item.add_marker(pytest.mark.xdist_group("real"))
+        elif file.name != "test_docs.py":
+            item.add_marker(pytest.mark.xdist_group(file.as_posix()))
 
 
 @pytest.fixture

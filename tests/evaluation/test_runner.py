@@ -426,6 +426,31 @@ def test_written_answers_are_those_of_one_by_one(questions: list[Question], tmp_
         assert relayed.logprobs == pytest.approx([s.logprob for s in scores], abs=1e-3)
 
 
+@pytest.mark.usefixtures("brief")
+def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path: Path) -> None:
+    """What is answered in words begins like what options are compared behind."""
+    pair, examples = pair_of(gate_init=1.0), questions[5:]
+    seen = [lengths_read(lm) for lm in (pair.receiver, *pair.sharers)]
+    methods = ["receiver", "sharer", "c2c", "text", "few-shot"]
+    options: dict[str, Any] = {"methods": methods, "max_new_tokens": 4, "examples": examples, "shots": 2}
+    made, prompts = {}, {}
+    for answers in ("likelihood", "generation", "both"):
+        made[answers] = evaluate(
+            pair, "own", questions[:5], tmp_path / f"{answers}.jsonl", answers=answers, batch_size=8, **options
+        )
+        # The rest is answers, token by token; generate reads one token for them, score a few.
+        prompts[answers] = [sum(n > 8 for n in lengths) for lengths in seen]
+        for lengths in seen:
+            lengths.clear()
+    # The receiver reads for itself and C2C, for text, for few-shot; the sharer for C2C and itself, and for its message.
+    assert prompts == {"likelihood": [3, 2], "generation": [3, 2], "both": [3, 2]}
+    alone = {a.key: a for way in ("likelihood", "generation") for a in made[way]}
+    assert len(alone) == len(made["both"]) == 2 * 5 * 5
+    for answer in made["both"]:
+        assert (answer.text, answer.choice) == (alone[answer.key].text, alone[answer.key].choice)
+        assert answer.logprobs == pytest.approx(alone[answer.key].logprobs, abs=1e-4)
+
+
 def test_an_answer_in_words_is_right_or_wrong(
     questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from .. import response
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
-from ..kv import Prefilled, prefill_prompts, prefilled
+from ..kv import KV, Prefilled, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
 from ..models.load import LM
@@ -167,10 +167,12 @@ class Batch:
         place = {name: row for row, name in enumerate(everyone)}
         self.partners = [place[p.id] for p in partners] if "other" in methods else []
         self.alone = any(m.startswith("sharer") for m in methods)
+        self.both = len(set(methods)) < len(methods)  # by likelihood, and then in words
         self._known: dict[str, list[Known]] = {}
         self._clean: dict[str, Prefilled] = {}
         self._own: dict[str, Prefilled] = {}
         self._told: dict[str, list[tuple[str, int]]] = {}
+        self._read: dict[str, tuple[Sequence[Sequence[int]], KV]] = {}
 
     def known(self, way: str) -> list[Known]:
         """The sharers' caches of all members."""
@@ -203,9 +205,12 @@ class Batch:
     def clean(self, way: str) -> Prefilled:
         """The receiver's prefill that is fused."""
         if way not in self._clean:
-            prompts = [c.prompt(way) for c in self.cases]
-            positions = [p.positions for p in prompts]
-            self._clean[way] = prefill_prompts(self.setup.pair.receiver, [p.receiver for p in prompts], positions)
+            receiver, prompts = self.setup.pair.receiver, [c.prompt(way) for c in self.cases]
+            rows = [p.receiver for p in prompts]
+            if plain(self.setup.pair):
+                self._clean[way] = self._prefill("receiver", way, receiver, rows)
+            else:
+                self._clean[way] = prefill_prompts(receiver, rows, [p.positions for p in prompts])
         return self._clean[way]
 
     def own(self, way: str) -> Prefilled:
@@ -230,8 +235,22 @@ class Batch:
                 self._told[form] = [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
         return self._told[form]
 
-    def _reads(self, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
-        return prefill_prompts(lm, [self.setup.pair.rendered(lm, chat, prefix).ids for chat in chats])
+    def _reads(self, method: str, way: str, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
+        return self._prefill(method, way, lm, [self.setup.pair.rendered(lm, chat, prefix).ids for chat in chats])
+
+    def _prefill(self, method: str, way: str, lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
+        """What a model reads by itself. What is answered in words is the start of what options are compared behind:
+        one prefill for both."""
+        if way == GENERATION and method in self._read:
+            longer, kv = self._read.pop(method)
+            if all(list(row) == list(more[: len(row)]) for row, more in zip(rows, longer, strict=True)):
+                # The last token of a prompt is in no cache.
+                lengths, wanted = [len(more) - 1 for more in longer], [len(row) - 1 for row in rows]
+                return prefilled(lm, rows, starts_of(kv, lengths, wanted))
+        made = prefill_prompts(lm, rows)
+        if self.both and way == LIKELIHOOD:
+            self._read[method] = rows, made.kv
+        return made
 
     def state(self, method: str, way: str) -> State:
         """What the method answers on top of."""
@@ -246,21 +265,21 @@ class Batch:
             j = int(method.removeprefix("sharer-")) - 1 if method != "sharer" else 0
             sharer = pair.sharers[j]
             if not plain(pair):  # then the pair's sharer doesn't read its own tokens
-                return State(sharer, self._reads(sharer, [c.ask.chat() for c in cases], prefix))
+                return State(sharer, self._reads(method, way, sharer, [c.ask.chat() for c in cases], prefix))
             cache, _ = self.mine(way)[j]
             return State(sharer, prefilled(sharer, [p.sharers[j] for p in prompts], cache))
         if method in FORMS:
             told = self.told(method)
             chats = [relayed(c.ask, method, text) for c, (text, _) in zip(cases, told, strict=True)]
-            return State(receiver, self._reads(receiver, chats, prefix), messages=told)
+            return State(receiver, self._reads(method, way, receiver, chats, prefix), messages=told)
         if method == FEW_SHOT:
             turns = [
                 [{"role": "user", "content": c.few_shot or ""}] for c in cases
             ]  # plan asks only where there is one
-            return State(receiver, self._reads(receiver, turns, SHOT_PREFIX if way == LIKELIHOOD else ""))
+            return State(receiver, self._reads(method, way, receiver, turns, SHOT_PREFIX if way == LIKELIHOOD else ""))
         if method == SINGLE:
             assert setup.single is not None
-            return State(setup.single, self._reads(setup.single, [c.ask.chat() for c in cases], prefix))
+            return State(setup.single, self._reads(method, way, setup.single, [c.ask.chat() for c in cases], prefix))
         if method == "self":
             assert setup.identical is not None
             chats = [c.ask.chat() for c in cases]
