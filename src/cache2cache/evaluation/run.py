@@ -21,6 +21,7 @@ from ..files import replace_text
 from ..fuser import checkpoint
 from ..methods.base import Ask
 from ..models.load import LM
+from ..models.packed import pack
 from ..pair import C2C, identity
 from ..progress import Bar
 from ..tasks import OpenQuestion, Question
@@ -63,8 +64,13 @@ def run(config: EvalConfig) -> dict[str, Any]:
     samples = config.output / SAMPLES
     plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
     training = router_plans(config, setup) if routing.LEARNED in config.methods else {}
+    timed = bool(config.timing) and processes.is_main_process
     if processes.is_main_process:
         claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
+    # The clock comes first: it asks one by one, and what follows lays the weights out for batches.
+    times = clock(config, setup, next(iter(plans.values()))[0], console) if timed else None
+    processes.wait_for_everyone()
+    pack_models(setup)
     do(setup, training, config.output / ROUTER_ROWS, config, processes, console)
     answers = do(setup, plans, samples, config, processes, console)
     summary: dict[str, Any] = {}
@@ -78,8 +84,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
             [*answers, *routed], list(questions), expanded(config.methods, setup.pair), config.seed
         )
         summary["asked"] = {label: len(rows) for label, rows in questions.items()}
-        if config.timing:
-            summary["timing"] = clock(config, setup, next(iter(plans.values()))[0], console)
+        if times is not None:
+            summary["timing"] = times
         replace_text(config.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
         made = report.read_run(config.output)
         report.write(config.output, [made])
@@ -324,6 +330,14 @@ def load(config: EvalConfig) -> tuple[Setup, dict[str, Any]]:
     return Setup(
         pair, config.prompt, config.skip, single, identical, stores, config.max_new_tokens, config.seed
     ), settings  # fmt: skip
+
+
+def pack_models(setup: Setup) -> None:
+    """Lay out the weights of the run's models for batches; not of one that an adapter is attached to."""
+    kept = {id(setup.pair.receiver)} if setup.single is not None else set()
+    for lm in (setup.pair.receiver, *setup.pair.sharers):
+        if isinstance(lm, LM) and id(lm) not in kept:
+            pack(lm)
 
 
 def load_identical(fuser: str, receiver: LM) -> tuple[C2C, str]:
