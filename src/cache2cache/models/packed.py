@@ -37,7 +37,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(lm: LM) -> int:
-    """Lay out a model's large linear layers for batches, in place; how many it were.
+    """Lay out a model's large linear layers for batches, in place; how many there were.
 
     Only where it pays: float32 on an x86 CPU. The weights are not held twice, except those that the head shares with
     the embedding; the model can't be saved or trained afterwards.
@@ -45,13 +45,12 @@ def pack(lm: LM) -> int:
     if platform.machine() not in ("x86_64", "AMD64") or not _ops_there():
         return 0
     _ = lm.fingerprint  # is made of the weights
-    count = 0
-    for module in list(lm.model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and _pays(child.weight):
-                setattr(module, name, PackedLinear(child))
-                count += 1
-    return count
+    # By their names, for a list of the layers would keep the weights of those that are done.
+    names = [name for name, module in lm.model.named_modules() if type(module) is nn.Linear and _pays(module.weight)]
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(lm.model.get_submodule(owner), leaf, PackedLinear(lm.model.get_submodule(name)))  # type: ignore[arg-type]
+    return len(names)
 
 
 def _pays(weight: Tensor) -> bool:
