@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import heap
 from .load import LM
 
 LEAST_WEIGHTS = 2**20
@@ -50,6 +51,7 @@ def pack(lm: LM) -> int:
     for name in names:
         owner, _, leaf = name.rpartition(".")
         setattr(lm.model.get_submodule(owner), leaf, PackedLinear(lm.model.get_submodule(name)))  # type: ignore[arg-type]
+        heap.trim(0)  # or a heap that keeps what is freed would hold the weights twice
     return len(names)
 
 
