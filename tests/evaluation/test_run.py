@@ -29,6 +29,7 @@ from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
 from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.evaluation.summary import summarize, summarize_run
+from cache2cache.models import packed
 from cache2cache.tasks import OPEN_TASKS, TASKS, Question
 from cache2cache.training.recipe import checked, read_yaml
 from evaluation.scripted import marked, scripted_pair
@@ -99,6 +100,33 @@ def test_killed_ten_times_is_one_run(tiny_pair_folder: Path, tmp_path: Path, mon
     assert whole.count(b"\n") == 2 * 9 * 7 + 2 * 5 + 5 * 8
     for key in ("likelihood", "generation", "failed"):
         assert again[key] == once[key]
+
+
+@pytest.mark.skipif(not packed.possible(), reason="no packed weights on this processor")
+def test_packed_weights(tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are read with weights laid out for them, the clock's single questions with those that there were."""
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / "dense")))
+    monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
+    order: list[str] = []
+    layers, timed = packed.PackedLinear.forward, timing.measure
+
+    def layer(self: Any, x: Any) -> Any:
+        order.append("packed")
+        return layers(self, x)
+
+    def measure(*args: Any) -> Any:
+        order.append("clock")
+        rows = timed(*args)
+        order.append("clocked")
+        return rows
+
+    monkeypatch.setattr(packed.PackedLinear, "forward", layer)
+    monkeypatch.setattr(timing, "measure", measure)
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path / "packed") | {"timing": 2}))
+    assert order[:2] == ["clock", "clocked"] and set(order[2:]) == {"packed"}
+    dense, made = (read_answers(tmp_path / name / "out" / "samples.jsonl") for name in ("dense", "packed"))
+    assert len(made) > 100
+    assert_alike(made, dense)
 
 
 def assert_alike(found: Sequence[Answer], expected: Sequence[Answer]) -> None:

@@ -17,7 +17,7 @@ from .. import response
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
-from ..kv import KV, Prefilled, prefill_prompts, prefilled
+from ..kv import Prefilled, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
 from ..models.load import LM
@@ -151,6 +151,7 @@ class Batch:
         partners: per case the one whose caches the control other is given.
         methods: all that will be asked for.
         messages: the sharer's messages that are known.
+        both: whether they are, or were, asked for by likelihood and in words.
     """
 
     def __init__(
@@ -160,6 +161,7 @@ class Batch:
         partners: Sequence[Case],
         methods: Sequence[str],
         messages: Messages,
+        both: bool = False,
     ) -> None:
         self.setup, self.cases, self.messages = setup, cases, messages
         everyone = {c.id: c for c in [*cases, *(partners if "other" in methods else ())]}
@@ -167,12 +169,12 @@ class Batch:
         place = {name: row for row, name in enumerate(everyone)}
         self.partners = [place[p.id] for p in partners] if "other" in methods else []
         self.alone = any(m.startswith("sharer") for m in methods)
-        self.both = len(set(methods)) < len(methods)  # by likelihood, and then in words
+        self.both = both
         self._known: dict[str, list[Known]] = {}
         self._clean: dict[str, Prefilled] = {}
         self._own: dict[str, Prefilled] = {}
         self._told: dict[str, list[tuple[str, int]]] = {}
-        self._read: dict[str, tuple[Sequence[Sequence[int]], KV]] = {}
+        self._read: dict[str, Prefilled] = {}
 
     def known(self, way: str) -> list[Known]:
         """The sharers' caches of all members."""
@@ -206,11 +208,12 @@ class Batch:
         """The receiver's prefill that is fused."""
         if way not in self._clean:
             receiver, prompts = self.setup.pair.receiver, [c.prompt(way) for c in self.cases]
-            rows = [p.receiver for p in prompts]
             if plain(self.setup.pair):
+                rows = lambda way: [c.prompt(way).receiver for c in self.cases]  # noqa: E731
                 self._clean[way] = self._prefill("receiver", way, receiver, rows)
             else:
-                self._clean[way] = prefill_prompts(receiver, rows, [p.positions for p in prompts])
+                own = [p.receiver for p in prompts]
+                self._clean[way] = prefill_prompts(receiver, own, [p.positions for p in prompts])
         return self._clean[way]
 
     def own(self, way: str) -> Prefilled:
@@ -236,28 +239,38 @@ class Batch:
         return self._told[form]
 
     def _reads(self, method: str, way: str, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
-        return self._prefill(method, way, lm, [self.setup.pair.rendered(lm, chat, prefix).ids for chat in chats])
+        def rows(way: str) -> list[list[int]]:
+            start = prefix if way == LIKELIHOOD else ""
+            return [self.setup.pair.rendered(lm, chat, start).ids for chat in chats]
 
-    def _prefill(self, method: str, way: str, lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
-        """What a model reads by itself. What is answered in words is the start of what options are compared behind:
-        one prefill for both."""
-        if way == GENERATION and method in self._read:
-            longer, kv = self._read.pop(method)
-            if all(list(row) == list(more[: len(row)]) for row, more in zip(rows, longer, strict=True)):
-                # The last token of a prompt is in no cache.
-                lengths, wanted = [len(more) - 1 for more in longer], [len(row) - 1 for row in rows]
-                return prefilled(lm, rows, starts_of(kv, lengths, wanted))
-        made = prefill_prompts(lm, rows)
-        if self.both and way == LIKELIHOOD:
-            self._read[method] = rows, made.kv
-        return made
+        return self._prefill(method, way, lm, rows)
+
+    def _prefill(self, method: str, way: str, lm: LM, rows: Callable[[str], Sequence[Sequence[int]]]) -> Prefilled:
+        """What a model reads by itself, its token ids being `rows(way)`.
+
+        What is answered in words is the start of what options are compared behind: one prefill for both, whichever of
+        them stands in the file already, so that an interrupted run computes the same.
+        """
+        asked = rows(way)
+        if not self.both:
+            return prefill_prompts(lm, asked)
+        if method not in self._read:
+            self._read[method] = prefill_prompts(lm, rows(LIKELIHOOD))
+        if way == LIKELIHOOD:
+            return self._read[method]
+        longer, known = rows(LIKELIHOOD), self._read.pop(method)
+        if any(list(row) != list(more[: len(row)]) for row, more in zip(asked, longer, strict=True)):
+            return prefill_prompts(lm, asked)
+        # The last token of a prompt is in no cache.
+        lengths, wanted = [len(more) - 1 for more in longer], [len(row) - 1 for row in asked]
+        return prefilled(lm, asked, starts_of(known.kv, lengths, wanted))
 
     def state(self, method: str, way: str) -> State:
         """What the method answers on top of."""
         setup, pair, cases = self.setup, self.setup.pair, self.cases
         receiver, prompts = pair.receiver, [c.prompt(way) for c in cases]
         options = isinstance(cases[0].question, Question)
-        prefix = setup.prefix if way == LIKELIHOOD and options else ""
+        prefix = setup.prefix if options else ""
         if method == "receiver":
             own = self.own(way)
             return State(receiver, own, confidence=[round(p, 6) for p in confidence(receiver, own)])
@@ -276,7 +289,7 @@ class Batch:
             turns = [
                 [{"role": "user", "content": c.few_shot or ""}] for c in cases
             ]  # plan asks only where there is one
-            return State(receiver, self._reads(method, way, receiver, turns, SHOT_PREFIX if way == LIKELIHOOD else ""))
+            return State(receiver, self._reads(method, way, receiver, turns, SHOT_PREFIX))
         if method == SINGLE:
             assert setup.single is not None
             return State(setup.single, self._reads(method, way, setup.single, [c.ask.chat() for c in cases], prefix))

@@ -232,7 +232,8 @@ def _answered(
     todo: Sequence[tuple[str, str]],
     messages: Messages,
 ) -> Iterator[list[Answer]]:
-    batch = Batch(setup, unit.cases, unit.partners, [m for _, m in todo], messages)
+    both = len({m for _, m in unit.asked}) < len(unit.asked)
+    batch = Batch(setup, unit.cases, unit.partners, [m for _, m in todo], messages, both)
     for way, method in todo:
         try:
             yield batch.answers(method, way)

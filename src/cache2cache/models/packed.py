@@ -43,7 +43,7 @@ def pack(lm: LM) -> int:
     Only where it pays: float32 on an x86 CPU. The weights are not held twice, except those that the head shares with
     the embedding; the model can't be saved or trained afterwards.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or not _ops_there():
+    if not possible() or hasattr(lm.model, "hf_device_map"):  # whose hooks move what goes in and out of a layer
         return 0
     _ = lm.fingerprint  # is made of the weights
     # By their names, for a list of the layers would keep the weights of those that are done.
@@ -63,7 +63,8 @@ def _ops() -> Any:
     return torch.ops.mkldnn
 
 
-def _ops_there() -> bool:
-    # What torch.compile itself uses on a CPU; not every build has them.
+def possible() -> bool:
+    """Whether this is an x86 CPU and torch was built with what torch.compile itself uses there."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(_ops(), name) for name in names)
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and torch.backends.mkldnn.is_available() and all(hasattr(_ops(), name) for name in names)
