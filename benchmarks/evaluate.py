@@ -6,7 +6,8 @@
 One model alone answers questions that are made up here, by likelihood and in words, through everything that the command
 does but loading: the share of that time which the model's own forward passes take (target 0.8 at least), and the time
 over that of the lm-evaluation-harness's model `hf` for the same requests (target 1 at most). Then questions a second
-with batches over one by one, of answers in words (target 3), by the model and by `--sharer` where one is given.
+with batches over one by one, of answers in words all of one length (target 3), by the model and by `--sharer` where one
+is given. As in the command, weights are laid out for batches (models/packed.py) and not for single questions.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from cache2cache.config import EvalConfig
 from cache2cache.evaluation import run as runs
 from cache2cache.evaluation.answers import GENERATION
 from cache2cache.evaluation.runner import Unit, evaluate
+from cache2cache.models.packed import pack
 
 
 def rows_of(count: int) -> list[dict[str, Any]]:
@@ -126,23 +128,30 @@ def whole_run(lm: LM, given: argparse.Namespace, folder: Path) -> dict[str, floa
     return {name: median(seconds) for name, seconds in times.items()}
 
 
-def batches(lm: LM, given: argparse.Namespace, folder: Path) -> float:
+def batches(name: str, given: argparse.Namespace, folder: Path) -> float:
     """Questions a second in batches over one by one, answered in words."""
-    pair = C2C.from_models(lm, lm, FuserConfig(hidden_dim=8, intermediate_dim=8))
     file = folder / "few.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows_of(given.batch_size)))
     config = EvalConfig.model_validate({"tasks": [str(file)]})
     questions, numbers = runs.questions_of(config.tasks[0], config), iter(range(1000))
 
-    def answer(size: int) -> None:
-        into = folder / f"{lm.name.replace('/', '-')}-{next(numbers)}.jsonl"
-        evaluate(
-            pair, "few", questions, into, methods=["receiver"], answers=GENERATION, batch_size=size,
-            max_new_tokens=given.batch_tokens,
-        )  # fmt: skip
+    def answering(size: int) -> Callable[[], None]:
+        lm = load_lm(name)
+        assert lm.model.generation_config is not None
+        lm.model.generation_config.min_new_tokens = given.batch_tokens
+        pair = C2C.from_models(lm, lm, FuserConfig(hidden_dim=8, intermediate_dim=8))
+        if size > 1:
+            pack(lm)
 
-    sizes = {"together": given.batch_size, "one by one": 1}
-    times = take_turns({name: functools.partial(answer, size) for name, size in sizes.items()}, given.rounds, 600)
+        def answer() -> None:
+            evaluate(
+                pair, "few", questions, folder / f"batches-{next(numbers)}.jsonl", methods=["receiver"],
+                answers=GENERATION, batch_size=size, max_new_tokens=given.batch_tokens,
+            )  # fmt: skip
+
+        return answer
+
+    times = take_turns({"together": answering(given.batch_size), "one by one": answering(1)}, given.rounds, 600)
     return median(times["one by one"]) / median(times["together"])
 
 
@@ -160,11 +169,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         lm = load_lm(given.model)
         found = whole_run(lm, given, Path(work))
+        del lm
         print(f"{given.questions} questions to {given.model}, {found['ours']:.2f} s, hf {found['hf']:.2f} s")
         print(f"  the model's share of a run: {found['share']:.3f} (target ≥ 0.8)")
         print(f"  a run over hf for the same requests: {found['ours'] / found['hf']:.2f} (target ≤ 1)")
         for name in filter(None, (given.model, given.sharer)):
-            gain = batches(lm if name == given.model else load_lm(name), given, Path(work))
+            gain = batches(name, given, Path(work))
             print(
                 f"  {name}, {given.batch_tokens} new tokens: {gain:.2f} times the questions a second in batches of "
                 f"{given.batch_size} (target ≥ 3)"

@@ -70,7 +70,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     # The clock comes first: it asks one by one, and what follows lays the weights out for batches.
     times = clock(config, setup, next(iter(plans.values()))[0], console) if timed else None
     processes.wait_for_everyone()
-    pack_models(setup)
+    if config.batch_size > 1:
+        pack_models(setup)
     do(setup, training, config.output / ROUTER_ROWS, config, processes, console)
     answers = do(setup, plans, samples, config, processes, console)
     summary: dict[str, Any] = {}
