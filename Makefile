@@ -1,9 +1,9 @@
-# make demo | test | lint | bench | reproduce-small. Everything is installed into .venv on first use; nothing needs to be activated.
+# make demo | test | lint | bench | reproduce-small | reproduce-small-long. Everything is installed into .venv on first use; nothing needs to be activated.
 TORCH ?= torch==2.13.0
 PYTHONS ?= python3.13 python3.12 python3.11 python3.10 python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install
 
-.PHONY: demo test lint bench reproduce-small clean
+.PHONY: demo test lint bench reproduce-small reproduce-small-long clean
 
 demo: .venv/.core
 	@.venv/bin/c2c ask
@@ -24,6 +24,11 @@ bench: .venv/.test
 DATA ?= data
 reproduce-small: .venv/.core
 	.venv/bin/c2c evaluate recipes/reproduce-small.yaml --data-dir $(DATA)
+
+# Prompts of 1,000, 2,000 and 4,000 tokens, after training the fuser that is asked.
+reproduce-small-long: .venv/.core
+	.venv/bin/c2c train recipes/cpu-longbench.yaml --data-dir $(DATA)
+	.venv/bin/c2c evaluate recipes/reproduce-small-long.yaml --data-dir $(DATA)
 
 clean:
 	rm -rf .venv
