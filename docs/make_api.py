@@ -35,7 +35,7 @@ PUBLIC: dict[str, list[str]] = {
     "cache2cache.fuser": ["VARIANTS", "C2CFuser"],
     "cache2cache.training.loop": ["Trainer"],
     "cache2cache.training.single": ["load_single"],
-    "cache2cache.evaluation.lm_eval": ["HarnessLM"],
+    "cache2cache.evaluation.lm_eval": ["HarnessLM", "task_of"],
     "cache2cache.config": ["TrainConfig", "LoraSpec", "DataSource", "ModelIdentity"],
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")

@@ -21,7 +21,7 @@ from cache2cache.models.load import LM
 from cache2cache.pair import C2C
 from cache2cache.training.loop import response_loss
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
-from training.runs import items_of, pair_of
+from training.runs import items_of, pair_of, write_questions
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -117,6 +117,15 @@ def test_evaluate(tiny_pair_folder: Path) -> None:
     _, asked, share, over, *batches = done.stdout.splitlines()
     assert asked.startswith("6 questions") and "over hf" in over and len(batches) == 2
     assert 0 < float(share.split(": ")[1].split()[0]) < 1
+
+
+def test_adapter(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    questions = write_questions(tmp_path / "own.jsonl", 5)
+    done = script("adapter.py", "--fuser", tiny_pair_folder, "--task", questions, "--batch-size", 3)
+    assert done.returncode == 0, done.stderr
+    for method, line in zip(("receiver", "c2c"), done.stdout.splitlines()[-2:], strict=True):
+        assert line.startswith(f"{method}, ") and "(5)" in line and "answers that differ 0" in line
+        assert float(line.rpartition(" ")[2]) < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])

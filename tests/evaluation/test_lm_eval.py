@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -23,11 +22,11 @@ from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.cli import main
 from cache2cache.evaluation import lm_eval as adapter
 from cache2cache.evaluation import runner
-from cache2cache.evaluation.lm_eval import HarnessLM, shortened
+from cache2cache.evaluation.lm_eval import HarnessLM, shortened, task_of
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
 from cache2cache.tasks import Question, load
-from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt
+from cache2cache.tasks.prompts import ANSWER_PREFIX
 from training.runs import lm_of, pair_of, write_questions
 
 own_tasks_only = partial(TaskManager, include_defaults=False)
@@ -50,22 +49,6 @@ def likelihoods(model: Any, *arguments: tuple[str, str]) -> list[tuple[float, bo
 
 def answers(model: Any, *arguments: tuple[str, dict[str, Any]]) -> list[str]:
     return list(model.generate_until(asked("generate_until", *arguments), disable_tqdm=True))
-
-
-def task_of(questions: Sequence[Question], name: str = "own") -> dict[str, Any]:
-    """Our own questions as a task of the harness, put as `evaluation.asking` puts them."""
-    rows = [{"id": q.id, "prompt": paper_prompt(q), "letters": list(q.letters), "answer": q.answer} for q in questions]
-    return {
-        "task": name,
-        "custom_dataset": lambda **kwargs: DatasetDict(test=Dataset.from_list(rows)),
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_choice": "{{letters}}",
-        "doc_to_target": "answer",
-        "gen_prefix": ANSWER_PREFIX,
-        "metric_list": [{"metric": "acc"}],
-    }
 
 
 def run_task(

@@ -31,6 +31,8 @@ from ..kv import Prefilled, prefill_prompts
 from ..models.load import LM
 from ..pair import C2C, Prompt, PromptIds
 from ..remote import RemoteSharer
+from ..tasks import Question
+from ..tasks.prompts import ANSWER_PREFIX, paper_prompt
 from .writing import written
 
 try:
@@ -301,6 +303,28 @@ def shortened(prompt: PromptIds, room: int, sharers: Sequence[int]) -> PromptIds
     theirs = [ids[by:] for ids, by in zip(prompt.sharers, cuts, strict=True)]
     content = prompt.content[cut:]
     return replace(prompt, receiver=prompt.receiver[cut:], sharers=theirs, maps=maps, content=content, text=None)
+
+
+def task_of(questions: Sequence[Question], name: str = "own") -> dict[str, Any]:
+    """Questions with options as a task of the harness, put as `c2c evaluate` puts them: the paper's prompt, and the
+    likeliest letter behind "The correct answer is".
+
+    For `simple_evaluate(tasks=[task_of(questions)], apply_chat_template=True)`; a document's `id` is its question's.
+    """
+    from datasets import Dataset, DatasetDict
+
+    rows = [{"id": q.id, "prompt": paper_prompt(q), "letters": list(q.letters), "answer": q.answer} for q in questions]
+    return {
+        "task": name,
+        "custom_dataset": lambda **kwargs: DatasetDict(test=Dataset.from_list(rows)),
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{letters}}",
+        "doc_to_target": "answer",
+        "gen_prefix": ANSWER_PREFIX,
+        "metric_list": [{"metric": "acc"}],
+    }
 
 
 def run(
