@@ -1,0 +1,78 @@
+"""README.md's table of results, from results/reproduce-small, which `make reproduce-small` writes.
+
+python docs/make_results.py            # writes it
+python docs/make_results.py --check    # fails where it is out of date, and says so
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from cache2cache.evaluation.report import LABELS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "README.md"
+RESULTS = ROOT / "results" / "reproduce-small" / "summary.json"
+COMMAND = ".venv/bin/python docs/make_results.py"
+START, END = "<!-- docs/make_results.py -->\n", "<!-- end -->\n"
+WAYS = {"likelihood": "likelihood", "generation": "in words"}
+
+
+def percent(found: dict[str, Any], asked: int) -> str:
+    """Accuracy with its interval, and the number of questions where it is of fewer than were asked."""
+    low, high = found["interval"]
+    some = "" if found["questions"] == asked else f" (of {found['questions']})"
+    return f"{found['accuracy']:.1f} [{low:.1f}, {high:.1f}]{some}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Methods in rows; sets, by likelihood and in words, in columns."""
+    columns = [(task, way) for task in summary["asked"] for way in WAYS if task in summary[way]["tasks"]]
+    found = [summary[way]["tasks"][task] for task, way in columns]
+    methods = [m for m in LABELS if any(isinstance(column.get(m), dict) for column in found)]
+    lines = [
+        ["", *(f"{task} ({summary['asked'][task]}), {WAYS[way]}" for task, way in columns)],
+        ["---"] * (len(columns) + 1),
+    ]
+    for method in methods:
+        cells = [
+            percent(column[method], summary["asked"][task]) if method in column else "–"
+            for column, (task, _) in zip(found, columns, strict=True)
+        ]
+        bold = "**" if method == "c2c" else ""
+        lines.append([f"{bold}{LABELS[method]}{bold}", *cells])
+    lines.append(
+        ["gain = presence + content", *(f"{c['gain']:+.1f} = {c['presence']:+.1f} {c['content']:+.1f}" for c in found)]
+    )
+    lines.append(["gap to the sharer recovered, %", *map(recovered, found)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def recovered(column: dict[str, Any]) -> str:
+    if column.get("recovered") is None:
+        return "–"
+    bounds = column.get("recovered_interval")
+    return f"{column['recovered']:.0f}" + ("" if bounds is None else " [{:.0f}, {:.0f}]".format(*bounds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    page = PAGE.read_text(encoding="utf-8")
+    made = table(json.loads(RESULTS.read_text(encoding="utf-8")))
+    new = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: START + made + END, page, flags=re.S)
+    if given.check:
+        if START not in page or new != page:
+            sys.exit(f"{PAGE.name} has another table than {RESULTS.relative_to(ROOT)} gives; run {COMMAND}")
+    else:
+        PAGE.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""README.md's tables say what stands in the committed results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def make_results() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs" / "make_results.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_that_of_the_results(make_results: ModuleType) -> None:
+    made = make_results.table(json.loads(make_results.RESULTS.read_text(encoding="utf-8")))
+    assert make_results.START + made + make_results.END in README, f"out of date: run {make_results.COMMAND}"
+
+
+def test_figures_of_the_table(make_results: ModuleType) -> None:
+    """By hand, on one column: methods in the report's order, fewer questions said, no gap no figure."""
+
+    def of(accuracy: float, questions: int = 10) -> dict[str, Any]:
+        return {"questions": questions, "accuracy": accuracy, "interval": [accuracy - 5, accuracy + 5]}
+
+    column = {
+        "c2c": of(60.0), "receiver": of(50.0), "text": of(40.0, 5), "other": of(52.0), "gain": 10.0, "presence": 2.0,
+        "content": 8.0, "recovered": None,
+    }  # fmt: skip
+    summary = {
+        "asked": {"own": 10}, "likelihood": {"tasks": {"own": column}},
+        "generation": {"tasks": {"own": {**column, "recovered": 50.0, "recovered_interval": [20.0, 80.0]}}},
+    }  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in make_results.table(summary).splitlines()]
+    assert rows[0][-2:] == ["own (10), likelihood", "own (10), in words"]
+    assert [row[0] for row in rows[2:6]] == [
+        "receiver alone", "text-to-text", "**C2C**", "C2C, another question's cache",
+    ]  # fmt: skip
+    assert rows[3][1] == "40.0 [35.0, 45.0] (of 5)" and rows[4][1] == "60.0 [55.0, 65.0]"
+    assert rows[6][1] == "+10.0 = +2.0 +8.0" and rows[7][1:] == ["–", "50 [20, 80]"]
+
+
+@pytest.mark.parametrize("folder", ["short", "paper", "arc-challenge"])
+def test_tables_of_the_default_fuser(folder: str) -> None:
+    """Every accuracy of a method with its interval stands in the table."""
+    summary = json.loads((ROOT / "results" / "default" / folder / "summary.json").read_text(encoding="utf-8"))
+    tasks = summary["likelihood"]["tasks"] if "likelihood" in summary else summary["tasks"]
+    plain = re.sub(r"\*", "", README)
+    for task, found in tasks.items():
+        for method in ("receiver", "sharer", "c2c", "other"):
+            low, high = found[method]["interval"]
+            assert f"{found[method]['accuracy']:.1f} [{low:.1f}, {high:.1f}]" in plain, (task, method)
