@@ -17,6 +17,7 @@ import torch
 from cache2cache import pair as pair_module
 from cache2cache.alignment.chat import render
 from cache2cache.kv import KV, prefill_prompts
+from cache2cache.models import packed
 from cache2cache.models.load import LM
 from cache2cache.pair import C2C
 from cache2cache.training.loop import response_loss
@@ -117,6 +118,14 @@ def test_evaluate(tiny_pair_folder: Path) -> None:
     _, asked, share, over, *batches = done.stdout.splitlines()
     assert asked.startswith("6 questions") and "over hf" in over and len(batches) == 2
     assert 0 < float(share.split(": ")[1].split()[0]) < 1
+
+
+@pytest.mark.skipif(not packed.possible(), reason="no packed weights on this processor")
+def test_packed() -> None:
+    done = script("packed.py", "--layers", "24x16", "--rows", 1, 3, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    layer, *ratios = done.stdout.splitlines()[-1].split()
+    assert layer == "24x16" and len(ratios) == 2 and all(float(r) > 0 for r in ratios)
 
 
 def test_adapter(tiny_pair_folder: Path, tmp_path: Path) -> None:

@@ -207,22 +207,22 @@ class Batch:
     def clean(self, way: str) -> Prefilled:
         """The receiver's prefill that is fused."""
         if way not in self._clean:
-            receiver, prompts = self.setup.pair.receiver, [c.prompt(way) for c in self.cases]
             if plain(self.setup.pair):
-                rows = lambda way: [c.prompt(way).receiver for c in self.cases]  # noqa: E731
-                self._clean[way] = self._prefill("receiver", way, receiver, rows)
+                self._clean[way] = self._prefill("receiver", way, self.setup.pair.receiver, self._receivers_rows)
             else:
-                own = [p.receiver for p in prompts]
-                self._clean[way] = prefill_prompts(receiver, own, [p.positions for p in prompts])
+                positions = [c.prompt(way).positions for c in self.cases]
+                self._clean[way] = prefill_prompts(self.setup.pair.receiver, self._receivers_rows(way), positions)
         return self._clean[way]
+
+    def _receivers_rows(self, way: str) -> list[Sequence[int]]:
+        return [c.prompt(way).receiver for c in self.cases]
 
     def own(self, way: str) -> Prefilled:
         """The receiver's prefill for itself: the same, unless a published token map moves its positions."""
         if plain(self.setup.pair):
             return self.clean(way)
         if way not in self._own:
-            rows = [c.prompt(way).receiver for c in self.cases]
-            self._own[way] = prefill_prompts(self.setup.pair.receiver, rows)
+            self._own[way] = prefill_prompts(self.setup.pair.receiver, self._receivers_rows(way))
         return self._own[way]
 
     def told(self, form: str) -> list[tuple[str, int]]:

@@ -1,9 +1,8 @@
 """Weights laid out beforehand for batches on a CPU.
 
-With a few dozen rows, as when a batch of answers is decoded, a float32 product takes longer to arrange the weights than
-to multiply by them. oneDNN takes weights that are arranged already: measured with the layers of Qwen2.5-1.5B on a core
-without AVX-512, 4 to 64 rows take 1.2 to 2 times less. A single row takes 1.4 to 2 times more, and long prompts and
-layers below a million weights nearly the same (benchmarks/evaluate.py prints what it comes to).
+With a few dozen rows, as when a batch of answers is decoded, much of a float32 product is arranging the weights. oneDNN
+takes weights that are arranged already. A single row takes longer, and long prompts nearly the same
+(benchmarks/packed.py, docs/LOG.md); small layers gain nothing.
 """
 
 from __future__ import annotations
@@ -25,16 +24,12 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight_shape = tuple(linear.weight.shape)
         self.packed: Tensor = _ops()._reorder_linear_weight(linear.weight.detach(), None)
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         made: Tensor = _ops()._linear_pointwise(x, self.packed, self.bias, "none", [], "")
         return made
-
-    def extra_repr(self) -> str:
-        return f"(out, in)={self.weight_shape}"
 
 
 def pack(lm: LM) -> int:
@@ -49,8 +44,10 @@ def pack(lm: LM) -> int:
     # By their names, for a list of the layers would keep the weights of those that are done.
     names = [name for name, module in lm.model.named_modules() if type(module) is nn.Linear and _pays(module.weight)]
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        setattr(lm.model.get_submodule(owner), leaf, PackedLinear(lm.model.get_submodule(name)))  # type: ignore[arg-type]
+        linear = lm.model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        lm.model.set_submodule(name, PackedLinear(linear))
+        del linear
         heap.trim(0)  # or a heap that keeps what is freed would hold the weights twice
     return len(names)
 
