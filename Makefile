@@ -8,8 +8,12 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install
 demo: .venv/.core
 	@.venv/bin/c2c ask
 
+# A worker per core; then the real models, which take all cores and most of the memory, with nothing beside them.
 test: .venv/.test
-	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	@failed=0; \
+	.venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup --ignore tests/real || failed=1; \
+	.venv/bin/python -m pytest tests/real || failed=1; \
+	exit $$failed
 
 lint: .venv/.test
 	.venv/bin/ruff check .

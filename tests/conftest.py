@@ -28,14 +28,12 @@ os.environ["COLUMNS"] = "120"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a worker gets at once: the tests of a file, which share its servers and runs; the pages of the documents one
-    by one, for they are the longest; all that loads real models, which are loaded once."""
+    """What a worker gets at once: the tests of a file, which share its servers and runs; of the documents each page by
+    itself, for they are the longest."""
     here = Path(__file__).parent
     for item in items:
         file = item.path.relative_to(here)
-        if file.parts[0] == "real":
-            item.add_marker(pytest.mark.xdist_group("real"))
-        elif file.name != "test_docs.py":
+        if file.name != "test_docs.py":
             item.add_marker(pytest.mark.xdist_group(file.as_posix()))
 
 

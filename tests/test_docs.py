@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.tasks
 import pytest
 import torch
 import typer
@@ -37,6 +38,7 @@ from cache2cache.cli import app, main
 from cache2cache.config import FuserConfig
 from cache2cache.fuser import checkpoint
 from cache2cache.models import catalogue
+from cache2cache.oracle import documents, structure
 from cache2cache.pair import C2C
 from cache2cache.serving import engine
 from cache2cache.training.data import read_chat
@@ -165,6 +167,17 @@ def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             splits[file.name.partition(".")[0]] = datasets.Dataset.from_list(rows)
         return datasets.DatasetDict(splits)
 
+    all_tasks = lm_eval.tasks.TaskManager
+
+    def only_arc(include_path: str | None = None, **options: Any) -> Any:
+        """The harness, which takes 20 seconds for the index of all its tasks."""
+        folder = Path(lm_eval.tasks.__file__).parent / "arc"
+        return all_tasks(include_path=include_path or str(folder), include_defaults=False, **options)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", only_arc)
+    # A tiny model shows as much with a few documents as with 210.
+    few = documents.generate
+    monkeypatch.setattr(structure, "generate", lambda count, seed: few(min(count, 10), seed))
     monkeypatch.setattr(datasets, "load_dataset", from_the_mirror)
     monkeypatch.setattr(socket.socket, "connect", local)
     monkeypatch.setattr(checkpoint, "PACKAGED", small_world / "fusers")
