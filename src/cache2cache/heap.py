@@ -38,8 +38,14 @@ def trim(above: int) -> bool:
     """
     if not _kept or (status("RssAnon") or 0) <= above:
         return False
-    ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     return True
+
+
+def give_back() -> None:
+    """Give back what is free now. glibc does that by itself only with what lies at the heap's end."""
+    if sys.platform == "linux" and (malloc_trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        malloc_trim(0)
 
 
 def status(name: str, pid: int | str = "self") -> int | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
 import huggingface_hub.constants
 import pytest
 import torch
@@ -236,6 +237,24 @@ def test_truncated_gguf(tmp_path: Path, keep: float) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     assert "tiny.gguf" in refused(file)
+
+
+def test_a_gguf_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For config, weights and tokenizer; and gguf is left as it was, after a failure too."""
+    opened = []
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    file = write_gguf(tmp_path / "tiny.gguf")
+    assert load_lm(file).need_tokenizer()("hello")["input_ids"] and len(opened) == 1
+    assert gguf.GGUFReader is Reader
+    file.write_bytes(file.read_bytes()[:2000])
+    refused(file)
+    assert gguf.GGUFReader is Reader
 
 
 def test_a_gguf_is_named_inside_a_folder_too(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import BinaryIO
 
+from .. import heap
 from ..errors import C2CError
 
 _BLOCK = 1 << 22  # bytes read at a time
@@ -182,6 +183,7 @@ def _pull(wanted: Entry, part: Path, progress: bool) -> None:
         _check_hash(wanted, gguf)
         shutil.rmtree(converted, ignore_errors=True)  # left by an interrupted conversion
         _convert(wanted, gguf, converted)
+        heap.give_back()  # nearly the folder's size, and the model is loaded next
     target = folder_of(wanted.name)
     if target.exists():  # made from other bytes, by another version of the catalogue
         shutil.rmtree(target)

@@ -22,10 +22,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
@@ -47,6 +48,7 @@ FINGERPRINT_VALUES = 1024  # values read of each tensor
 
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_READING_GGUF = threading.Lock()
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -580,13 +582,41 @@ def read_gguf(file: Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTo
         pass
     else:
         options["quantization_config"] = GgufConfig(dequantize=True)
-    model, tokenizer = _read(file, file.parent, options)
+    with _parsed_once():
+        model, tokenizer = _read(file, file.parent, options)
     # Unpacked as it is, the model still carries the marks of its file: they would forbid save_pretrained, and a saved
     # config with them would ask for the file again.
     cast(Any, model).hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers read a GGUF file's fields quickly.
+
+    It parses them three times, for config, weights and tokenizer, and `gguf` slices each token of the vocabulary out of
+    a memory map. That was half of the time that a model of the catalogue took to convert (docs/LOG.md).
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self.plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self.plain = np.asarray(mapped)  # the same bytes, without what a memory map carries through each slice
+
+    module: Any = gguf
+    with _READING_GGUF:
+        original, module.GGUFReader = module.GGUFReader, cache(Reader)
+        try:
+            yield
+        finally:
+            module.GGUFReader = original
 
 
 def _read(
