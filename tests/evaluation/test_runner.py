@@ -442,13 +442,36 @@ def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path
         prompts[answers] = [sum(n > 8 for n in lengths) for lengths in seen]
         for lengths in seen:
             lengths.clear()
-    # The receiver reads for itself and C2C, for text, for few-shot; the sharer for C2C and itself, and for its message.
-    assert prompts == {"likelihood": [3, 2], "generation": [3, 2], "both": [3, 2]}
+    # The receiver reads for itself and C2C, for text, for few-shot the examples and the questions; the sharer for C2C
+    # and itself, and for its message.
+    assert prompts == {"likelihood": [4, 2], "generation": [4, 2], "both": [4, 2]}
     alone = {a.key: a for way in ("likelihood", "generation") for a in made[way]}
     assert len(alone) == len(made["both"]) == 2 * 5 * 5
     for answer in made["both"]:
         assert (answer.text, answer.choice) == (alone[answer.key].text, alone[answer.key].choice)
         assert answer.logprobs == pytest.approx(alone[answer.key].logprobs, abs=1e-4)
+
+
+def test_examples_are_read_once_a_batch(tmp_path: Path) -> None:
+    """Questions of one subject are asked together behind their examples; the answers are those of one by one."""
+    asked = [
+        Question(f"q{i}", f"Which {'plant ' * (i % 3)}is {i}?", ("a", "b", "c"), i % 3, subject="xy"[i % 2])
+        for i in range(10)
+    ]
+    examples = [replace(q, id=f"e{q.id}", question=f"An example: {q.question * 5}") for q in asked]
+    pair = pair_of()
+    seen = lengths_read(pair.receiver)
+    options: dict[str, Any] = {"methods": ["few-shot"], "examples": examples, "shots": 3}
+    together = evaluate(pair, "own", asked, tmp_path / "s.jsonl", batch_size=8, **options)
+    read = list(seen)
+    seen.clear()
+    alone = evaluate(pair, "own", asked, tmp_path / "t.jsonl", batch_size=1, **options)
+    # Each subject's five prompts take one pass over the examples and a short one over the questions.
+    prompts = [n for n in read if n > 8]
+    assert len(prompts) == 4 and sum(prompts) < 2.7 * sum(n for n in seen if n > 8) / 10
+    for one, other in zip(*(sorted(made, key=lambda a: a.id) for made in (together, alone)), strict=True):
+        assert (one.id, one.choice) == (other.id, other.choice)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_an_answer_in_words_is_right_or_wrong(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import partial
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -155,10 +156,17 @@ def plan(
                 if m == "other"
             ]
             group, paired = [(way, m) for way, m in group if m != "other"], False
-        for batch in batches_of(sorted(chosen, key=_like), batch_size, 2 if paired else 1) if chosen else []:
-            partners = [batch[row] for row in next_rows(len(batch))] if paired else []
-            units.append(Unit(batch, partners, group, setup.prompt))
+        # Questions of one subject begin with the same examples, which a batch of them reads once.
+        about = partial(_subject, few_shot)
+        for _, alike in groupby(sorted(chosen, key=about), key=about):
+            for batch in batches_of(sorted(alike, key=_like), batch_size, 2 if paired else 1):
+                partners = [batch[row] for row in next_rows(len(batch))] if paired else []
+                units.append(Unit(batch, partners, group, setup.prompt))
     return units, failed
+
+
+def _subject(few_shot: bool, case: Case) -> str:
+    return case.question.subject if few_shot else ""
 
 
 def _like(case: Case) -> tuple[int, int, str]:
