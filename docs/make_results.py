@@ -1,7 +1,7 @@
-"""README.md's table of results, from results/reproduce-small, which `make reproduce-small` writes.
+"""README.md's tables of results, from results/reproduce-small, which `make reproduce-small` writes.
 
-python docs/make_results.py            # writes it
-python docs/make_results.py --check    # fails where it is out of date, and says so
+python docs/make_results.py            # writes them
+python docs/make_results.py --check    # fails where they are out of date, and says so
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cache2cache.evaluation.report import LABELS
+from cache2cache.evaluation.report import LABELS, WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
 RESULTS = ROOT / "results" / "reproduce-small" / "summary.json"
 COMMAND = ".venv/bin/python docs/make_results.py"
 START, END = "<!-- docs/make_results.py -->\n", "<!-- end -->\n"
-WAYS = {"likelihood": "likelihood", "generation": "in words"}
 
 
 def percent(found: dict[str, Any], asked: int) -> str:
@@ -30,19 +29,22 @@ def percent(found: dict[str, Any], asked: int) -> str:
     return f"{found['accuracy']:.1f} [{low:.1f}, {high:.1f}]{some}"
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Methods in rows; sets, by likelihood and in words, in columns."""
-    columns = [(task, way) for task in summary["asked"] for way in WAYS if task in summary[way]["tasks"]]
-    found = [summary[way]["tasks"][task] for task, way in columns]
-    methods = [m for m in LABELS if any(isinstance(column.get(m), dict) for column in found)]
+def tables(summary: dict[str, Any]) -> str:
+    """One by option likelihood, one by what is written: methods in rows, sets in columns."""
+    return "\n".join(table(summary, way) for way in WORDS if way in summary)
+
+
+def table(summary: dict[str, Any], way: str) -> str:
+    sets = {task: asked for task, asked in summary["asked"].items() if task in summary[way]["tasks"]}
+    found = [summary[way]["tasks"][task] for task in sets]
     lines = [
-        ["", *(f"{task} ({summary['asked'][task]}), {WAYS[way]}" for task, way in columns)],
-        ["---"] * (len(columns) + 1),
+        [WORDS[way], *(f"{task} ({asked})" for task, asked in sets.items())],
+        ["---"] * (len(sets) + 1),
     ]
-    for method in methods:
+    for method in (m for m in LABELS if any(isinstance(column.get(m), dict) for column in found)):
         cells = [
-            percent(column[method], summary["asked"][task]) if method in column else "–"
-            for column, (task, _) in zip(found, columns, strict=True)
+            percent(column[method], asked) if method in column else "–"
+            for column, asked in zip(found, sets.values(), strict=True)
         ]
         bold = "**" if method == "c2c" else ""
         lines.append([f"{bold}{LABELS[method]}{bold}", *cells])
@@ -65,11 +67,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    made = table(json.loads(RESULTS.read_text(encoding="utf-8")))
+    made = tables(json.loads(RESULTS.read_text(encoding="utf-8")))
     new = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: START + made + END, page, flags=re.S)
     if given.check:
         if START not in page or new != page:
-            sys.exit(f"{PAGE.name} has another table than {RESULTS.relative_to(ROOT)} gives; run {COMMAND}")
+            sys.exit(f"{PAGE.name} has other tables than {RESULTS.relative_to(ROOT)} gives; run {COMMAND}")
     else:
         PAGE.write_text(new, encoding="utf-8")
 

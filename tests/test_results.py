@@ -24,13 +24,13 @@ def make_results() -> ModuleType:
     return module
 
 
-def test_the_table_is_that_of_the_results(make_results: ModuleType) -> None:
-    made = make_results.table(json.loads(make_results.RESULTS.read_text(encoding="utf-8")))
+def test_the_tables_are_those_of_the_results(make_results: ModuleType) -> None:
+    made = make_results.tables(json.loads(make_results.RESULTS.read_text(encoding="utf-8")))
     assert make_results.START + made + make_results.END in README, f"out of date: run {make_results.COMMAND}"
 
 
-def test_figures_of_the_table(make_results: ModuleType) -> None:
-    """By hand, on one column: methods in the report's order, fewer questions said, no gap no figure."""
+def test_figures_of_the_tables(make_results: ModuleType) -> None:
+    """By hand, on one set: methods in the report's order, fewer questions said, no gap no figure."""
 
     def of(accuracy: float, questions: int = 10) -> dict[str, Any]:
         return {"questions": questions, "accuracy": accuracy, "interval": [accuracy - 5, accuracy + 5]}
@@ -43,13 +43,16 @@ def test_figures_of_the_table(make_results: ModuleType) -> None:
         "asked": {"own": 10}, "likelihood": {"tasks": {"own": column}},
         "generation": {"tasks": {"own": {**column, "recovered": 50.0, "recovered_interval": [20.0, 80.0]}}},
     }  # fmt: skip
-    rows = [line.strip("| ").split(" | ") for line in make_results.table(summary).splitlines()]
-    assert rows[0][-2:] == ["own (10), likelihood", "own (10), in words"]
-    assert [row[0] for row in rows[2:6]] == [
+    likely, words = (
+        [line.strip("| ").split(" | ") for line in block.splitlines()]
+        for block in make_results.tables(summary).split("\n\n")
+    )
+    assert likely[0] == ["by option likelihood", "own (10)"] and words[0] == ["by generation", "own (10)"]
+    assert [row[0] for row in likely[2:6]] == [
         "receiver alone", "text-to-text", "**C2C**", "C2C, another question's cache",
     ]  # fmt: skip
-    assert rows[3][1] == "40.0 [35.0, 45.0] (of 5)" and rows[4][1] == "60.0 [55.0, 65.0]"
-    assert rows[6][1] == "+10.0 = +2.0 +8.0" and rows[7][1:] == ["–", "50 [20, 80]"]
+    assert likely[3][1] == "40.0 [35.0, 45.0] (of 5)" and likely[4][1] == "60.0 [55.0, 65.0]"
+    assert likely[6][1] == "+10.0 = +2.0 +8.0" and (likely[7][1], words[7][1]) == ("–", "50 [20, 80]")
 
 
 @pytest.mark.parametrize("folder", ["short", "paper", "arc-challenge"])
