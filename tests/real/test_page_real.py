@@ -19,6 +19,8 @@ from cache2cache.serving.page import read_examples
 from cache2cache.tasks.prompts import extract_letter
 from serving.conftest import Here, Served, ask_on_page, opened
 
+WIDTHS = {"page.png": 1280, "page-phone.png": 390}
+
 
 class Loaded(Here):
     """An engine of a pair that is here already."""
@@ -38,21 +40,20 @@ def served(pair: C2C) -> Iterator[Served]:
     server.stop()
 
 
-@pytest.mark.parametrize(("width", "name"), [(1280, "page.png"), (390, "page-phone.png")])
-def test_a_question_that_c2c_helps_with(
-    pair: C2C, served: Served, browser: Any, tmp_path: Path, width: int, name: str
-) -> None:
+def test_a_question_that_c2c_helps_with(pair: C2C, served: Served, browser: Any, tmp_path: Path) -> None:
     (fuser,) = pair.fusers
     assert isinstance(fuser, C2CFuser)
     question = next(row["question"] for row in read_examples() if row["change"] == "better")
-    with opened(browser, served, width) as tab:
+    with opened(browser, served, WIDTHS["page.png"]) as tab:
         answers = ask_on_page(tab, question)
         letters = {way: extract_letter(answers[way], 4) for way in answers}
         assert letters["c2c"] is not None and letters["c2c"] != letters["receiver"], answers
         tab.click("#panel button")
         tab.wait_for_selector("#weights svg", timeout=60_000)
         assert f"{int(fuser.open_gates.sum())} of {len(fuser.open_gates)} gates are open" in tab.inner_text("#gates")
-        assert tab.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
         folder = Path(os.environ.get("C2C_SCREENSHOTS", tmp_path))
-        tab.screenshot(path=folder / name, full_page=True)
-        assert (folder / name).stat().st_size > 20_000
+        for name, width in WIDTHS.items():
+            tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0, width
+            tab.screenshot(path=folder / name, full_page=True)
+            assert (folder / name).stat().st_size > 20_000
