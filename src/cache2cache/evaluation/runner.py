@@ -14,6 +14,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .. import heap
 from ..errors import C2CError
 from ..files import replace_text
 from ..methods.base import Ask
@@ -60,6 +61,7 @@ class Unit:
         return [(c.task, self.prompt, c.id, method, way) for way, method in self.asked for c in self.cases]
 
 
+HELD = 1_000_000_000  # bytes of buffers that are kept from one batch to the next
 Item = TypeVar("Item")
 
 
@@ -224,7 +226,10 @@ def work(
         if a.method in FORMS and a.message is not None
     }
     made = []
+    heap.trim(0)  # what loading took
+    most = (heap.status("RssAnon") or 0) + HELD
     for unit in units:
+        heap.trim(most)
         todo = [(w, m) for w, m in unit.asked if any((c.task, unit.prompt, c.id, m, w) not in have for c in unit.cases)]
         for rows in _answered(setup, unit, todo, messages) if todo else ():
             new = [a for a in rows if a.key not in have]
