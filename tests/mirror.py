@@ -14,6 +14,8 @@ SETS = {
     "openbookqa": "allenai/openbookqa/main",
     "commonsenseqa": "tau/commonsense_qa/default",
     "mmlu": "cais/mmlu/all",
+    "mmlu-redux": "edinburgh-dawg/mmlu-redux-2.0/anatomy",
+    "c-eval": "ceval/ceval-exam/logic",
 }
 
 
@@ -35,6 +37,10 @@ def question(task: str, name: str, i: int) -> dict[str, Any]:
     asked, right = f"What is {i} plus 1?", options.index(str(i + 1))
     if task == "mmlu":
         return {"question": asked, "choices": options, "answer": right, "subject": ""}
+    if task == "mmlu-redux":
+        return {"question": asked, "choices": options, "answer": right, "error_type": "ok", "correct_answer": None}
+    if task == "c-eval":
+        return {"id": i, "question": asked, **dict(zip("ABCD", options, strict=True)), "answer": "ABCD"[right]}
     return {
         "id": f"made-up-{name}",
         "question_stem" if task == "openbookqa" else "question": asked,

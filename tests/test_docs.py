@@ -144,6 +144,7 @@ def make_mirror(folder: Path) -> None:
         mirror(folder, [{kind: name, "split": split}], count)
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
         mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
+    mirror(folder, [{"task": "mmlu-redux", "split": "test"}, {"task": "c-eval", "split": "val"}], 6, start=1000)
     mirror(folder, [{"task": "mmlu", "split": "dev"}], 6)
     mirror(folder, [{"task": "mmlu", "split": "validation"}], 6, start=1000)  # an exemplar is not asked
 

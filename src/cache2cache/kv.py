@@ -446,3 +446,10 @@ def prefill_prompts(
     places_read = None if places is None else places[:, :-1]
     kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=places_read, past=past, chunk_tokens=chunk_tokens)
     return Prefilled(ids, mask, kv, places)
+
+
+def prefill_alike(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
+    """Prompts that may have much in common, as the examples of few-shot or an instruction: what all begin with is read
+    once where that spares a third of the tokens."""
+    start = read_start(lm, rows, worth=sum(map(len, rows)) // 3)
+    return prefill_prompts(lm, rows, past=[start] * len(rows) if start else None)

@@ -443,8 +443,8 @@ def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path
         for lengths in seen:
             lengths.clear()
     # The receiver reads for itself and C2C, for text, for few-shot the examples and the questions; the sharer for C2C
-    # and itself, and for its message.
-    assert prompts == {"likelihood": [4, 2], "generation": [4, 2], "both": [4, 2]}
+    # and itself, and for its message the instruction and the questions.
+    assert prompts == {"likelihood": [4, 3], "generation": [4, 3], "both": [4, 3]}
     alone = {a.key: a for way in ("likelihood", "generation") for a in made[way]}
     assert len(alone) == len(made["both"]) == 2 * 5 * 5
     for answer in made["both"]:

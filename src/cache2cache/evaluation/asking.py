@@ -17,7 +17,7 @@ from .. import response
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
-from ..kv import Prefilled, prefill_prompts, prefilled, read_start
+from ..kv import Prefilled, prefill_alike, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
 from ..models.load import LM
@@ -253,14 +253,14 @@ class Batch:
         """
         asked = rows(way)
         if not self.both:
-            return _prefilled_once(lm, asked)
+            return prefill_alike(lm, asked)
         if method not in self._read:
-            self._read[method] = _prefilled_once(lm, rows(LIKELIHOOD))
+            self._read[method] = prefill_alike(lm, rows(LIKELIHOOD))
         if way == LIKELIHOOD:
             return self._read[method]
         longer, known = rows(LIKELIHOOD), self._read.pop(method)
         if any(list(row) != list(more[: len(row)]) for row, more in zip(asked, longer, strict=True)):
-            return _prefilled_once(lm, asked)
+            return prefill_alike(lm, asked)
         # The last token of a prompt is in no cache.
         lengths, wanted = [len(more) - 1 for more in longer], [len(row) - 1 for row in asked]
         return prefilled(lm, asked, starts_of(known.kv, lengths, wanted))
@@ -384,13 +384,6 @@ class _Found:
     text: str | None = None
     tokens: int | None = None
     score: float | None = None
-
-
-def _prefilled_once(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
-    """Prompts' prefill. What all of them begin with is read once where that spares half of the tokens: the examples of
-    few-shot."""
-    start = read_start(lm, rows, worth=sum(map(len, rows)) // 2)
-    return prefill_prompts(lm, rows, past=[start] * len(rows) if start else None)
 
 
 def plain(pair: C2C) -> bool:
