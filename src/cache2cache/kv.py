@@ -424,6 +424,22 @@ class Prefilled:
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask, CACHE: cache}
         return inputs if self.position_ids is None else {**inputs, "position_ids": self.position_ids}
 
+    def grown(self, sequences: Tensor, cache: Cache, rows: Tensor) -> Prefilled:
+        """What `generate` made of these prompts as prompts to go on with: the given rows of it.
+
+        Args:
+            sequences: (B, T + new), what it returned.
+            cache: of all of that but the last token.
+            rows: (n,) int64.
+        """
+        new = sequences.shape[1] - self.input_ids.shape[1]
+        mask, places = self.attention_mask[rows], None
+        mask = torch.cat([mask, mask.new_ones(len(rows), new)], dim=1)
+        if self.position_ids is not None:
+            known = self.position_ids[rows]
+            places = torch.cat([known, known[:, -1:] + torch.arange(1, new + 1, device=known.device)], dim=1)
+        return Prefilled(sequences[rows], mask, KV.from_cache(cache).rows(rows), places)
+
 
 def prefilled(lm: LM, rows: Sequence[Sequence[int]], kv: KV) -> Prefilled:
     """Prompts whose cache is known, padded on the left: that of all their tokens, or of all but the last."""

@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
+from transformers import StoppingCriteria
 
 from .. import decode
 from ..errors import C2CError
 from ..files import replace_text
-from ..kv import Prefilled, prefill_alike
+from ..kv import CACHE, Prefilled, prefill_alike
 from ..models.load import LM
+from ..response import Answering
 
 Row = TypeVar("Row")
 
@@ -35,15 +38,64 @@ def write(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Wr
 
 
 def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]:
-    """What a model answers on top of prefilled caches, greedily, in at most that many tokens each."""
-    sequences = decode.generate(lm, prompts, do_sample=False, max_new_tokens=max(limits))
-    return written(lm, sequences[:, prompts.input_ids.shape[1] :], limits)
+    """What a model answers on top of prefilled caches, greedily, in at most that many tokens each.
+
+    Answers differ in length, and an ended row would cost as much as a live one until the longest has ended: whenever a
+    share of the batch has, what is left goes on in a smaller one.
+    """
+    if isinstance(prompts, Answering):  # it keeps more than a cache of each row
+        sequences = decode.generate(lm, prompts, do_sample=False, max_new_tokens=max(limits))
+        return written(lm, sequences[:, prompts.input_ids.shape[1] :], limits)
+    made: dict[int, Written] = {}
+    rows, start = list(range(len(limits))), prompts.input_ids.shape[1]
+    while rows:
+        left = [limits[row] for row in rows]
+        ended = Ended(lm, start, left)
+        room = start + max(left) - prompts.input_ids.shape[1]
+        output = decode.generate(
+            lm,
+            prompts,
+            do_sample=False,
+            max_new_tokens=room,
+            stopping_criteria=[ended],
+            return_dict_in_generate=True,
+        )
+        done = ended.rows(output.sequences)
+        finished, live = done.nonzero().flatten(), (~done).nonzero().flatten()
+        answers = written(lm, output.sequences[finished, start:], [left[place] for place in finished.tolist()])
+        made |= {rows[place]: answer for place, answer in zip(finished.tolist(), answers, strict=True)}
+        rows = [rows[place] for place in live.tolist()]
+        if rows:
+            prompts = prompts.grown(output.sequences, getattr(output, CACHE), live)
+    return [made[row] for row in range(len(limits))]
+
+
+class Ended(StoppingCriteria):
+    """Stops `generate` for all rows as soon as a quarter of them is done: by an end token, or by their limits."""
+
+    def __init__(self, lm: LM, start: int, limits: Sequence[int]) -> None:
+        self.start = start
+        self.ends = torch.tensor(sorted(_ends(lm)), device=lm.device)
+        self.limits = torch.tensor(list(limits), device=lm.device)
+
+    def rows(self, sequences: Tensor) -> Tensor:
+        """Which rows are done, (B,) bool."""
+        new = sequences[:, self.start :]
+        return torch.isin(new, self.ends).any(-1) | (self.limits <= new.shape[1])
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done = self.rows(input_ids)
+        return torch.full_like(done, 4 * int(done.sum()) >= len(done))
+
+
+def _ends(lm: LM) -> set[int]:
+    ends = lm.model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def written(lm: LM, new: Tensor, limits: Sequence[int] | None = None) -> list[Written]:
     """Each row of what `generate` added (B, new), up to its first end token: padding follows behind that."""
-    ends = lm.model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends])
+    stops = _ends(lm)
     made = []
     for row, limit in zip(new.tolist(), limits or [new.shape[1]] * len(new), strict=True):
         row = row[:limit]

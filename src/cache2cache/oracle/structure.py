@@ -26,7 +26,7 @@ from ..evaluation.chat import check_pair
 from ..evaluation.controls import fuse_others, next_rows, rows_of
 from ..evaluation.runner import batches_of
 from ..evaluation.statistics import accuracy
-from ..evaluation.writing import Written, add_rows, read_rows, written
+from ..evaluation.writing import Written, add_rows, read_rows, write_on
 from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, Read, pad_left, prefill, prefill_prompts, prefilled
 from ..methods.text_to_text import BACKGROUND
@@ -119,8 +119,7 @@ def messages(pair: C2C, batch: Sequence[Document], form: str, max_tokens: int, p
     asked = [FORMS[form].format(question=d.question.question) for d in batch]
     rows = [pair.rendered(sharer, _chat(d, text)).ids for d, text in zip(batch, asked, strict=True)]
     prompt = prefill_prompts(sharer, rows, past=past)
-    sequences = decode.generate(sharer, prompt, do_sample=False, max_new_tokens=max_tokens)
-    return written(sharer, sequences[:, prompt.input_ids.shape[1] :])
+    return write_on(sharer, prompt, [max_tokens] * len(rows))
 
 
 def cache_bytes(fuser: C2CFuser, prompt: PromptIds, cache: KV) -> int:

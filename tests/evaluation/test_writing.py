@@ -1,0 +1,62 @@
+"""Answers in batches that shrink, against each prompt alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from cache2cache import decode
+from cache2cache.evaluation.writing import Written, write, write_on, written
+from cache2cache.kv import Prefilled, prefill_prompts
+from cache2cache.models import LM
+from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
+
+NEW = 40
+ROWS = [list(range(5 + row, 9 + 3 * row)) for row in range(9)]
+
+
+def alone(lm: LM, prompt: Prefilled, limit: int) -> Written:
+    sequences = decode.generate(lm, prompt, do_sample=False, max_new_tokens=limit)
+    return written(lm, sequences[:, prompt.input_ids.shape[1] :])[0]
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def lm(request: pytest.FixtureRequest) -> LM:
+    """A model whose greedy answers to ROWS end after different numbers of tokens, one of them never."""
+    family = request.param
+    made = LM(tiny_model(family).eval().requires_grad_(False), tiny_tokenizer(TOKENIZER_OF[family]), family)
+    made.model.generation_config.eos_token_id = None
+    answers = [alone(made, prefill_prompts(made, [row]), NEW).ids for row in ROWS]
+    ends = {answer[5 * n] for n, answer in enumerate(answers[:-1])} - set(answers[-1])
+    made.model.generation_config.eos_token_id = sorted(ends)
+    return made
+
+
+@pytest.mark.parametrize("limits", [[NEW] * len(ROWS), [3, 7, 12, 40, 40, 31, 9, 40, 22]])
+def test_each_row_is_answered_as_it_is_alone(lm: LM, limits: list[int]) -> None:
+    expected = [alone(lm, prefill_prompts(lm, [row]), n) for row, n in zip(ROWS, limits, strict=True)]
+    assert len({len(w.ids) for w in expected}) > 3 and {w.ended for w in expected} == {True, False}
+    assert write_on(lm, prefill_prompts(lm, ROWS), limits) == expected
+
+
+def test_prompts_with_positions_of_their_own(lm: LM) -> None:
+    places = [[2 * p for p in range(len(row))] for row in ROWS]
+    expected = [alone(lm, prefill_prompts(lm, [row], [at]), NEW) for row, at in zip(ROWS, places, strict=True)]
+    assert write_on(lm, prefill_prompts(lm, ROWS, places), [NEW] * len(ROWS)) == expected
+
+
+def test_ended_rows_are_read_no_more(lm: LM) -> None:
+    lengths = sorted(len(w.ids) + w.ended for w in write(lm, ROWS, NEW))
+    read: list[int] = []
+    hook = lm.model.register_forward_pre_hook(
+        lambda model, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    write_on(lm, prefill_prompts(lm, ROWS), [NEW] * len(ROWS))
+    hook.remove()
+    # A step for each token of the longest answer, and fewer than a quarter of a batch waits for others.
+    assert len(read) == lengths[-1]
+    assert sum(lengths) <= sum(read) <= sum(lengths) / 0.75 < len(ROWS) * lengths[-1]
+
+
+def test_a_model_without_an_end_token_writes_to_the_limit(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", None)
+    assert [(len(w.ids), w.ended) for w in write(lm, ROWS, 6)] == [(6, False)] * len(ROWS)
