@@ -106,16 +106,21 @@ def product(batch: int, rows: int, inner: int, columns: int, like: Tensor) -> tu
     return run, 2.0 * batch * rows * inner * columns
 
 
-def prefill_operations(lm: LM, rows: list[int], num_layers: int) -> float:
-    """Additions and multiplications of reading prompts of `rows` tokens through the lowest `num_layers` layers.
+def pass_operations(lm: LM, rows: list[int], num_layers: int) -> float:
+    """Additions and multiplications of reading `rows` tokens each through the lowest `num_layers` layers.
 
     Every weight of a layer once per token, and causal attention; no embedding, no LM head.
     """
-    config = lm.text_config
     layers: Any = lm.decoder.layers
     weights = sum(p.numel() for layer in list(layers)[:num_layers] for p in layer.parameters())
-    width = config.num_attention_heads * lm.head_dim
+    width = lm.text_config.num_attention_heads * lm.head_dim
     return sum(2.0 * weights * n + num_layers * 2.0 * width * n * n for n in rows)
+
+
+def prefill_operations(lm: LM, rows: list[int], num_layers: int) -> float:
+    """Those of filling a cache: of the highest layer nothing but its keys and values is needed."""
+    projections = 2 * lm.text_config.hidden_size * lm.num_kv_heads * lm.head_dim
+    return pass_operations(lm, rows, num_layers - 1) + 2.0 * projections * sum(rows)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

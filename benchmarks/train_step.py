@@ -30,7 +30,7 @@ from typing import Any
 import measure
 import torch
 from first_token import RECEIVER, SHARER, fuser_weights, plain_prefill, void
-from measure import medians, peak_rise, prefill_operations, product, take_turns
+from measure import medians, pass_operations, peak_rise, prefill_operations, product, take_turns
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -102,7 +102,7 @@ def operations(pair: C2C, items: Sequence[Item]) -> dict[str, float]:
     # What the fuser reads needs no gradient, and layers below the lowest fused one have none.
     inputs = sum(p[0].numel() for name, p in fuser.named_parameters() if name in ENTRIES) * fuser.groups
     depths = receiver.num_layers, receiver.num_layers - int(fuser.receiver_layers.min())
-    layers = [prefill_operations(receiver, behind, d) - prefill_operations(receiver, before, d) for d in depths]
+    layers = [pass_operations(receiver, behind, d) - pass_operations(receiver, before, d) for d in depths]
     head = receiver.model.get_output_embeddings().weight.numel()  # type: ignore[union-attr]
     return {
         "receiver prefill": prefill_operations(receiver, before, receiver.num_layers),

@@ -180,6 +180,9 @@ def test_operations_are_counted_from_shapes(measure: ModuleType) -> None:
     lm = LM(tiny_model("llama"), None, "llama")  # 3 layers of width 48, 6 heads of 8, 3 of keys and values, MLP of 64
     per_layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 64 + 2 * 48
     expected = sum(2 * 3 * per_layer * n + 3 * 2 * 48 * n * n for n in (5, 9))
+    assert measure.pass_operations(lm, [5, 9], 3) == expected
+    # A cache of three layers needs two of them, and of the third the keys and values.
+    expected = sum(2 * (2 * per_layer + 2 * 48 * 24) * n + 2 * 2 * 48 * n * n for n in (5, 9))
     assert measure.prefill_operations(lm, [5, 9], 3) == expected
 
 

@@ -50,6 +50,23 @@ def test_prefill_in_pieces_and_of_lower_layers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_behind_the_last_keys_nothing_is_computed(family: str) -> None:
+    lm = lm_of(family)
+    layers, ids = list(lm.decoder.layers), torch.tensor(rows_of([20]))  # type: ignore[arg-type]
+    ran: list[int] = []
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    whole = prefill(lm, ids, torch.ones_like(ids), chunk_tokens=10)
+    assert ran == [*range(lm.num_layers - 1)] * 2  # two pieces
+    ran.clear()
+    ended: list[object] = []
+    layers[-1].register_forward_hook(lambda *_: ended.append(_))  # as FSDP and offloading have one
+    hooked = prefill(lm, ids, torch.ones_like(ids), chunk_tokens=10)
+    assert ran == [*range(lm.num_layers)] * 2 and len(ended) == 2
+    assert torch.equal(whole.keys, hooked.keys) and torch.equal(whole.values, hooked.values)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_left_padding_changes_nothing(family: str) -> None:
     lm = lm_of(family)
     rows = rows_of([5, 17, 11])

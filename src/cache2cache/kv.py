@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -142,6 +143,10 @@ class KV:
         return cls(torch.stack(keys), torch.stack(values))
 
 
+class _AllRead(Exception):
+    """The last layer has its keys and values: what is left of the pass only leads to logits, which nobody wants."""
+
+
 class _Slot(DynamicLayer):
     """One layer of a `_StackedCache`: writes in place and returns views, so that nothing is copied or stacked later."""
 
@@ -157,6 +162,8 @@ class _Slot(DynamicLayer):
         self.filled = end
         if end == self.owner.length and self.owner.on_layer is not None:
             self.owner.on_layer(self.index, self.owner.layer(self.index))
+        if self.owner.stops and self.index == len(self.owner.layers) - 1:
+            raise _AllRead
         return keys[self.index, :, :, :end], values[self.index, :, :, :end]
 
     def get_seq_length(self) -> int:
@@ -166,15 +173,22 @@ class _Slot(DynamicLayer):
 class _StackedCache(Cache):
     """A cache over one (L, B, H, T, D) tensor for keys and one for values, made at the first update.
 
-    Or one that is full already, up to position `start`.
+    Or one that is full already, up to position `start`. With `stops` it ends each pass by `_AllRead`.
     """
 
     def __init__(
-        self, num_layers: int, length: int, known: KV | None = None, start: int = 0, on_layer: OnLayer | None = None
+        self,
+        num_layers: int,
+        length: int,
+        known: KV | None = None,
+        start: int = 0,
+        on_layer: OnLayer | None = None,
+        stops: bool = False,
     ) -> None:
         super().__init__(layers=[_Slot(self, index, start) for index in range(num_layers)])
         self.length = length
         self.on_layer = on_layer
+        self.stops = stops
         self.keys: Tensor | None = None if known is None else known.keys
         self.values: Tensor | None = None if known is None else known.values
 
@@ -333,21 +347,29 @@ def prefill(
     known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
     if known is not None and start == length:
         return _hand_over(known, on_layer)
-    cache = _StackedCache(layers, length, known, start, on_layer)
+    cache = _StackedCache(layers, length, known, start, on_layer, stops=not _hooked(decoder))
     padded = not bool(attention_mask.all())
     step = max(1, chunk_tokens // batch)
     for begin in range(start, length, step):
         end = min(begin + step, length)
-        decoder(
-            input_ids=input_ids[:, begin:end],
-            # Without padding the mask is left out: attention then takes its causal path.
-            attention_mask=attention_mask[:, :end] if padded else None,
-            position_ids=positions[:, begin:end],
-            use_cache=True,
-            **{CACHE: cache},
-        )
+        with suppress(_AllRead):
+            decoder(
+                input_ids=input_ids[:, begin:end],
+                # Without padding the mask is left out: attention then takes its causal path.
+                attention_mask=attention_mask[:, :end] if padded else None,
+                position_ids=positions[:, begin:end],
+                use_cache=True,
+                **{CACHE: cache},
+            )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
+
+
+def _hooked(decoder: nn.Module) -> bool:
+    """Whether something waits for the end of the pass that the last layer would cut short: FSDP and offloading give
+    weights back there."""
+    last = list(decoder.layers)[-1]  # type: ignore[arg-type]
+    return any(module._forward_hooks or hasattr(module, "_hf_hook") for module in (decoder, *last.modules()))
 
 
 def _hand_over(kv: KV, on_layer: OnLayer | None) -> KV:
