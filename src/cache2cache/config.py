@@ -213,6 +213,7 @@ class TrainConfig(BaseModel):
     )
     output: Path = Field(Path("runs/fuser"), description="folder of the run")
     epochs: int = Field(1, gt=0, description="passes over the examples")
+    max_steps: int | None = Field(None, gt=0, description="end after that many steps, in whichever epoch")
     batch_size: int = Field(16, gt=0, description="examples a step, over all processes")
     accumulate: int = Field(1, gt=0, description="parts that a process's share of a batch is computed in, one by one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -802,6 +802,25 @@ def test_the_seed_decides(runs: Run, tmp_path: Path) -> None:
     assert same_weights(weights[0], weights[1]) and not same_weights(weights[0], weights[2])
 
 
+def test_the_end_may_lie_within_an_epoch(runs: Run, tmp_path: Path) -> None:
+    """4 steps an epoch: the first 6 of a run, in the same order, with rates that fall to zero in them."""
+    seen: dict[str, list[list[str]]] = {}
+
+    def run(name: str, **changes: Any) -> list[dict[str, Any]]:
+        trainer = runs.trainer(output=tmp_path / name, **changes)
+        backward, batches = trainer.backward, seen.setdefault(name, [])
+        trainer.backward = lambda batch: batches.append([i.id for i in batch]) or backward(batch)  # type: ignore[method-assign,func-returns-value]
+        records: list[dict[str, Any]] = []
+        trainer.run(records.append)
+        return records
+
+    run("whole", epochs=2)
+    records = run("cut", max_steps=6)
+    assert seen["cut"] == seen["whole"][:6] and len(seen["whole"]) == 8
+    assert records[-1]["rate"] == 0 and "holdout_loss" in records[-1]
+    assert runs.trainer(max_steps=100).steps == 12
+
+
 def test_another_recipe_or_other_data_in_the_same_folder(runs: Run, tmp_path: Path) -> None:
     runs.trainer().run()
     before = (tmp_path / "run" / "fuser" / "fuser.safetensors").read_bytes()

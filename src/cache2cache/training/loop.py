@@ -626,8 +626,8 @@ class Trainer:
         self.accelerator = _accelerator(config)
         self.is_main = self.accelerator.is_main_process
         self._check_processes()
-        per_epoch = math.ceil(len(data.train) / config.batch_size)
-        self.steps = per_epoch * config.epochs
+        self.per_epoch = math.ceil(len(data.train) / config.batch_size)
+        self.steps = min(self.per_epoch * config.epochs, config.max_steps or sys.maxsize)
         self.step = 0
         self.seconds = 0.0
         self.last_evaluation: dict[str, float] = {}
@@ -742,11 +742,11 @@ class Trainer:
     def _remaining(self) -> Iterator[list[Item]]:
         if self.out_of_patience:
             return
-        per_epoch = self.steps // self.config.epochs
         begin = self.step  # which goes on while batches are taken ahead of their turn
-        for epoch in range(begin // per_epoch, self.config.epochs):
-            done = max(0, begin - epoch * per_epoch)
-            yield from batches(self.data.train, self.config.batch_size, self.config.seed, epoch)[done:]
+        for epoch in range(begin // self.per_epoch, self.config.epochs):
+            first = epoch * self.per_epoch
+            batched = batches(self.data.train, self.config.batch_size, self.config.seed, epoch)
+            yield from batched[max(0, begin - first) : max(0, self.steps - first)]
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over the processes."""

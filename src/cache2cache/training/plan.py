@@ -65,7 +65,7 @@ def plan(trainer: Trainer) -> Plan:
     evaluate(trainer.objective, largest, len(largest))
     watching = time.perf_counter() - began
     epoch_seconds = learning * sum(map(padded, epoch)) / padded(largest)
-    steps_per_epoch = trainer.steps // config.epochs
+    step = epoch_seconds / trainer.per_epoch
     mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
     evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
     held = [mine[begin : begin + config.batch_size] for begin in range(0, len(mine), config.batch_size)]
@@ -79,8 +79,8 @@ def plan(trainer: Trainer) -> Plan:
         sharers=_bytes(frozen["sharers"]) if "sharers" in frozen else 0,
         fuser=16 * parameters,
         activations=activations,
-        seconds_per_step=epoch_seconds / steps_per_epoch,
-        seconds=epoch_seconds * config.epochs + evaluations * watching * sum(map(padded, held)) / padded(largest),
+        seconds_per_step=step,
+        seconds=step * trainer.steps + evaluations * watching * sum(map(padded, held)) / padded(largest),
         checkpoint=state + 8 * parameters + (state if config.keep == "best" else 0),
         weights=state // 4 * getattr(torch, config.weights_on_disk).itemsize,
         free=shutil.disk_usage(output).free,
