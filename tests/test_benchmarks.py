@@ -13,16 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cache2cache import pair as pair_module
 from cache2cache.alignment.chat import render
+from cache2cache.cli import app
+from cache2cache.config import FuserConfig
 from cache2cache.kv import KV, prefill_prompts
 from cache2cache.models import packed
 from cache2cache.models.load import LM
 from cache2cache.pair import C2C
 from cache2cache.training.loop import response_loss
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
-from training.runs import items_of, pair_of, write_questions
+from training.runs import FUSER, items_of, pair_of, write_models, write_questions, write_recipe
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -228,6 +231,51 @@ def test_long_prompt(tiny_pair_folder: Path) -> None:
     done = script("long_prompt.py", "--model", model, "--tokens", 64, "--chunks", 16, 64)
     assert done.returncode == 0, done.stderr
     assert "tokens at once" in done.stdout
+
+
+def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kinds of method with two seeds: the table holds what training and evaluation wrote, and nothing is done
+    twice."""
+    methods = importlib.import_module("methods")
+    models = write_models(tmp_path)
+    stores = {"store": str(tmp_path / "sharer"), "receiver_store": str(tmp_path / "receiver")}
+    recipe = write_recipe(tmp_path, **stores)
+    asked = write_questions(tmp_path / "questions.jsonl", 6)
+    done: list[str] = []
+
+    def run(*words: Any) -> str:
+        done.append(str(words[0]) + (" --dry-run" if "--dry-run" in words else ""))
+        made = CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+        assert made.exit_code == 0, made.output
+        return made.stdout
+
+    run("precompute", recipe)
+    C2C.from_models(models / "llama", models / "qwen3", FuserConfig(**FUSER)).save_pretrained(tmp_path / "untrained")
+    monkeypatch.setattr(methods, "command", run)
+    names = ["recipe", "identical", "ridge", "single"]
+    line = ["methods.py", "--data-dir", tmp_path, "--recipe", recipe, "--only", *names, "--seeds", 1, 2, "--jobs", 1]
+    line += ["--tasks", asked, "--fuser", tmp_path / "untrained", "--budget", 0.001, "--output", tmp_path / "methods"]
+    monkeypatch.setattr(sys, "argv", [*map(str, line)])
+    done.clear()
+    methods.main()
+    assert sorted(done) == ["evaluate"] * 9 + ["train"] * 8 + ["train --dry-run"] * 3
+    table = (tmp_path / "methods" / "methods.md").read_text()
+    rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in table.splitlines()[2:]}
+    assert [name for name in rows if name in names] == names
+    for name in names:
+        assert rows[name][1] == "2"
+    runs = [tmp_path / "methods" / f"recipe-{seed}" for seed in (1, 2)]
+    made = [json.loads((run / "fuser" / "config.json").read_text())["training"] for run in runs]
+    steps = json.loads((tmp_path / "methods" / "recipe.json").read_text())["steps"]
+    assert [one["steps"] for one in made] == [steps, steps] and rows["recipe"][2] == str(steps)
+    assert made[0]["holdout_loss"] != made[1]["holdout_loss"]
+    loss = sum(one["holdout_loss"] for one in made) / 2
+    assert rows["recipe"][4] == f"{loss:.3f}"
+    right = [json.loads((run / "evaluation" / "summary.json").read_text())["likelihood"]["tasks"] for run in runs]
+    accuracies = [rows["c2c"]["accuracy"] for one in right for rows in one.values()]
+    assert rows["recipe"][6].startswith(f"{sum(accuracies) / 2:.1f} (")
+    methods.main()
+    assert len(done) == 20 and (tmp_path / "methods" / "methods.md").read_text() == table
 
 
 def test_train_step(tiny_pair_folder: Path, tmp_path: Path) -> None:
