@@ -67,6 +67,7 @@ def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]
         rows = [rows[place] for place in live.tolist()]
         if rows:
             prompts = prompts.grown(output.sequences, getattr(output, CACHE), live)
+        del output  # a cache of all rows, which would stay beside the next one
     return [made[row] for row in range(len(limits))]
 
 
