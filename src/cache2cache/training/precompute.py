@@ -10,6 +10,7 @@ from ..config import TrainConfig
 from ..errors import C2CError
 from ..kv import pad_left, prefill
 from ..models.load import LM, load_lm
+from ..models.packed import pack
 from ..packing import dequantize, quantize
 from ..pair import C2C
 from ..progress import Bar
@@ -65,6 +66,7 @@ def _fill(
     if todo:
         if not dry_run:
             store.check_room(prompts, max_bytes)  # before any work
+        pack(lm)
         speed, error = _probe(lm, todo, batch_tokens)
         console.print(
             f"about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
