@@ -427,6 +427,39 @@ def test_written_answers_are_those_of_one_by_one(questions: list[Question], tmp_
 
 
 @pytest.mark.usefixtures("brief")
+def test_messages_are_written_in_larger_batches(
+    questions: list[Question], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times as many at once as are answered, the same ones; where that fails each batch tries for itself."""
+    pair, wrote, bound = pair_of(), [], [100]
+    original = asking.write
+
+    def counted(lm: LM, rows: Any, limit: int) -> list[Written]:
+        wrote.append(len(rows))
+        if len(rows) > bound[0]:
+            raise RuntimeError("no memory")
+        return original(lm, rows, limit)
+
+    monkeypatch.setattr(asking, "write", counted)
+
+    def texts(name: str, **options: Any) -> dict[str, Any]:
+        wrote.clear()
+        rows = evaluate(pair, "own", questions, tmp_path / name, methods=["text"], **options)
+        return {a.id: (a.message, a.message_tokens, a.choice) for a in rows if a.error is None}
+
+    alone = texts("alone", batch_size=1)
+    assert wrote == [1] * 9 and len(alone) == 9
+    assert texts("together", batch_size=2) == alone and wrote == [4, 5]
+    monkeypatch.setattr(runner, "MESSAGE_POSITIONS", 1)  # long prompts
+    assert texts("long", batch_size=2) == alone and wrote == [2, 2, 2, 1, 2]
+    monkeypatch.undo()
+    monkeypatch.setattr(asking, "MAX_MESSAGE_TOKENS", 12)
+    monkeypatch.setattr(asking, "write", counted)
+    bound[0] = 3
+    assert texts("failing", batch_size=2) == alone and wrote == [4, 2, 2, 5, 2, 1, 2]
+
+
+@pytest.mark.usefixtures("brief")
 def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path: Path) -> None:
     """What is answered in words begins like what options are compared behind."""
     pair, examples = pair_of(gate_init=1.0), questions[5:]

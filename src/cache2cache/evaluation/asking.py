@@ -232,10 +232,7 @@ class Batch:
             if all(m is not None for m in known):
                 self._told[form] = [m for m in known if m is not None]
             else:
-                sharer = self.setup.pair.sharers[0]
-                chats = [c.ask.chat(("user", FORMS[form](c.ask))) for c in self.cases]
-                rows = [self.setup.pair.rendered(sharer, chat).ids for chat in chats]
-                self._told[form] = [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
+                self._told[form] = messages_of(self.setup, form, self.cases)
         return self._told[form]
 
     def _reads(self, method: str, way: str, lm: LM, chats: Sequence[list[dict[str, str]]], prefix: str) -> Prefilled:
@@ -384,6 +381,14 @@ class _Found:
     text: str | None = None
     tokens: int | None = None
     score: float | None = None
+
+
+def messages_of(setup: Setup, form: str, cases: Sequence[Case]) -> list[tuple[str, int]]:
+    """What the first sharer writes to the receiver about each question, with its number of tokens."""
+    sharer = setup.pair.sharers[0]
+    chats = [c.ask.chat(("user", FORMS[form](c.ask))) for c in cases]
+    rows = [setup.pair.rendered(sharer, chat).ids for chat in chats]
+    return [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
 
 
 def plain(pair: C2C) -> bool:

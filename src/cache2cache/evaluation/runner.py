@@ -39,6 +39,7 @@ from .asking import (
     check_names,
     check_setup,
     limit_of,
+    messages_of,
 )
 from .controls import next_rows
 from .writing import add_rows, line_of
@@ -48,19 +49,34 @@ AnyQuestion = Question | OpenQuestion
 
 @dataclass(frozen=True)
 class Unit:
-    """A batch, and what is asked of it, in order."""
+    """A batch, and what is asked of it, in order. Of text-to-text it is several, whose messages are written together.
+
+    Attributes:
+        asked: (way, method).
+        size: questions that are answered at once.
+    """
 
     cases: Sequence[Case]
     partners: Sequence[Case]
-    asked: Sequence[tuple[str, str]]  # way, method
+    asked: Sequence[tuple[str, str]]
     prompt: str
+    size: int
 
     @property
     def keys(self) -> list[Key]:
         """The rows that it gives, in order."""
         return [(c.task, self.prompt, c.id, method, way) for way, method in self.asked for c in self.cases]
 
+    def batches(self) -> list[Unit]:
+        """What is answered at once."""
+        if len(self.cases) <= self.size:
+            return [self]
+        return [replace(self, cases=cases) for cases in batches_of(self.cases, self.size, least=1)]
 
+
+# A batch of messages decodes until its longest ends, and its last rows take nearly as long as all of them: so messages
+# are written in batches that many times larger, of at most so many positions.
+MORE_MESSAGES, MESSAGE_POSITIONS = 4, 8192
 HELD = 1_000_000_000  # bytes of buffers that are kept from one batch to the next
 Item = TypeVar("Item")
 
@@ -116,11 +132,12 @@ def plan(
     if FEW_SHOT in methods and not examples and (options_there or not asked):
         raise C2CError(f"few-shot needs examples for {task}, questions with options; name their task and split")
     words = any(way == GENERATION for way, _ in asked)
-    groups: dict[tuple[int, bool], list[tuple[str, str]]] = {}
+    groups: dict[tuple[int, str], list[tuple[str, str]]] = {}
     for way, method in asked:
         limit = limit_of(limits or {}, way, method, methods)
         count = len(questions) if limit is None else min(limit, len(questions))
-        groups.setdefault((count, method == FEW_SHOT), []).append((way, method))
+        kind = method if method == FEW_SHOT else "text" if method in FORMS else ""
+        groups.setdefault((count, kind), []).append((way, method))
     cases: dict[str, Case | C2CError] = {}
     shown: dict[str, Case | C2CError] = {}  # for few-shot
     for question in questions:
@@ -139,7 +156,9 @@ def plan(
                 shown[question.id] = error
     units: list[Unit] = []
     failed: list[Answer] = []
-    for (count, few_shot), group in groups.items():
+    for (count, kind), group in groups.items():
+        few_shot = kind == FEW_SHOT
+        size = batch_size * MORE_MESSAGES if kind == "text" and batch_size > 1 else batch_size
         chosen: list[Case] = []
         for question in drawn(questions, count, setup.seed):
             case = (shown if few_shot else cases)[question.id]
@@ -161,9 +180,9 @@ def plan(
         # Questions of one subject begin with the same examples, which a batch of them reads once.
         about = partial(_subject, few_shot)
         for _, alike in groupby(sorted(chosen, key=about), key=about):
-            for batch in batches_of(sorted(alike, key=_like), batch_size, 2 if paired else 1):
+            for batch in batches_of(sorted(alike, key=_like), size, 2 if paired else 1):
                 partners = [batch[row] for row in next_rows(len(batch))] if paired else []
-                units.append(Unit(batch, partners, group, setup.prompt))
+                units.append(Unit(batch, partners, group, setup.prompt, batch_size))
     return units, failed
 
 
@@ -229,13 +248,44 @@ def work(
     heap.trim(0)  # what loading took
     most = (heap.status("RssAnon") or 0) + HELD
     for unit in units:
-        heap.trim(most)
-        todo = [(w, m) for w, m in unit.asked if any((c.task, unit.prompt, c.id, m, w) not in have for c in unit.cases)]
-        for rows in _answered(setup, unit, todo, messages) if todo else ():
-            new = [a for a in rows if a.key not in have]
-            add_rows(into, new)
-            made += new
-        progress(len(unit.cases))
+        if len(unit.cases) > unit.size:
+            messages |= _messages(setup, unit, have, messages)
+        for batch in unit.batches():
+            heap.trim(most)
+            todo = [(w, m) for w, m in batch.asked if _missing(batch, w, m, have)]
+            for rows in _answered(setup, batch, todo, messages) if todo else ():
+                new = [a for a in rows if a.key not in have]
+                add_rows(into, new)
+                made += new
+            progress(len(batch.cases))
+    return made
+
+
+def _missing(unit: Unit, way: str, method: str, have: Mapping[Key, Answer]) -> bool:
+    return any((c.task, unit.prompt, c.id, method, way) not in have for c in unit.cases)
+
+
+def _messages(
+    setup: Setup, unit: Unit, have: Mapping[Key, Answer], messages: Messages
+) -> dict[tuple[str, str, str], tuple[str, int]]:
+    """The sharer's messages about all questions of a unit, as far as its rows need any that aren't known.
+
+    Where one is missing all are written, so that an interrupted run writes what it would have written.
+    """
+    made: dict[tuple[str, str, str], tuple[str, int]] = {}
+    longest = max(len(c.whole.sharers[0]) for c in unit.cases)
+    parts = batches_of(unit.cases, max(unit.size, MESSAGE_POSITIONS // longest), least=1)
+    for form in dict.fromkeys(m for w, m in unit.asked if m in FORMS and _missing(unit, w, m, have)):
+        if all((c.task, form, c.id) in messages for c in unit.cases):
+            continue
+        for part in parts:
+            try:
+                found = messages_of(setup, form, part)
+            except OSError:
+                raise
+            except Exception:  # then each batch tries for itself, and at last each question
+                continue
+            made |= {(c.task, form, c.id): message for c, message in zip(part, found, strict=True)}
     return made
 
 
