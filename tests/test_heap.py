@@ -13,9 +13,12 @@ SCRIPT = """
 import torch
 from cache2cache import heap
 
-assert not heap.trim(0)  # nobody asked for anything to be kept
+heap.bound(0)
+assert not heap.tidy()  # nobody asked for anything to be kept
 heap.keep()
+assert not heap.tidy()  # nor for a bound
 before = heap.status("RssAnon")
+heap.bound(10**9)
 small = []
 for size in range(20, 30):  # holes of ever other sizes
     large = torch.ones(size, 250_000)
@@ -23,8 +26,9 @@ for size in range(20, 30):  # holes of ever other sizes
     del large
 held = heap.status("RssAnon") - before
 assert held > 20e6, held
-assert not heap.trim(before + 10**9)
-assert heap.trim(before + 10_000_000)
+assert not heap.tidy()
+heap._most = before + 10_000_000
+assert heap.tidy()
 left = heap.status("RssAnon") - before
 assert left < held / 4, (held, left)
 assert all(float(x.sum()) == 3000 for x in small)

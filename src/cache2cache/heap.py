@@ -13,6 +13,7 @@ from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _kept = False
+_most: int | None = None  # bytes of its own that the process may take
 
 
 def keep() -> None:
@@ -30,13 +31,21 @@ def keep() -> None:
         _kept = True
 
 
-def trim(above: int) -> bool:
-    """Give back what is free where a process that was told to `keep` has more than so many bytes of its own.
+def bound(more: int) -> None:
+    """Let a process that was told to `keep` take so many bytes more than now before `tidy` gives back what is free."""
+    global _most
+    if _kept:
+        give_back()
+        _most = (status("RssAnon") or 0) + more
 
-    Buffers of ever other sizes leave holes that the next ones don't fit into, so what is kept grows slowly. To be
-    called where few buffers are in use: the next ones' pages are cleared anew. Returns whether it was needed.
+
+def tidy() -> bool:
+    """Give back what is free where the process takes more than it may, see `bound`. Returns whether it did.
+
+    Buffers of ever other sizes leave holes that the next ones don't fit into, so what is kept grows: slowly from batch
+    to batch, quickly while a cache grows token by token. Pages that are given back are cleared anew for their next use.
     """
-    if not _kept or (status("RssAnon") or 0) <= above:
+    if _most is None or (status("RssAnon") or 0) <= _most:
         return False
     give_back()
     return True

@@ -245,13 +245,12 @@ def work(
         if a.method in FORMS and a.message is not None
     }
     made = []
-    heap.trim(0)  # what loading took
-    most = (heap.status("RssAnon") or 0) + HELD
+    heap.bound(HELD)
     for unit in units:
         if len(unit.cases) > unit.size:
             messages |= _messages(setup, unit, have, messages)
         for batch in unit.batches():
-            heap.trim(most)
+            heap.tidy()
             todo = [(w, m) for w, m in batch.asked if _missing(batch, w, m, have)]
             for rows in _answered(setup, batch, todo, messages) if todo else ():
                 new = [a for a in rows if a.key not in have]

@@ -48,7 +48,7 @@ def pack(lm: LM) -> int:
         assert isinstance(linear, nn.Linear)
         lm.model.set_submodule(name, PackedLinear(linear))
         del linear
-        heap.trim(0)  # or a heap that keeps what is freed would hold the weights twice
+        heap.give_back()  # or a heap that keeps what is freed would hold the weights twice
     return len(names)
 
 

@@ -651,8 +651,7 @@ class Trainer:
         # Parts of batches are read as they come.
         whole = self.config.accumulate == self.accelerator.num_processes == 1
         remaining = self._remaining()
-        heap.trim(0)  # what the calibration took
-        most = (heap.status("RssAnon") or 0) + HELD
+        heap.bound(HELD)
         with interrupted:
             for batch in self.objective.read_ahead(remaining) if whole else remaining:
                 record = self._train_step(batch)
@@ -670,7 +669,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 if done:
                     break
-                heap.trim(most)
+                heap.tidy()
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.save_trained()
