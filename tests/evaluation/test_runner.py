@@ -459,6 +459,26 @@ def test_messages_are_written_in_larger_batches(
     assert texts("failing", batch_size=2) == alone and wrote == [4, 2, 2, 5, 2, 1, 2]
 
 
+def test_prompts_with_messages_of_like_length_are_answered_together(questions: list[Question]) -> None:
+    setup = asking.Setup(pair_of())
+    methods = ["receiver", "text", "text-answer"]
+    (alone, *more), _ = runner.plan(setup, "own", questions, methods=methods, answers="both", batch_size=3)
+    (unit,) = [u for u in more if len(u.cases) == 9]
+    assert alone.batches({}) == [alone]  # of one batch there is nothing to sort
+    words = {q.id: [7 * i % 9, 4 * i % 9] for i, q in enumerate(questions)}
+    messages = {
+        ("own", form, name): ("word " * 200 * counts[j], 0)
+        for j, form in enumerate(("text", "text-answer"))
+        for name, counts in words.items()
+    }
+    batches = unit.batches(messages)
+    for j, form in enumerate(("text", "text-answer")):
+        mine = [b for b in batches if b.asked == [("likelihood", form), ("generation", form)]]
+        assert [len(b.cases) for b in mine] == [3, 3, 3]
+        assert [words[c.id][j] for b in mine for c in b.cases] == list(range(9))
+    assert len(batches) == 6 and sorted(k for b in batches for k in b.keys) == sorted(unit.keys)
+
+
 @pytest.mark.usefixtures("brief")
 def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path: Path) -> None:
     """What is answered in words begins like what options are compared behind."""

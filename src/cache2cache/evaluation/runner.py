@@ -67,11 +67,22 @@ class Unit:
         """The rows that it gives, in order."""
         return [(c.task, self.prompt, c.id, method, way) for way, method in self.asked for c in self.cases]
 
-    def batches(self) -> list[Unit]:
-        """What is answered at once."""
+    def batches(self, messages: Messages) -> list[Unit]:
+        """What is answered at once. Prompts with messages in them are of very unlike lengths, so those of one form that
+        are of like length go together."""
         if len(self.cases) <= self.size:
             return [self]
-        return [replace(self, cases=cases) for cases in batches_of(self.cases, self.size, least=1)]
+        made = []
+        for form in dict.fromkeys(m for _, m in self.asked):
+
+            def length(case: Case, form: str = form) -> tuple[int, str]:
+                message, _ = messages.get((case.task, form, case.id), ("", 0))
+                return len((message + case.ask.prompt).encode()), case.id
+
+            asked = [(way, m) for way, m in self.asked if m == form]
+            parts = batches_of(sorted(self.cases, key=length), self.size, least=1)
+            made += [replace(self, cases=part, asked=asked) for part in parts]
+        return made
 
 
 # A batch of messages decodes until its longest ends, and its last rows take nearly as long as all of them: so messages
@@ -249,14 +260,16 @@ def work(
     for unit in units:
         if len(unit.cases) > unit.size:
             messages |= _messages(setup, unit, have, messages)
-        for batch in unit.batches():
+        last = unit.asked[-1][1]
+        for batch in unit.batches(messages):
             heap.tidy()
             todo = [(w, m) for w, m in batch.asked if _missing(batch, w, m, have)]
             for rows in _answered(setup, batch, todo, messages) if todo else ():
                 new = [a for a in rows if a.key not in have]
                 add_rows(into, new)
                 made += new
-            progress(len(batch.cases))
+            if last in (m for _, m in batch.asked):  # each question once
+                progress(len(batch.cases))
     return made
 
 
