@@ -456,27 +456,38 @@ def test_messages_are_written_in_larger_batches(
     monkeypatch.setattr(asking, "MAX_MESSAGE_TOKENS", 12)
     monkeypatch.setattr(asking, "write", counted)
     bound[0] = 3
-    assert texts("failing", batch_size=2) == alone and wrote == [4, 2, 2, 5, 2, 1, 2]
+    assert texts("failing", batch_size=2) == alone and wrote == [4, 2, 2, 5, 2, 2, 1]
 
 
-def test_prompts_with_messages_of_like_length_are_answered_together(questions: list[Question]) -> None:
+def test_prompts_with_messages_of_like_length_are_answered_together(
+    questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = asking.Setup(pair_of())
     methods = ["receiver", "text", "text-answer"]
     (alone, *more), _ = runner.plan(setup, "own", questions, methods=methods, answers="both", batch_size=3)
     (unit,) = [u for u in more if len(u.cases) == 9]
-    assert alone.batches({}) == [alone]  # of one batch there is nothing to sort
+    receiver = setup.pair.receiver
+    assert alone.batches(receiver, {}) == [alone]  # these are of like length already
     words = {q.id: [7 * i % 9, 4 * i % 9] for i, q in enumerate(questions)}
     messages = {
         ("own", form, name): ("word " * 200 * counts[j], 0)
         for j, form in enumerate(("text", "text-answer"))
         for name, counts in words.items()
     }
-    batches = unit.batches(messages)
+    batches = unit.batches(receiver, messages)
     for j, form in enumerate(("text", "text-answer")):
         mine = [b for b in batches if b.asked == [("likelihood", form), ("generation", form)]]
         assert [len(b.cases) for b in mine] == [3, 3, 3]
         assert [words[c.id][j] for b in mine for c in b.cases] == list(range(9))
     assert len(batches) == 6 and sorted(k for b in batches for k in b.keys) == sorted(unit.keys)
+    monkeypatch.setattr(runner, "POSITIONS", 3000)
+    tokenizer, smaller = receiver.need_tokenizer(), unit.batches(receiver, messages)
+    for batch in smaller:
+        ((_, form), *_) = batch.asked
+        texts = [messages[c.task, form, c.id][0] + c.ask.prompt for c in batch.cases]
+        assert len(batch.cases) in (1, 2, 3)
+        assert len(batch.cases) == 1 or max(len(tokenizer(t)["input_ids"]) for t in texts) * len(texts) <= 3000
+    assert len(smaller) > 6 and sorted(k for b in smaller for k in b.keys) == sorted(unit.keys)
 
 
 @pytest.mark.usefixtures("brief")

@@ -67,24 +67,34 @@ class Unit:
         """The rows that it gives, in order."""
         return [(c.task, self.prompt, c.id, method, way) for way, method in self.asked for c in self.cases]
 
-    def batches(self, messages: Messages) -> list[Unit]:
-        """What is answered at once. Prompts with messages in them are of very unlike lengths, so those of one form that
-        are of like length go together."""
-        if len(self.cases) <= self.size:
-            return [self]
+    def batches(self, receiver: LM, messages: Messages) -> list[Unit]:
+        """What is answered at once. Prompts with examples or messages in them are long, the latter of very unlike
+        lengths: those of one method that are of like length go together, at most POSITIONS tokens of them."""
         made = []
-        for form in dict.fromkeys(m for _, m in self.asked):
-
-            def length(case: Case, form: str = form) -> tuple[int, str]:
-                message, _ = messages.get((case.task, form, case.id), ("", 0))
-                return len((message + case.ask.prompt).encode()), case.id
-
-            asked = [(way, m) for way, m in self.asked if m == form]
-            parts = batches_of(sorted(self.cases, key=length), self.size, least=1)
-            made += [replace(self, cases=part, asked=asked) for part in parts]
+        for method in dict.fromkeys(m for _, m in self.asked):
+            if method not in (FEW_SHOT, *FORMS):
+                return [self]
+            asked = [(way, m) for way, m in self.asked if m == method]
+            made += [replace(self, cases=part, asked=asked) for part in self._parts(method, receiver, messages)]
         return made
 
+    def _parts(self, method: str, receiver: LM, messages: Messages) -> list[list[Case]]:
+        def read(case: Case) -> str:
+            if method == FEW_SHOT:
+                return case.few_shot or ""
+            return messages.get((case.task, method, case.id), ("", 0))[0] + case.ask.prompt
 
+        tokenizer = receiver.need_tokenizer()
+        lengths = {c.id: len(tokenizer(read(c), add_special_tokens=False)["input_ids"]) for c in self.cases}
+        parts: list[list[Case]] = []
+        for case in sorted(self.cases, key=lambda c: (lengths[c.id], c.id)):  # the longest of a part is its last
+            if not parts or len(parts[-1]) == self.size or (len(parts[-1]) + 1) * lengths[case.id] > POSITIONS:
+                parts.append([])
+            parts[-1].append(case)
+        return parts
+
+
+POSITIONS = 16_384  # of prompts that are answered at once: a cache of SmolLM2 takes 46 kB for each in float32
 # A batch of messages decodes until its longest ends, and its last rows take nearly as long as all of them: so messages
 # are written in batches that many times larger, of at most so many positions.
 MORE_MESSAGES, MESSAGE_POSITIONS = 4, 8192
@@ -261,7 +271,7 @@ def work(
         if len(unit.cases) > unit.size:
             messages |= _messages(setup, unit, have, messages)
         last = unit.asked[-1][1]
-        for batch in unit.batches(messages):
+        for batch in unit.batches(setup.pair.receiver, messages):
             heap.tidy()
             todo = [(w, m) for w, m in batch.asked if _missing(batch, w, m, have)]
             for rows in _answered(setup, batch, todo, messages) if todo else ():
