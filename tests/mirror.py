@@ -36,7 +36,7 @@ def question(task: str, name: str, i: int) -> dict[str, Any]:
     options = [str(i + (k - i) % 4 + 1) for k in range(4)]
     asked, right = f"What is {i} plus 1?", options.index(str(i + 1))
     if task == "mmlu":
-        return {"question": asked, "choices": options, "answer": right, "subject": ""}
+        return {"question": asked, "choices": options, "answer": right, "subject": "anatomy"}
     if task == "mmlu-redux":
         return {"question": asked, "choices": options, "answer": right, "error_type": "ok", "correct_answer": None}
     if task == "c-eval":

@@ -145,7 +145,7 @@ def make_mirror(folder: Path) -> None:
     for task in ("arc-easy", "arc-challenge", "openbookqa"):
         mirror(folder, [{"task": task, "split": split} for split in ("validation", "test")], 6, start=1000)
     mirror(folder, [{"task": "mmlu-redux", "split": "test"}, {"task": "c-eval", "split": "val"}], 6, start=1000)
-    mirror(folder, [{"task": "mmlu", "split": "dev"}], 6)
+    mirror(folder, [{"task": "mmlu", "split": "dev"}, {"task": "c-eval", "split": "dev"}], 6)
     mirror(folder, [{"task": "mmlu", "split": "validation"}], 6, start=1000)  # an exemplar is not asked
 
 
