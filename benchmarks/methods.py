@@ -169,7 +169,7 @@ def accuracy(folder: Path, method: str) -> dict[str, float]:
 
 def table(runs: Sequence[tuple[Run, dict[str, Any]]], receiver: float, sharer: float) -> str:
     """Markdown: a row per method, means over its seeds and, of several, the least and the highest accuracy."""
-    head = ["method", "seeds", "steps", "CPU min", "hold-out loss", "exact", "right", "of the gap", "other's caches"]
+    head = ["method", "seeds", "steps", "minutes", "hold-out loss", "exact", "right", "of the gap", "other's caches"]
     lines = [head, ["---"] * len(head)]
     for name in dict.fromkeys(run.name for run, _ in runs):
         found = [result for run, result in runs if run.name == name]

@@ -368,8 +368,9 @@ def prefill(
 def _hooked(decoder: nn.Module) -> bool:
     """Whether something waits for the end of the pass that the last layer would cut short: FSDP and offloading give
     weights back there."""
-    last = list(decoder.layers)[-1]  # type: ignore[arg-type]
-    return any(module._forward_hooks or hasattr(module, "_hf_hook") for module in (decoder, *last.modules()))
+    layers = decoder.layers
+    assert isinstance(layers, nn.ModuleList)
+    return any(module._forward_hooks or hasattr(module, "_hf_hook") for module in (decoder, *layers[-1].modules()))
 
 
 def _hand_over(kv: KV, on_layer: OnLayer | None) -> KV:

@@ -60,3 +60,14 @@ def test_ended_rows_are_read_no_more(lm: LM) -> None:
 def test_a_model_without_an_end_token_writes_to_the_limit(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", None)
     assert [(len(w.ids), w.ended) for w in write(lm, ROWS, 6)] == [(6, False)] * len(ROWS)
+
+
+def test_the_least_number_of_tokens_is_counted_from_the_prompt(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though answers go on in a smaller batch: some rows end at their limits before it."""
+    monkeypatch.setattr(lm.model.generation_config, "min_new_tokens", 20)
+    limits = [3, 7, 12, 40, 40, 31, 9, 40, 22]
+    least = [min(20, n) for n in limits]
+    found = write_on(lm, prefill_prompts(lm, ROWS), limits)
+    assert all(len(w.ids) >= n for w, n in zip(found, least, strict=True)) and any(w.ended for w in found)
+    monkeypatch.setattr(lm.model.generation_config, "min_new_tokens", None)
+    assert any(len(w.ids) < n for w, n in zip(write_on(lm, prefill_prompts(lm, ROWS), limits), least, strict=True))

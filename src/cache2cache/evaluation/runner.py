@@ -268,6 +268,9 @@ def work(
     made = []
     heap.bound(HELD)
     for unit in units:
+        if not any(_missing(unit, way, method, have) for way, method in unit.asked):
+            progress(len(unit.cases))
+            continue
         if len(unit.cases) > unit.size:
             messages |= _messages(setup, unit, have, messages)
         last = unit.asked[-1][1]

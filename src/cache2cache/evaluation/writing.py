@@ -51,15 +51,11 @@ def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]
     while rows:
         left = [limits[row] for row in rows]
         ended = Ended(lm, start, left)
-        room = start + max(left) - prompts.input_ids.shape[1]
-        output = decode.generate(
-            lm,
-            prompts,
-            do_sample=False,
-            max_new_tokens=room,
-            stopping_criteria=[ended],
-            return_dict_in_generate=True,
-        )
+        new = prompts.input_ids.shape[1] - start
+        options: dict[str, Any] = {"max_new_tokens": max(left) - new, "stopping_criteria": [ended]}
+        if least := lm.model.generation_config.min_new_tokens:  # which `generate` counts from here on
+            options["min_new_tokens"] = max(0, least - new)
+        output = decode.generate(lm, prompts, do_sample=False, return_dict_in_generate=True, **options)
         done = ended.rows(output.sequences)
         finished, live = done.nonzero().flatten(), (~done).nonzero().flatten()
         answers = written(lm, output.sequences[finished, start:], [left[place] for place in finished.tolist()])
