@@ -5,7 +5,8 @@
     python benchmarks/methods.py --data-dir data --only recipe ridge-start --seeds 42 43 44
 
 A method is some settings over recipes/compare.yaml. How many steps the budget allows follows from what `c2c train
---dry-run` measures, with one thread; `--jobs` methods are trained at a time, each on a core of its own. Then `c2c
+--dry-run` measures, with one thread, or is given with `--steps`, as for a GPU; `--jobs` methods are trained at a time,
+each on a core of its own. Then `c2c
 evaluate` asks each one by option likelihood. Everything stays in the output folder, and a run that was stopped goes on.
 
 Printed, and written to `methods.md`, per method the mean over its seeds: steps, the minutes that they took, loss and
@@ -117,9 +118,11 @@ class Run:
         return [*given, *ends, *self.options.set, f"seed={self.seed}"]
 
     def steps(self) -> int:
-        """As many as the budget allows; measured once for all seeds."""
+        """As many as were asked for, or as the budget allows; that is measured once for all seeds."""
         if self.method.fitted:
             return 1
+        if self.options.steps:
+            return int(self.options.steps)
         path = Path(self.options.output) / f"{self.name}.json"
         if not path.exists():
             said = self.train(self.folder, self.settings(1), "--dry-run")
@@ -198,6 +201,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42])
     parser.add_argument("--budget", type=float, default=30, help="CPU minutes of training")
+    parser.add_argument("--steps", type=int, help="so many for each method, instead of a budget")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--tasks", nargs="+", default=["openbookqa", "arc-challenge"], help="what is asked")
     parser.add_argument("--limit", type=int, help="questions of each set; all without it")
