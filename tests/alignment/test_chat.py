@@ -358,6 +358,17 @@ def test_added_tokens_of_the_template_are_control_tokens_in_what_the_model_is_to
         assert render(tokenizer, "a<think>b").ids.count(think) == 0
 
 
+def test_what_becomes_a_control_token_later_is_one() -> None:
+    tokenizer = thinking()
+    assert tokenizer.convert_tokens_to_ids("<b>") in render(tokenizer, user("a<b>c")).ids
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<b>"]})
+    with pytest.warns(UserWarning, match="'<b>' in message 1"):
+        assert tokenizer.convert_tokens_to_ids("<b>") not in render(tokenizer, user("a<b>c")).ids
+    tokenizer.add_tokens([AddedToken("<new>", normalized=False, special=True)])
+    with pytest.warns(UserWarning, match="'<new>' in message 1"):
+        assert tokenizer.convert_tokens_to_ids("<new>") not in render(tokenizer, user("a<new>c")).ids
+
+
 @pytest.mark.filterwarnings("error")
 def test_added_tokens_in_a_models_own_words_stay() -> None:
     tokenizer = thinking()

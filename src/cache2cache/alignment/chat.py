@@ -12,8 +12,10 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from cache2cache.errors import C2CError
 
@@ -283,12 +285,28 @@ class _Control:
     special: dict[int, str]
     used: dict[int, str]
 
+    @cached_property
+    def _all(self) -> dict[int, str]:
+        return self.special | self.used
+
     def forbidden(self, role: str) -> dict[int, str]:
         """What must not become a control token in a content of this role."""
-        return self.special if role == "assistant" else self.special | self.used
+        return self.special if role == "assistant" else self._all
+
+
+# Of each tokenizer what came out, and for how many tokens: Gemma has 6,000 added ones, and every prompt asks.
+_known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[int, int, Any], _Control]] = WeakKeyDictionary()
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase, template: Any) -> _Control:
+    state = len(tokenizer), len(tokenizer.all_special_tokens), template
+    known = _known.get(tokenizer)
+    if known is None or known[0] != state:
+        _known[tokenizer] = known = state, _read_control_tokens(tokenizer, template)
+    return known[1]
+
+
+def _read_control_tokens(tokenizer: PreTrainedTokenizerBase, template: Any) -> _Control:
     added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
     special = {i: content for i, (content, is_special) in added.items() if is_special}
     written = template if isinstance(template, str) else ""

@@ -113,6 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which needn't be imported for that
+            _leave(f"error: {_out_of_memory(str(error))}", 1)
         _leave(f"error: unexpected {type(error).__name__}: {error}; run again with --debug for the traceback", 1)
 
 
@@ -127,6 +129,15 @@ def _os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write or read{where}; choose another folder, or change its permissions"
     return f"{error.strerror or type(error).__name__}{where or f': {error}'}; run again with --debug for the traceback"
+
+
+def _out_of_memory(said: str) -> str:
+    """What torch says in several sentences, of which the first ones hold the sizes."""
+    sizes = ". ".join(said.split(". ")[:3]).rstrip(".")
+    return (
+        f"{sizes}; take fewer rows at once (--batch-size; of a training recipe batch_size, or accumulate, which keeps "
+        "its result), or end what else uses this GPU"
+    )
 
 
 def _leave(line: str, code: int) -> NoReturn:

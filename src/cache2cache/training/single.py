@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from ..alignment.chat import render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
-from ..kv import pad_left, positions_of
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
 from .loop import Item, Objective, Prepared, loss_of, recipe_of, targets, write_ids
@@ -125,18 +124,25 @@ def single_loss(model: nn.Module, receiver: LM, items: Sequence[Item], per: str 
         receiver: what else is to be known of it.
         items, per: as for `response_loss`.
     """
-    ids, mask = pad_left([item.prompt.receiver for item in items], receiver.pad_token_id, receiver.device)
     target = targets(items).to(receiver.device)
-    # The response but its last token; positions behind a response's end are seen by nothing.
-    ids = torch.cat([ids, target[:, :-1].clamp(min=0)], dim=1)
-    mask = torch.cat([mask, (target[:, :-1] >= 0).long()], dim=1)
+    # Padding stands on the right, where each of its positions sees what is before it: a position that sees nothing, as
+    # on the left, has gradients that are no numbers in some of CUDA's attention kernels.
+    rows = [[*item.prompt.receiver, *item.response[:-1]] for item in items]
+    width, first = max(map(len, rows)), min(len(item.prompt.receiver) for item in items) - 1
+    ids = torch.tensor([row + [receiver.pad_token_id] * (width - len(row)) for row in rows], device=receiver.device)
+    lengths = torch.tensor([len(row) for row in rows], device=receiver.device)
+    places = torch.arange(width, device=receiver.device)
     logits = model(
         input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(mask),
+        attention_mask=(places < lengths[:, None]).long(),
+        position_ids=places.expand(len(rows), -1),
         use_cache=False,
-        logits_to_keep=target.shape[1],
+        logits_to_keep=width - first,
     ).logits
+    # Of each row those from its last prompt token on; behind a response's end any will do.
+    begins = torch.tensor([len(item.prompt.receiver) - 1 - first for item in items], device=receiver.device)
+    wanted = begins[:, None] + torch.arange(target.shape[1], device=receiver.device)
+    logits = logits[torch.arange(len(rows), device=receiver.device)[:, None], wanted.clamp(max=logits.shape[1] - 1)]
     return loss_of(logits, target, per)
 
 
