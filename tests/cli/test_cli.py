@@ -94,9 +94,9 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         (PermissionError(errno.EACCES, "Permission denied", "/some/file"), 1, "error: no permission .*: /some/file; "),
         (OSError(errno.EIO, "Input/output error"), 1, "error: Input/output error.* --debug"),
         (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.18 GiB. Process 1 ..."),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB. Process 1 …"),
             1,
-            "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.18 GiB; take fewer rows at once",
+            "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79 GiB; take fewer rows at once",
         ),
         (ZeroDivisionError("by zero"), 1, "error: unexpected ZeroDivisionError: by zero; run again with --debug"),
     ],

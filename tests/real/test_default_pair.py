@@ -22,6 +22,7 @@ from cache2cache.tasks.prompts import extract_letter, short_prompt
 from real.conftest import fetched
 from serving.wire import serve_process, stop, until_it_serves
 
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
 
 QUESTIONS = [
@@ -89,12 +90,23 @@ def test_a_batch_is_its_rows(pair: C2C) -> None:
 
 
 def test_what_the_sharer_knows_arrives(pair: C2C, tmp_path: Path) -> None:
+    check_that_content_arrives(pair, tmp_path)
+
+
+@pytest.mark.filterwarnings("error")  # these are the weights that the fuser was trained for
+def test_what_the_sharer_knows_arrives_in_gemma(gemma: LM, qwen: LM, tmp_path: Path) -> None:
+    folder = ROOT / "fusers" / "gemma-3-270m"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25 * 10**6
+    check_that_content_arrives(C2C.from_pretrained(folder, receiver=gemma, sharers=qwen), tmp_path)
+
+
+def check_that_content_arrives(pair: C2C, folder: Path) -> None:
     """Easy questions: C2C knows more answers than the receiver alone and than with another question's cache."""
     answers = evaluate(
         pair,
         "easy",
         QUESTIONS,
-        tmp_path / "samples.jsonl",
+        folder / "samples.jsonl",
         prompt="short",
         methods=["receiver", "c2c", "other"],
         batch_size=8,

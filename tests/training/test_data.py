@@ -539,26 +539,33 @@ def test_no_held_out_question_is_trained_on(
             assert not {normal(paper_prompt(question)), normal(short_prompt(question))} & prompts
 
 
-def packaged_ids() -> list[str]:
-    path = checkpoint.PACKAGED / checkpoint.DEFAULT / "training_ids.txt"
-    if not path.is_file():
-        pytest.skip("no fuser comes along yet")
+# The ids of every fuser that comes along, and the recipe that it was trained with.
+SHIPPED = [
+    (checkpoint.PACKAGED / checkpoint.DEFAULT / "training_ids.txt", "default.yaml"),
+    *((path, "mixture.yaml") for path in sorted(ROOT.glob("fusers/**/training_ids.txt"))),
+]
+shipped = pytest.mark.parametrize("path, recipe", SHIPPED, ids=[path.parent.name for path, _ in SHIPPED])
+
+
+def ids_in(path: Path) -> set[str]:
     ids = path.read_text().splitlines()
     assert len(ids) == len(set(ids)) > 100
-    return ids
+    return set(ids)
 
 
-def test_the_packaged_fuser_saw_no_twin_of_a_held_out_row() -> None:
+@shipped
+def test_a_shipped_fuser_saw_no_twin_of_a_held_out_row(path: Path, recipe: str) -> None:
     twins = {f"{task}:{row}" for task, rows in HELD_OUT.items() for row in rows}
-    assert not twins & set(packaged_ids())
+    assert not twins & ids_in(path)
 
 
-def test_the_packaged_fuser_saw_no_held_out_row(
-    data_dir: Path, held_out_words: set[str], default_recipe: TrainConfig
-) -> None:
-    ids = set(packaged_ids())
+@shipped
+def test_a_shipped_fuser_saw_no_held_out_row(path: Path, recipe: str, data_dir: Path, held_out_words: set[str]) -> None:
+    ids = ids_in(path)
     validation = {f"{task}:{q.id}" for task in TASKS for q in load(task, "validation", data_dir)}
     assert not ids & validation
-    assert ids <= {example.id for example in examples(default_recipe)}
+    trained = json.loads((path.parent / "config.json").read_text())["training"]["recipe"]
+    config = read_recipe(ROOT / "recipes" / recipe, [f"data_dir={data_dir}", f"seed={trained['seed']}"])
+    assert ids <= {example.id for example in examples(config)}
     asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
     assert not {i for i in ids if normal(asked.get(i, "")) in held_out_words}
