@@ -48,7 +48,8 @@ from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+CARDS = sorted((ROOT / "fusers").glob("*/README.md"))  # their commands take the real models: see tests/real
+every_page = pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 # ---- reading a page --------------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- running a page --------------------------------------------------------------------------------------------------
 
 
-@every_page
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_and_snippets(
     page: Path, desk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,7 +403,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CARDS, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_links_and_paths(page: Path) -> None:
     """Links inside the repository lead somewhere, and so do paths named in backticks."""
     text = re.sub(r"`[^`]+`", "", prose(page))
@@ -415,7 +416,7 @@ def test_links_and_paths(page: Path) -> None:
         assert path.exists(), f"{page.name}: {target} leads nowhere"
         assert not anchor or anchor in anchors(path), f"{page.name}: no heading for {target}"
     for span in code_spans(page):
-        if re.fullmatch(r"(benchmarks|docs|recipes|src|tests)/[\w./*-]+", span):
+        if re.fullmatch(r"(benchmarks|docs|fusers|recipes|results|src|tests)/[\w./*-]+", span):
             assert any(ROOT.glob(span)), f"{page.name}: there is no {span}"
 
 
