@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,13 +54,24 @@ def test_figures_of_the_tables(make_results: ModuleType) -> None:
     assert likely[6][1] == "+10.0 = +2.0 +8.0" and (likely[7][1], words[7][1]) == ("–", "50 [20, 80]")
 
 
-@pytest.mark.parametrize("folder", ["short", "paper", "arc-challenge"])
-def test_tables_of_the_default_fuser(folder: str) -> None:
-    """Every accuracy of a method with its interval stands in the table."""
-    summary = json.loads((ROOT / "results" / "default" / folder / "summary.json").read_text(encoding="utf-8"))
-    tasks = summary["likelihood"]["tasks"] if "likelihood" in summary else summary["tasks"]
-    plain = re.sub(r"\*", "", README)
-    for task, found in tasks.items():
-        for method in ("receiver", "sharer", "c2c", "other"):
-            low, high = found[method]["interval"]
-            assert f"{found[method]['accuracy']:.1f} [{low:.1f}, {high:.1f}]" in plain, (task, method)
+CARD = ROOT / "src" / "cache2cache" / "fusers" / "default" / "README.md"
+WITH_CARD = [ROOT / "README.md", CARD]
+
+
+@pytest.mark.parametrize("page", WITH_CARD, ids=["README", "card"])
+def test_tables_of_the_default_fuser(page: Path) -> None:
+    """Every row of the table from the GPU is that of the results, as a line: set by set, with intervals."""
+    rows = {
+        "receiver alone": ("mixture-42", "receiver"), "sharer alone": ("mixture-42", "sharer"),
+        "**C2C**": ("mixture-42", "c2c"), "C2C, another question's cache": ("mixture-42", "other"),
+        "the receiver as its own sharer": ("mixture-42", "self"),
+    }  # fmt: skip
+    if page != CARD:
+        rows["C2C, another training seed"] = ("mixture-43", "c2c")
+    sets = ("arc-easy", "arc-challenge", "openbookqa", "mmlu-redux", "c-eval")
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for label, (folder, method) in rows.items():
+        summary = json.loads((ROOT / "results" / "gpu" / folder / "summary.json").read_text(encoding="utf-8"))
+        found = [summary["likelihood"]["tasks"][task][method] for task in sets]
+        cells = ["{:.1f} [{:.1f}, {:.1f}]".format(x["accuracy"], *x["interval"]) for x in found]
+        assert f"| {label} | {' | '.join(cells)} |" in lines, label
