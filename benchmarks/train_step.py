@@ -42,7 +42,8 @@ from cache2cache.fuser import C2CFuser
 from cache2cache.kv import CACHE, KV, pad_left, positions_of, prefilled
 from cache2cache.models.load import LM, load_lm
 from cache2cache.pair import sharer_lengths, where_to_fuse
-from cache2cache.training.loop import Item, Objective, Prepared, Trainer, expected, loss_of, targets
+from cache2cache.training.loop import Item, Objective, Prepared, Trainer, targets
+from cache2cache.training.loss import expected, loss_of, token_losses
 from cache2cache.training.recipe import read_recipe
 from cache2cache.training.store import Store
 
@@ -67,7 +68,8 @@ class Plain(Objective):
         start = prefilled(receiver, [p.receiver for p in prompts], clean)
         fused = self.trained(clean, theirs, where.to(receiver.device))
         target = targets(items).to(receiver.device)
-        return loss_of(expected(receiver, replace(start, kv=fused), target), target, per)
+        logits = expected(receiver, replace(start, kv=fused), target)
+        return loss_of(*token_losses(logits, target), target, per)
 
 
 @torch.no_grad()

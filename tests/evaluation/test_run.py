@@ -260,8 +260,10 @@ def test_limits_end_no_run(tiny_pair_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_question_that_was_changed_is_asked_again(tiny_pair_folder: Path, tmp_path: Path) -> None:
-    """Under the same id: its text, its options, or the right one. The others stand."""
-    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver", "text"], answers="likelihood", limits={})
+    """Under the same id: its text, its options, or the right one; and those that were given its cache. The others
+    stand."""
+    methods = ["receiver", "text", "other"]
+    config = config_of(tiny_pair_folder, tmp_path, methods=methods, answers="likelihood", limits={})
     path = Path(config["tasks"][0]["task"])
     run(EvalConfig.model_validate(config))
     before = {a.key: a for a in read_answers(tmp_path / "out" / "samples.jsonl")}
@@ -273,9 +275,11 @@ def test_a_question_that_was_changed_is_asked_again(tiny_pair_folder: Path, tmp_
     run(EvalConfig.model_validate(config))
     after = {a.key: a for a in read_answers(tmp_path / "out" / "samples.jsonl")}
     ids = [a.id for a in before.values() if a.task == "own" and a.method == "receiver"]
-    assert {k[2] for k in before if after[k].asked != before[k].asked} == {
-        rows[n].get("id", str(n + 1)) for n in (1, 2, 3)
-    }
+    changed = {rows[n].get("id", str(n + 1)) for n in (1, 2, 3)}
+    again = {k for k in before if after[k].asked != before[k].asked}
+    assert {k[2] for k in again if k[3] != "other"} == changed
+    given = {a.id for a in before.values() if a.method == "other" and a.partner in changed}
+    assert given - changed and {k[2] for k in again if k[3] == "other"} == given | changed
     assert before.keys() == after.keys() and len(ids) == 9
     assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == len(after)
 

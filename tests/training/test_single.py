@@ -19,7 +19,8 @@ from cache2cache.decode import score
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.kv import prefill_prompts
 from cache2cache.tasks import load
-from cache2cache.training.loop import Item, Trainer, loss_of, prepare, targets
+from cache2cache.training.loop import Item, Trainer, prepare, targets
+from cache2cache.training.loss import loss_of, token_losses
 from cache2cache.training.single import Alone, SingleObjective, load_single, single_loss
 from tiny import FAMILIES
 from training.runs import (
@@ -365,6 +366,6 @@ def test_loss_of_counts_each_token_once() -> None:
     logits = torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))
     nll = -logits.log_softmax(-1)
     a, b, c = nll[0, 0, 3], nll[0, 1, 4], nll[1, 0, 5]
-    torch.testing.assert_close(loss_of(logits, target, "token")[0], (a + b + c) / 3)
-    torch.testing.assert_close(loss_of(logits, target, "example")[0], ((a + b) / 2 + c) / 2)
-    torch.testing.assert_close(loss_of(logits, target, "sum")[0], (a + b + c) / 2)
+    torch.testing.assert_close(loss_of(*token_losses(logits, target), target, "token")[0], (a + b + c) / 3)
+    torch.testing.assert_close(loss_of(*token_losses(logits, target), target, "example")[0], ((a + b) / 2 + c) / 2)
+    torch.testing.assert_close(loss_of(*token_losses(logits, target), target, "sum")[0], (a + b + c) / 2)

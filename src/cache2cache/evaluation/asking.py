@@ -116,8 +116,11 @@ class Case:
         about = (q.question, q.options, q.answer) if isinstance(q, Question) else (
             q.references, q.metric, q.max_new_tokens, q.classes, q.first_line
         )  # fmt: skip
-        text = json.dumps([about, self.ask.prompt, self.few_shot])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(json.dumps([about, self.ask.prompt, self.few_shot]))
+
+    def asked_with(self, partner: Case | None) -> str:
+        """The same where another question's caches are fused: the answer depends on that one too."""
+        return self.asked if partner is None else _hash(f"{self.asked} {partner.asked}")
 
     @property
     def id(self) -> str:
@@ -130,6 +133,10 @@ class Case:
         return self.bare
 
 
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class State:
     """What is answered on top of, and what is known about it, row by row."""
@@ -139,7 +146,6 @@ class State:
     confidence: Sequence[float] = ()
     skipped: Sequence[bool] = ()
     messages: Sequence[tuple[str, int]] = ()
-    partners: Sequence[str] = ()
 
 
 class Batch:
@@ -312,7 +318,7 @@ class Batch:
             others = [self.members[row] for row in self.partners]
             theirs = rows_of(self.known(way), self.partners)
             fused = fuse_others(pair, prompts, [o.prompt(way) for o in others], clean, theirs)
-            return State(receiver, fused, partners=[o.id for o in others])
+            return State(receiver, fused)
         if method == "gaussian":
             known = gaussian(self.mine(way), [f"{setup.seed}:{c.id}" for c in cases])
         else:
@@ -327,6 +333,7 @@ class Batch:
         rows = []
         for row, (case, found) in enumerate(zip(self.cases, made, strict=True)):
             message, count = state.messages[row] if state.messages else (None, None)
+            partner = self.members[self.partners[row]] if method == "other" else None
             rows.append(
                 Answer(
                     case.task, self.setup.prompt, case.id, method, found.choice, found.correct, found.logprobs,
@@ -334,8 +341,8 @@ class Batch:
                     skipped=state.skipped[row] if state.skipped else None,
                     text=found.text, answers=way, subject=case.question.subject or None, bucket=case.bucket,
                     score=found.score, message=message, tokens=found.tokens, message_tokens=count,
-                    partner=state.partners[row] if state.partners else None,
-                    metric=case.question.metric if isinstance(case.question, OpenQuestion) else None, asked=case.asked,
+                    partner=None if partner is None else partner.id, asked=case.asked_with(partner),
+                    metric=case.question.metric if isinstance(case.question, OpenQuestion) else None,
                 )
             )  # fmt: skip
         return rows

@@ -28,6 +28,7 @@ from ..fuser import checkpoint
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
 from ..progress import Bar
+from ..response import Answering, chosen
 from ..training.data import Example, draw, examples, split
 from ..training.loop import response_ids
 from ..training.store import Store
@@ -36,7 +37,7 @@ from .controls import fuse_others, next_rows, rows_of, sharer_cache
 from .run import claim, load_pair, open_store
 from .runner import batches_of
 from .statistics import bootstrap
-from .writing import Written, add_rows, read_rows, write, written
+from .writing import Written, add_rows, read_rows, write, write_on
 
 SCORED = {
     "receiver": "receiver alone",
@@ -331,6 +332,7 @@ def speak(
     """Greedy answers of the receiver and of C2C; those that stand in the file are not written again."""
     done = read_rows(path, Spoken)
     have = {(s.id, s.method) for s in done}
+    fused_on = chosen(pair, None)
     for batch in batches_of(cases, batch_size) if cases else []:
         prompts = [c.prompt for c in batch]
         for method in WRITERS:
@@ -339,9 +341,9 @@ def speak(
             if method == "receiver":
                 answers = write(pair.receiver, [p.receiver for p in prompts], max_new_tokens)
             else:
-                longest = max(len(p.receiver) for p in prompts)
-                sequences = pair.generate(prompts, do_sample=False, max_new_tokens=max_new_tokens)
-                answers = written(pair.receiver, sequences[:, longest:])
+                fused = pair.fuse(prompts, keep=bool(fused_on))
+                start = Answering.of(pair, fused, fused_on) if fused_on else fused
+                answers = write_on(pair.receiver, start, [max_new_tokens] * len(prompts))
             new = [_spoken(c, method, a) for c, a in zip(batch, answers, strict=True)]
             new = [s for s in new if (s.id, s.method) not in have]
             add_rows(path, new)

@@ -350,15 +350,19 @@ def _alone(
 
 
 def unchanged(answers: Sequence[Answer], units: Sequence[Unit]) -> dict[Key, Answer]:
-    """The rows by their keys, without those to questions that have another text, options or answer now."""
-    asked = {
-        (c.task, unit.prompt, c.id, method, way): c.asked
-        for unit in units
-        for way, method in unit.asked
-        for c in unit.cases
+    """The rows by their keys, without those to questions that have another text, options or answer now, or that were
+    given the cache of one that has."""
+    cases = {
+        (c.task, unit.prompt, c.id, method, way): c for unit in units for way, method in unit.asked for c in unit.cases
     }
-    # Rows of earlier versions don't say what they were asked.
-    return {a.key: a for a in answers if a.asked is None or a.asked == asked.get(a.key, a.asked)}
+
+    def is_same(answer: Answer) -> bool:
+        case, partner = (cases.get(replace(answer, id=i).key) for i in (answer.id, answer.partner or answer.id))
+        if answer.asked is None or case is None or partner is None:  # of an earlier version, or not asked now
+            return True
+        return answer.asked == case.asked_with(partner if answer.partner else None)
+
+    return {a.key: a for a in answers if is_same(a)}
 
 
 def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer], max_bytes: int) -> None:

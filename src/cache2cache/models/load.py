@@ -135,6 +135,18 @@ class LM:
         return self.model.get_decoder()
 
     @cached_property
+    def has_plain_head(self) -> bool:
+        """Whether logits are the LM head's products with the decoder's output and nothing else: no soft cap, no scale,
+        no weights that lie elsewhere. Found out with a few tokens, as that of padding alone may give zeros."""
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear or hasattr(head, "_hf_hook") or head.weight.dtype != self.dtype:
+            return False
+        ids = torch.arange(4, device=self.device)[None] * (self.vocab_size - 1) // 3
+        with torch.no_grad():
+            hidden = self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.equal(head(hidden), self.model(input_ids=ids, use_cache=False).logits)
+
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, that tells weights apart without reading all of them.
 

@@ -37,10 +37,11 @@ from ..errors import C2CError
 from ..files import remove_partials, replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
-from ..kv import CACHE, KV, Prefilled, pad_left, positions_of, prefill, prefill_prompts, prefilled, read_start
+from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled, read_start
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
+from .loss import expected, loss_of, response_losses, token_losses
 from .sharding import is_sharded
 from .store import Asked, Store
 
@@ -210,33 +211,19 @@ def response_loss(
     assert fused is not None
 
     target = targets(items).to(receiver.device)
-    logits = expected(receiver, replace(clean, kv=fused), target)
+    start = replace(clean, kv=fused)
     if not distill:
-        return loss_of(logits, target, per)
+        return loss_of(*response_losses(receiver, start, target), target, per)
+    logits = expected(receiver, start, target)
     with torch.no_grad():
         sharer = pair.sharers[0]
         alone = prefilled(sharer, [p.sharers[0] for p in prompts], known)
         theirs = expected(sharer, alone, target.to(sharer.device)).to(logits.device)
+    nll, likeliest = token_losses(logits, target)
     shared = min(theirs.shape[-1], logits.shape[-1])  # the rest are rows without a token
     ours, theirs = (x[..., :shared].float().log_softmax(-1) for x in (logits, theirs))
-    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return loss_of(logits, target, per, distill * divergence)
-
-
-def expected(lm: LM, prompt: Prefilled, target: Tensor) -> Tensor:
-    """What a model expects at each token of `targets` (B, R), having read the prompt and the tokens before: its logits
-    (B, R, vocabulary)."""
-    # The last prompt token, then the response but its last token; positions behind a response's end see nothing.
-    ids = torch.cat([prompt.input_ids[:, -1:], target[:, :-1].clamp(min=0)], dim=1)
-    mask = torch.cat([prompt.attention_mask, (target[:, :-1] >= 0).long()], dim=1)
-    logits: Tensor = lm.model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(mask)[:, -target.shape[1] :],
-        use_cache=True,
-        **{CACHE: prompt.kv.to_cache()},
-    ).logits
-    return logits
+    divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).masked_fill(target < 0, 0.0)
+    return loss_of(nll + distill * divergence, likeliest, target, per)
 
 
 def targets(items: Sequence[Item]) -> Tensor:
@@ -245,22 +232,6 @@ def targets(items: Sequence[Item]) -> Tensor:
     for row, item in enumerate(items):
         target[row, : len(item.response)] = torch.tensor(item.response)
     return target
-
-
-def loss_of(logits: Tensor, target: Tensor, per: str, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The loss () of logits (B, R, V) for `targets` (B, R), averaged as `TrainConfig.loss` says, and which rows' tokens
-    were all greedy, (B,) bool. `more` (B, R) is added to the tokens' own losses."""
-    logits = logits.float()
-    nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100, reduction="none").view_as(target)
-    real = target >= 0
-    if more is not None:
-        nll = nll + more.masked_fill(~real, 0.0)
-    greedy = ((logits.argmax(-1) == target) | ~real).all(1)
-    if per == "token":
-        return nll.sum() / real.sum(), greedy
-    if per == "sum":
-        return nll.sum(1).mean(), greedy
-    return (nll.sum(1) / real.sum(1)).mean(), greedy
 
 
 def one_each(pair: C2C, store: Stores) -> list[Store | None]:

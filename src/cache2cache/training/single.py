@@ -26,7 +26,8 @@ from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
-from .loop import Item, Objective, Prepared, loss_of, recipe_of, targets, write_ids
+from .loop import Item, Objective, Prepared, recipe_of, targets, write_ids
+from .loss import loss_of, token_losses
 
 
 class Alone:
@@ -143,7 +144,7 @@ def single_loss(model: nn.Module, receiver: LM, items: Sequence[Item], per: str 
     begins = torch.tensor([len(item.prompt.receiver) - 1 - first for item in items], device=receiver.device)
     wanted = begins[:, None] + torch.arange(target.shape[1], device=receiver.device)
     logits = logits[torch.arange(len(rows), device=receiver.device)[:, None], wanted.clamp(max=logits.shape[1] - 1)]
-    return loss_of(logits, target, per)
+    return loss_of(*token_losses(logits, target), target, per)
 
 
 class _Weights(nn.Module):
