@@ -125,7 +125,8 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     receiver, sharer = (root / "cache" / "models" / recipe[role]["source"] for role in ("receiver", "sharer"))
     torch.manual_seed(0)
     pair = C2C.from_models(receiver, sharer, FuserConfig(hidden_dim=16, intermediate_dim=16, gate_init=1.0))
-    pair.save_pretrained(root / "fusers" / checkpoint.DEFAULT)
+    for name in (checkpoint.DEFAULT, "smollm2-135m-cpu"):
+        pair.save_pretrained(root / "fusers" / name)
     make_mirror(root / "data")
     return root
 
@@ -189,6 +190,7 @@ def desk(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("C2C_CACHE", str(small_world / "cache"))
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     shutil.copytree(small_world / "data", tmp_path / "data")
+    shutil.copytree(small_world / "fusers", tmp_path / "fusers")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -54,23 +54,25 @@ def test_figures_of_the_tables(make_results: ModuleType) -> None:
     assert likely[6][1] == "+10.0 = +2.0 +8.0" and (likely[7][1], words[7][1]) == ("–", "50 [20, 80]")
 
 
-CARD = ROOT / "src" / "cache2cache" / "fusers" / "default" / "README.md"
-WITH_CARD = [ROOT / "README.md", CARD]
+# The rows of the table from the GPU, page by page: the run and the method that each is of.
+LABELS = {
+    "receiver alone": "receiver", "sharer alone": "sharer", "**C2C**": "c2c", "C2C, another question's cache": "other",
+}  # fmt: skip
+ITSELF = {"the receiver as its own sharer": ("mixture-42", "self")}
+DEFAULT = {label: ("mixture-42", method) for label, method in LABELS.items()} | ITSELF
+FROM_GPU = {
+    "README.md": DEFAULT | {"C2C, another training seed": ("mixture-43", "c2c")},
+    "src/cache2cache/fusers/default/README.md": DEFAULT,
+    "fusers/smollm2-135m-cpu/README.md": {label: ("smollm2-135m-cpu", method) for label, method in LABELS.items()},
+}
 
 
-@pytest.mark.parametrize("page", WITH_CARD, ids=["README", "card"])
-def test_tables_of_the_default_fuser(page: Path) -> None:
-    """Every row of the table from the GPU is that of the results, as a line: set by set, with intervals."""
-    rows = {
-        "receiver alone": ("mixture-42", "receiver"), "sharer alone": ("mixture-42", "sharer"),
-        "**C2C**": ("mixture-42", "c2c"), "C2C, another question's cache": ("mixture-42", "other"),
-        "the receiver as its own sharer": ("mixture-42", "self"),
-    }  # fmt: skip
-    if page != CARD:
-        rows["C2C, another training seed"] = ("mixture-43", "c2c")
+@pytest.mark.parametrize("page", FROM_GPU)
+def test_tables_from_the_gpu(page: str) -> None:
+    """Every row is that of the results, as a line: set by set, with intervals."""
     sets = ("arc-easy", "arc-challenge", "openbookqa", "mmlu-redux", "c-eval")
-    lines = page.read_text(encoding="utf-8").splitlines()
-    for label, (folder, method) in rows.items():
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    for label, (folder, method) in FROM_GPU[page].items():
         summary = json.loads((ROOT / "results" / "gpu" / folder / "summary.json").read_text(encoding="utf-8"))
         found = [summary["likelihood"]["tasks"][task][method] for task in sets]
         cells = ["{:.1f} [{:.1f}, {:.1f}]".format(x["accuracy"], *x["interval"]) for x in found]
