@@ -48,8 +48,7 @@ from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PACKAGED = ROOT / "src" / "cache2cache" / "fusers"
-CARDS = [path for folder in (PACKAGED, ROOT / "fusers") for path in sorted(folder.glob("*/README.md"))]
+CARDS = [path for folder in (checkpoint.PACKAGED, ROOT / "fusers") for path in sorted(folder.glob("*/README.md"))]
 # The cards' commands take the real models: see tests/real.
 every_page = pytest.mark.parametrize("page", [*PAGES, *CARDS], ids=lambda page: page.relative_to(ROOT).as_posix())
 

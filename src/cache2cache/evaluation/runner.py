@@ -357,10 +357,13 @@ def unchanged(answers: Sequence[Answer], units: Sequence[Unit]) -> dict[Key, Ans
     }
 
     def is_same(answer: Answer) -> bool:
-        case, partner = (cases.get(replace(answer, id=i).key) for i in (answer.id, answer.partner or answer.id))
-        if answer.asked is None or case is None or partner is None:  # of an earlier version, or not asked now
-            return True
-        return answer.asked == case.asked_with(partner if answer.partner else None)
+        case, partner = cases.get(answer.key), None
+        if answer.partner is not None:
+            partner = cases.get(replace(answer, id=answer.partner).key)
+            if partner is None:  # no longer among the questions
+                return True
+        # Rows of earlier versions don't say what they were asked.
+        return answer.asked is None or case is None or answer.asked == case.asked_with(partner)
 
     return {a.key: a for a in answers if is_same(a)}
 

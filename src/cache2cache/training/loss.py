@@ -82,11 +82,14 @@ class _BehindFrozenHead(torch.autograd.Function):
         size = max(1, LOGITS // len(weight))
         for h, t in zip(hidden.split(size), target[:, None].split(size), strict=True):
             logits = F.linear(h, weight, bias).float()
-            total = logits.logsumexp(-1, keepdim=True)
-            losses.append(total - logits.gather(1, t))
-            likeliest.append(logits.argmax(-1, keepdim=True) == t)
+            best = logits.argmax(-1, keepdim=True)
+            highest, wanted = logits.gather(1, best), logits.gather(1, t)
+            exps = logits.sub_(highest).exp_()  # the one pass of exponentials that loss and gradient have in common
+            total = exps.sum(-1, keepdim=True)
+            losses.append(highest + total.log() - wanted)
+            likeliest.append(best == t)
             if ctx.needs_input_grad[0]:
-                gradient = logits.sub_(total).exp_()  # softmax, less one at the target
+                gradient = exps.div_(total)  # softmax, less one at the target
                 gradient.scatter_add_(1, t, torch.full_like(total, -1.0))
                 gradients.append(gradient.to(weight.dtype) @ weight)
         found = torch.cat(likeliest).squeeze(1)
