@@ -176,6 +176,27 @@ def test_a_broken_connection_is_taken_up_again() -> None:
             assert there.transfers[0].nbytes < whole.nbytes * (1 + 2.2 / away.fusers[0].sharer_depth)  # type: ignore[union-attr,operator]
 
 
+def test_an_answer_that_ends_too_early_is_asked_for_again() -> None:
+    pair = pair_of("llama", "qwen3")
+    address = served(pair.sharers[0])
+    expected = RemoteSharer(address).served
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        connection.sendall(b"GET /v1/model HTTP/1.1\r\nHost: here\r\n\r\n")
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += connection.recv(4096)
+    head = answer.index(b"\r\n\r\n") + 4
+    for limits in ([head], [head + 1], [head + 100, head]):
+        with breaking(address, limits, path=b"/v1/model") as relay:
+            assert RemoteSharer(relay).served == expected
+        assert not limits
+    with (
+        breaking(address, [head] * 2, path=b"/v1/model") as relay,
+        pytest.raises(C2CError, match=r"attempt 2 of 2: the connection ended \d+ bytes before the answer did"),
+    ):
+        RemoteSharer(relay, attempts=2)
+
+
 def test_killed_and_restarted_without_a_wrong_answer(tiny_folder: Callable[..., Path]) -> None:
     folder = tiny_folder("qwen3")
     pair = pair_of("llama", "qwen3")

@@ -316,9 +316,12 @@ class RemoteSharer(LM):
         body = None if content is None else json.dumps(content).encode()
 
         def once(connection: http.client.HTTPConnection) -> bytes:
-            answer = self._request(connection, method, path, body).read(MAX_ANSWER + 1)
+            response = self._request(connection, method, path, body)
+            answer = response.read(MAX_ANSWER + 1)
             if len(answer) > MAX_ANSWER:
                 raise self._wrong(f"more than {MAX_ANSWER} bytes")
+            if response.length:  # a read of at most so many bytes does not complain of a connection that ended
+                raise _Failed(f"the connection ended {response.length} bytes before the answer did")
             return answer
 
         return self._tried(once)

@@ -71,16 +71,16 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 @contextmanager
-def breaking(address: str, limits: list[int], flip: bool = False) -> Iterator[str]:
-    """The address of a relay to a server. The next answer about a cache ends after limits[0] bytes, the one after it
-    after limits[1], …; then all are whole. With `flip` the byte there is changed instead."""
+def breaking(address: str, limits: list[int], flip: bool = False, path: bytes = b"/v1/prefill") -> Iterator[str]:
+    """The address of a relay to a server. The next answer of `path` (a cache) ends after limits[0] bytes, the one after
+    it after limits[1], …; then all are whole. With `flip` the byte there is changed instead."""
     host, port = address.removeprefix("http://").split(":")
 
     def answer(client: socket.socket) -> None:
         with socket.create_connection((host, int(port))) as server:
             server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             first = client.recv(1 << 16)
-            limit = limits.pop(0) if b"/v1/prefill" in first and limits else None
+            limit = limits.pop(0) if path in first and limits else None
 
             def forward() -> None:
                 with suppress(OSError):
