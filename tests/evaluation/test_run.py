@@ -617,7 +617,7 @@ def test_right_answers_in_regions() -> None:
 
 def test_several_runs_in_one_report(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = {
-        "methods": ["receiver", "sharer", "c2c", "other"],
+        "methods": ["receiver", "sharer", "text", "c2c", "other"],
         "answers": "likelihood",
         "results": str(tmp_path / "results"),
     }
@@ -637,6 +637,8 @@ def test_several_runs_in_one_report(tiny_pair_folder: Path, tmp_path: Path, caps
     published = read_answers(tmp_path / "results" / "samples.jsonl")
     assert [(a.key, a.value) for a in published] == [(a.key, a.value) for a in runs[1].answers]
     assert not any(a.text or a.message for a in published)
+    again = summarize_run(published, ["own"], few["methods"])["likelihood"]
+    assert again == runs[1].summary["likelihood"] and again["tasks"]["own"]["text"]["message_bytes"] > 0
     broken = [replace(a, error="ValueError: What is the text of the question?") for a in runs[1].answers[:1]]
     listed = [{"task": "own", "id": "q", "method": "c2c", "answers": "likelihood", "error": "C2CError: said"}]
     publish(replace(runs[1], answers=broken, summary={**runs[1].summary, "failed": listed}), tmp_path / "bare")

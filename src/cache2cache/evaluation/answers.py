@@ -36,6 +36,7 @@ class Answer:
         metric: by what it is.
         message: what the sharer wrote to the receiver.
         tokens, message_tokens: written, without the one that ends a text.
+        message_bytes: of the message, which what is published leaves out.
         partner: whose cache was fused instead, in the rows of the control other.
         sent: whether a router sent the question to the sharer.
         asked: what was asked, as a hash of its text: a question that was changed is another one, and asked again.
@@ -59,6 +60,7 @@ class Answer:
     message: str | None = None
     tokens: int | None = None
     message_tokens: int | None = None
+    message_bytes: int | None = None
     partner: str | None = None
     sent: bool | None = None
     metric: str | None = None
@@ -107,6 +109,8 @@ def _answer(**row: Any) -> Answer:
         row |= {"method": "receiver", "answers": GENERATION}
     elif row.get("method") == "text" and "answers" not in row:
         row["message"] = row.pop("text", None)
+    if row.get("message") is not None:
+        row.setdefault("message_bytes", len(row["message"].encode()))
     return Answer(**row)
 
 

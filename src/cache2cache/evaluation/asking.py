@@ -341,6 +341,7 @@ class Batch:
                     skipped=state.skipped[row] if state.skipped else None,
                     text=found.text, answers=way, subject=case.question.subject or None, bucket=case.bucket,
                     score=found.score, message=message, tokens=found.tokens, message_tokens=count,
+                    message_bytes=None if message is None else len(message.encode()),
                     partner=None if partner is None else partner.id, asked=case.asked_with(partner),
                     metric=case.question.metric if isinstance(case.question, OpenQuestion) else None,
                 )

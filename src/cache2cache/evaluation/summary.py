@@ -226,7 +226,8 @@ def _measured(rows: Sequence[Answer], column: Column, method: str, graded: bool,
         found["no_letter"] = sum(a.choice < 0 for a in rows)
     if messages := [a for a in rows if a.message_tokens is not None]:
         found["message_tokens"] = median(a.message_tokens or 0 for a in messages)
-        found["message_bytes"] = median(len((a.message or "").encode()) for a in messages)
+        if sizes := [a.message_bytes for a in messages if a.message_bytes is not None]:
+            found["message_bytes"] = median(sizes)
     return found
 
 
