@@ -332,7 +332,7 @@ def test_a_start_from_ridge_is_the_ridge_fuser(tmp_path: Path, variant: str, nor
     trainer._start()
     prompts = trainer.data.train[:12]
     pieces = [
-        list(loop.fused_inputs(pair, some, None, 4))
+        list(loop.fused_inputs(pair, loop.in_pieces(some, 4), None))
         for some in ([p for i, p in enumerate(prompts) if i % 5], prompts[::5])
     ]
     fuser = pair.fusers[0]
@@ -756,11 +756,30 @@ def test_training_changes_the_fuser_and_no_model(runs: Run) -> None:
     torch.testing.assert_close(again.prefill(CHATS[0]).kv.keys, pair.prefill(CHATS[0]).kv.keys, atol=0.05, rtol=0.05)
 
 
+def test_pieces_of_like_length(runs: Run) -> None:
+    items = runs.trainer().data.train
+    sizes = [len(item.prompt.receiver) for item in items]
+    most = 3 * min(sizes)
+    assert max(sizes) * 3 > most  # else only the rows would bound them
+    pieces = loop.in_pieces(items, 4, most)
+    assert sorted(item.id for piece in pieces for item in piece) == sorted(item.id for item in items)
+    assert [len(i.prompt.receiver) for piece in pieces for i in piece] == sorted(sizes)
+    assert all(len(piece) * len(piece[-1].prompt.receiver) <= most and len(piece) <= 4 for piece in pieces)
+    assert max(map(len, pieces)) > 2 and [len(piece) for piece in loop.in_pieces(items, 4, 1)] == [1] * len(items)
+    seen: list[tuple[int, int]] = []
+    trainer = runs.trainer(max_steps=1)
+    trainer.run(on_calibration=lambda done, of: seen.append((done, of)))
+    of = min(trainer.config.calibration_prompts, len(items))
+    assert seen and seen[-1] == (of, of) and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    trainer.run(on_calibration=lambda done, of: seen.append((-1, of)))  # goes on from its checkpoint
+    assert seen[-1] == (of, of)
+
+
 def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
     pair, fuser, items = trainer.objective.pair, trainer.trained, trainer.data.train[:5]
-    loop.calibrate(fuser, loop.fused_inputs(pair, items, None, 2))
+    loop.calibrate(fuser, loop.fused_inputs(pair, loop.in_pieces(items, 2), None))
     keys: list[torch.Tensor] = []
     for item in items:
         mine, other, index = item.prompt.receiver[:-1], item.prompt.sharers[0], item.prompt.maps[0][:-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import make_fuser
-from cache2cache.training.loop import Trainer, prepare
+from cache2cache.training.loop import FuserObjective, Trainer, prepare
 from cache2cache.training.plan import Plan, plan
 from training.runs import config_of, pair_of, write_rows
 
@@ -61,6 +62,20 @@ def test_nothing_changes(tmp_path: Path) -> None:
     assert all(p.grad is None for p in trainer.trained.parameters())
     assert trainer.step == 0 and not trainer.optimizer.state
     assert 0 < found.seconds_per_step < found.seconds < 60
+
+
+def test_what_is_read_before_the_first_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(tmp_path, calibration_prompts=12)
+    pieces = trainer.objective.calibration(trainer.config, trainer.data)
+    assert sum(len(piece) for _, piece in pieces) == 12
+    inputs = FuserObjective.inputs
+
+    def slow(*args: Any) -> Any:
+        time.sleep(1)
+        return inputs(*args)
+
+    monkeypatch.setattr(FuserObjective, "inputs", slow)
+    assert plan(trainer).seconds > 1
 
 
 # Layers, KV heads, head size and billions of parameters, as their model cards say.

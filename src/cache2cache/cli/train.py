@@ -146,7 +146,15 @@ def train(
                     f"{100 * record['holdout_exact']:.1f}%, {record['seconds']:.0f} s"
                 )
 
-        folder = trainer.run(show)
+        def calibrating(done: int, of: int) -> None:
+            nonlocal said
+            what = f"calibration: {done} of {of} prompts read"
+            live_table.update(what)
+            if not console.is_terminal and time.monotonic() - said > EVERY:
+                said = time.monotonic()
+                console.print(what)
+
+        folder = trainer.run(show, calibrating)
     if not console.is_terminal:
         console.print()  # rich ends a live table's last line only on a terminal
     if trainer.out_of_patience:
@@ -191,7 +199,7 @@ def print_plan(found: Plan) -> None:
         "(measured)"
     )
     print(f"steps       {found.steps}, about {found.seconds_per_step:.2f} s each")
-    print(f"time        about {timedelta(seconds=round(found.seconds))} with evaluations")
+    print(f"time        about {timedelta(seconds=round(found.seconds))} with calibration and evaluations")
     print(
         f"disk        {size(found.checkpoint + found.weights)}: checkpoint {size(found.checkpoint)} (twice that for a "
         f"moment), result {size(found.weights)}; {size(found.free)} are free"

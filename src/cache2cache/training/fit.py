@@ -15,7 +15,7 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser.ridge import Pairs
 from ..pair import C2C
-from .loop import Prepared, Stores, fused_inputs, one_each, start_run, write_fuser
+from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, start_run, write_fuser
 from .store import Store
 
 
@@ -54,9 +54,10 @@ def fit(
     began = time.perf_counter()
 
     def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        for begin, inputs in enumerate(fused_inputs(pair, items, own, config.batch_size, receiver_store)):
+        parts = in_pieces(items)
+        for part, inputs in zip(parts, fused_inputs(pair, parts, own, receiver_store), strict=True):
             yield inputs
-            progress(min(config.batch_size, len(items) - begin * config.batch_size))
+            progress(len(part))
 
     rows = fuser.fit(pieces(data.train), pieces(data.holdout))
     replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

@@ -296,20 +296,32 @@ def passes(lm: LM, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def in_pieces(items: Iterable[Item], rows: int = 16, positions: int = 8192) -> list[list[Item]]:
+    """Examples by the length of their prompts, so many at once, and as few as it takes to stay below so many positions
+    of the receiver's, padding included."""
+    made: list[list[Item]] = []
+    for item in sorted(items, key=lambda item: len(item.prompt.receiver)):
+        size = len(item.prompt.receiver)
+        if made and len(made[-1]) < rows and (len(made[-1]) + 1) * size <= positions:
+            made[-1].append(item)
+        else:
+            made.append([item])
+    return made
+
+
 def fused_inputs(
     pair: C2C,
-    items: Sequence[Item],
+    pieces: Iterable[Sequence[Item]],
     store: Store | None,
-    batch_size: int,
     receiver_store: Store | None = None,
     j: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What fuser j reads at the positions that are fused, batch by batch: the sharer's (G, N, S), the receiver's
+    """What fuser j reads at the positions that are fused, piece by piece: the sharer's (G, N, S), the receiver's
     (G, N, T). `store` is that sharer's."""
     fuser = pair.fusers[j]
     assert isinstance(fuser, C2CFuser)
-    for begin in range(0, len(items), batch_size):
-        prompts = [item.prompt for item in items[begin : begin + batch_size]]
+    for items in pieces:
+        prompts = [item.prompt for item in items]
         clean = receiver_prefill(pair, prompts, receiver_store)
         known = sharer_prefill(pair, what_is_read(pair, prompts, j=j), store, j).to(pair.receiver.device)
         where, _ = where_to_fuse(prompts, j, clean.kv.length, known.length, read_lengths(prompts, j=j))
@@ -412,8 +424,12 @@ class Objective(nn.Module):
     def check(self, data: Prepared) -> None:
         """Raise a C2CError for what can't be trained on."""
 
-    def start(self, config: TrainConfig, data: Prepared) -> None:
-        """What comes before the first step of a new run."""
+    def calibration(self, config: TrainConfig, data: Prepared) -> list[tuple[int, list[Item]]]:
+        """What `start` reads: pieces of the data, each with the number of the fuser that it is for."""
+        return []
+
+    def start(self, config: TrainConfig, data: Prepared, progress: Callable[[int], None] = lambda n: None) -> None:
+        """What comes before the first step of a new run; `progress` is called with the size of each piece read."""
 
     def set_progress(self, step: int) -> None:
         """Called before each step with the number of those done."""
@@ -494,18 +510,35 @@ class FuserObjective(Objective):
                     "leave it out of the data, or shard out of the recipe"
                 )
 
-    def start(self, config: TrainConfig, data: Prepared) -> None:
-        prompts = data.train[: config.calibration_prompts]
-        for j, (fuser, store) in enumerate(zip(self.fusers, self.stores, strict=True)):
-            ridge = fuser.config.projection_init == "ridge"
-            if not (ridge or fuser.config.normalize):
+    def _groups(self, config: TrainConfig, data: Prepared, j: int) -> list[list[list[Item]]]:
+        """The pieces that fuser j is started from; ridge regression chooses its penalty on a second group of them."""
+        fuser, prompts = self.fusers[j].config, data.train[: config.calibration_prompts]
+        if fuser.projection_init == "ridge":
+            return [in_pieces(p for i, p in enumerate(prompts) if i % 5), in_pieces(prompts[::5])]
+        return [in_pieces(prompts)] if fuser.normalize else []
+
+    def calibration(self, config: TrainConfig, data: Prepared) -> list[tuple[int, list[Item]]]:
+        return [
+            (j, piece) for j in range(len(self.fusers)) for group in self._groups(config, data, j) for piece in group
+        ]
+
+    def inputs(self, j: int, pieces: Iterable[Sequence[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`fused_inputs` with the stores of this objective."""
+        return fused_inputs(self.pair, pieces, self.stores[j], self.receiver_store, j)
+
+    def start(self, config: TrainConfig, data: Prepared, progress: Callable[[int], None] = lambda n: None) -> None:
+        def read(j: int, pieces: Sequence[list[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
+            for piece, inputs in zip(pieces, self.inputs(j, pieces), strict=True):
+                yield inputs
+                progress(len(piece))
+
+        for j, fuser in enumerate(self.fusers):
+            groups = [read(j, pieces) for pieces in self._groups(config, data, j)]
+            if fuser.config.projection_init != "ridge":
+                if groups:
+                    calibrate(fuser, *groups)
                 continue
-            groups = [[p for i, p in enumerate(prompts) if i % 5], prompts[::5]] if ridge else [prompts]
-            read = [fused_inputs(self.pair, some, store, 16, self.receiver_store, j) for some in groups]
-            if not ridge:
-                calibrate(fuser, *read)
-                continue
-            kept = [list(pieces) for pieces in read]
+            kept = [list(group) for group in groups]
             if fuser.config.normalize:
                 calibrate(fuser, *kept)
             # Each predicts the receiver's cache, so each goes its part of the way there.
@@ -609,14 +642,22 @@ class Trainer:
         )
         self.loss: nn.Module = what  # summing gradients over the processes, once the run has started
 
-    def run(self, on_step: Callable[[dict[str, Any]], None] = lambda record: None) -> Path:
+    def run(
+        self,
+        on_step: Callable[[dict[str, Any]], None] = lambda record: None,
+        on_calibration: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Path:
         """Train to the end, or go on from the last checkpoint. Returns the folder of what was trained.
+
+        Args:
+            on_step: called with the log's record of each step.
+            on_calibration: called with how many of how many prompts were read, before the first step of a new run.
 
         Raises:
             C2CError: the output folder holds a run of another recipe; the loss is no number.
             KeyboardInterrupt: after a checkpoint was written.
         """
-        self._start()
+        self._start(on_calibration)
         interrupted = _Interruptions()
         began = time.perf_counter() - self.seconds
         # Parts of batches are read as they come.
@@ -753,7 +794,7 @@ class Trainer:
 
     # ---- what stays on disk -------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self, on_calibration: Callable[[int, int], None] = lambda done, of: None) -> None:
         with self.accelerator.main_process_first():  # the others find the first one's file
             known = start_run(self.config)
         if self.is_main:
@@ -767,7 +808,14 @@ class Trainer:
         if self.step == 0:
             # The first process draws as a run of one process does, the others something else.
             torch.manual_seed(self.config.seed + self.accelerator.process_index)
-            self.objective.start(self.config, self.data)
+            done, of = 0, sum(len(piece) for _, piece in self.objective.calibration(self.config, self.data))
+
+            def progress(prompts: int) -> None:
+                nonlocal done
+                done += prompts
+                on_calibration(done, of)
+
+            self.objective.start(self.config, self.data, progress)
         self.loss = self.accelerator.prepare_model(self.objective)
         if self.config.trackers and not self.accelerator.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .loop import Item, Trainer, batches, evaluate, parts_of
+from .loop import FuserObjective, Item, Trainer, batches, evaluate, parts_of
 from .sharding import local
 
 
@@ -24,7 +24,7 @@ class Plan:
         receiver, sharers: the weights of the frozen models.
         fuser: what is trained: weights, gradients and AdamW's two moments.
         activations: what the largest part of a batch keeps for its backward pass, measured.
-        seconds_per_step, seconds: of a step on average, and of all steps and evaluations.
+        seconds_per_step, seconds: of a step on average, and of all steps and evaluations with what is read before them.
         checkpoint, weights: what will be written, the checkpoint and the fuser.
         free: on the disk of the output folder.
     """
@@ -64,6 +64,7 @@ def plan(trainer: Trainer) -> Plan:
     began = time.perf_counter()
     evaluate(trainer.objective, largest, len(largest))
     watching = time.perf_counter() - began
+    calibrating = _calibrating(trainer)
     epoch_seconds = learning * sum(map(padded, epoch)) / padded(largest)
     step = epoch_seconds / trainer.per_epoch
     mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
@@ -80,11 +81,25 @@ def plan(trainer: Trainer) -> Plan:
         fuser=16 * parameters,
         activations=activations,
         seconds_per_step=step,
-        seconds=step * trainer.steps + evaluations * watching * sum(map(padded, held)) / padded(largest),
+        seconds=calibrating + step * trainer.steps + evaluations * watching * sum(map(padded, held)) / padded(largest),
         checkpoint=state + 8 * parameters + (state if config.keep == "best" else 0),
         weights=state // 4 * getattr(torch, config.weights_on_disk).itemsize,
         free=shutil.disk_usage(output).free,
     )
+
+
+@torch.no_grad()
+def _calibrating(trainer: Trainer) -> float:
+    """Seconds that are read before the first step, of a piece of middling size measured."""
+    objective = trainer.objective
+    if not isinstance(objective, FuserObjective) or not (pieces := objective.calibration(trainer.config, trainer.data)):
+        return 0.0
+    sizes = [padded(piece) for _, piece in pieces]
+    fuser, piece = sorted(pieces, key=lambda p: padded(p[1]))[len(pieces) // 2]
+    began = time.perf_counter()
+    for inputs in objective.inputs(fuser, [piece]):
+        inputs[0].sum().item()  # waits for a GPU
+    return (time.perf_counter() - began) * sum(sizes) / padded(piece)
 
 
 def padded(items: Sequence[Item]) -> int:
