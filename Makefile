@@ -31,7 +31,7 @@ reproduce-small: .venv/.core
 
 # Prompts of 1,000, 2,000 and 4,000 tokens, after training the fuser that is asked.
 reproduce-small-long: .venv/.core
-	.venv/bin/c2c train recipes/cpu-longbench.yaml --data-dir $(DATA)
+	.venv/bin/c2c train recipes/long.yaml --data-dir $(DATA)
 	.venv/bin/c2c evaluate recipes/reproduce-small-long.yaml --data-dir $(DATA)
 
 clean:

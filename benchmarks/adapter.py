@@ -17,7 +17,7 @@ from pathlib import Path
 from lm_eval import evaluator, simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from cache2cache import C2C, tasks
+from cache2cache import C2C, heap, tasks
 from cache2cache.evaluation.answers import drawn
 from cache2cache.evaluation.lm_eval import HarnessLM, task_of
 from cache2cache.evaluation.runner import evaluate
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-size", type=int, default=16)
     given = parser.parse_args()
+    heap.keep()  # as our commands do
     questions = drawn(tasks.load(given.task, given.split, given.data_dir), given.limit, 0)
     pair = C2C.from_pretrained(given.fuser, receiver=given.receiver, sharers=given.sharer, dtype=given.dtype)
     evaluator.add_env_info = lambda results: None  # what is installed, which takes it longer than a few questions
