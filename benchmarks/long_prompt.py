@@ -1,7 +1,9 @@
-"""Peak memory of one long prompt, by how many tokens go through the model at once.
+"""Peak memory of one long prompt, by how many tokens go through the model at once, and decoding behind it.
 
 python benchmarks/long_prompt.py                              # 8,192 tokens on the 0.5B of the catalogue
 python benchmarks/long_prompt.py --tokens 32768 --chunks 2048
+
+An answer is decoded in turns with our cache, which is appended to in place, and with transformers' own.
 """
 
 from __future__ import annotations
@@ -9,17 +11,28 @@ from __future__ import annotations
 import argparse
 import inspect
 from functools import partial
+from statistics import median
 
 import measure
 import torch
-from measure import now, peak_rise
+from measure import now, peak_rise, take_turns
 from rich.console import Console
 from rich.table import Table
+from transformers import DynamicCache
 
-from cache2cache import heap, load_lm
-from cache2cache.kv import prefill
+from cache2cache import LM, heap, load_lm
+from cache2cache.kv import CACHE, Prefilled, prefill, prefill_prompts
 
 DEFAULT = inspect.signature(prefill).parameters["chunk_tokens"].default
+
+
+def decode(lm: LM, prompt: Prefilled, new_tokens: int, stock: bool) -> None:
+    inputs = prompt.inputs()
+    if stock:
+        inputs[CACHE] = DynamicCache()
+        for index, (keys, values) in enumerate(zip(prompt.kv.keys, prompt.kv.values, strict=True)):
+            inputs[CACHE].update(keys, values, index)
+    lm.model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
 
 
 def main() -> None:
@@ -28,6 +41,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, DEFAULT])
+    parser.add_argument("--rows", type=int, default=4, help="prompts that are answered at once")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     heap.keep()
     lm = load_lm(options.model, dtype=options.dtype)
@@ -52,6 +68,17 @@ def main() -> None:
         peak = "unknown here" if rise is None else f"{rise / 1e9:.2f}"
         table.add_row(f"{chunk:,}", peak, f"{sizes[-1] / 1e9:.2f}", f"{seconds / first:.2f}")
     console.print(table)
+    prompt = prefill_prompts(lm, [ids[0].tolist()] * options.rows)
+    with torch.no_grad():
+        times = take_turns(
+            {name: partial(decode, lm, prompt, options.new_tokens, name == "stock") for name in ("ours", "stock")},
+            options.rounds, seconds=300,
+        )  # fmt: skip
+    ours, stock = (median(times[name]) for name in ("ours", "stock"))
+    console.print(
+        f"{options.new_tokens} tokens behind {options.rows} of them: {1000 * ours / options.new_tokens:.1f} ms a step, "
+        f"{ours / stock:.2f} of that with transformers' own cache"
+    )
 
 
 if __name__ == "__main__":

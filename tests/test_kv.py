@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
@@ -88,6 +90,45 @@ def test_a_cache_built_back_generates_the_same(family: str) -> None:
     assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
     # The prefill can be used again: decoding has not changed it.
     assert torch.equal(lm.model.generate(**prompt.inputs(), **options), expected)
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_written_in_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = KV(*torch.randn(2, 1, 2, 3, 5, 4, generator=generator))
+    kept, ours, stock = given.clone(), given.to_cache(), DynamicCache()
+    stock.update(given.keys[0], given.values[0], 0)
+    places = []
+    for step in range(300):
+        new = torch.randn(2, len(stock.layers[0].keys), 3, 1, 4, generator=generator)
+        read = [cache.update(*new, 0) for cache in (ours, stock)]
+        assert all(torch.equal(a, b) for a, b in zip(*read, strict=True)), step
+        places.append(read[0][0].data_ptr())
+        if step == 200:  # what beams do, and cropping
+            for cache in (ours, stock):
+                cache.reorder_cache(torch.tensor([1, 0]))
+                cache.batch_repeat_interleave(2)
+        if step == 210:
+            longer = ours.layers[0].keys
+            had = longer.clone()
+            for cache in (ours, stock):
+                cache.crop(-3)
+        if step == 220:
+            assert torch.equal(longer, had)  # nobody writes to what was handed out
+            other = copy.deepcopy(ours)
+            other.update(*new, 0)
+    assert len(set(places)) <= 6 and len(set(places[:129])) == 1
+    assert torch.equal(KV.from_cache(ours).keys, KV.from_cache(stock).keys)
+    assert torch.equal(given.keys, kept.keys) and torch.equal(given.values, kept.values)
+
+
+def test_a_growing_cache_is_nothing_in_the_way_of_gradients() -> None:
+    keys, values = torch.ones(1, 1, 1, 2, 4, requires_grad=True), torch.ones(1, 1, 1, 2, 4)
+    cache = KV(keys, values).to_cache()
+    for _ in range(2):
+        read, _ = cache.update(torch.ones(1, 1, 1, 4), torch.ones(1, 1, 1, 4), 0)
+    read.pow(2).sum().backward()
+    assert torch.equal(keys.grad, torch.full_like(keys, 2))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -42,8 +42,8 @@ def bound(more: int) -> None:
 def tidy() -> bool:
     """Give back what is free where the process takes more than it may, see `bound`. Returns whether it did.
 
-    Buffers of ever other sizes leave holes that the next ones don't fit into, so what is kept grows: slowly from batch
-    to batch, quickly while a cache grows token by token. Pages that are given back are cleared anew for their next use.
+    Buffers of ever other sizes leave holes that the next ones don't fit into, so what is kept grows from batch to
+    batch. Pages that are given back are cleared anew for their next use.
     """
     if _most is None or (status("RssAnon") or 0) <= _most:
         return False

@@ -33,6 +33,40 @@ _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
 
 OnLayer = Callable[[int, "KV"], None]
 
+_ROOM = 128  # positions that a growing layer gets beyond those it needs
+
+
+class GrowingLayer(DynamicLayer):
+    """A plain layer that begins with known keys and values (B, H, T, D), and appends in place, in memory with room.
+
+    transformers' own is copied whole for every token. Keys and values that anything else puts in their place (beams
+    that swap rows, cropping) are copied at the next token, and what was given is never written to.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}  # what of it is filled, and all of it
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() or not self.is_initialized:  # writing in place is nothing for autograd
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.values is not None
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, known: Tensor, new: Tensor) -> Tensor:
+        filled, memory = self._memory.get(name, (None, known))
+        start, end = known.shape[-2], known.shape[-2] + new.shape[-2]
+        if filled is not known or end > memory.shape[-2]:
+            memory = known.new_empty((*known.shape[:2], end + _ROOM, known.shape[-1]))
+            memory[:, :, :start] = known
+        memory[:, :, start:end] = new
+        self._memory[name] = made, _ = memory[:, :, :end], memory
+        return made
+
 
 @dataclass(frozen=True)
 class KV:
@@ -86,14 +120,11 @@ class KV:
         """A `DynamicCache` whose layers are views of these tensors.
 
         All layers are plain ones: a sliding layer then keeps every position and the mask does the sliding, which is
-        what lets a fused prompt be longer than the window. Appending allocates anew, so this object never changes.
+        what lets a fused prompt be longer than the window. The first token appended copies them, so this object never
+        changes; those behind it are written in place.
         """
         cache = DynamicCache()
-        for keys, values in zip(self.keys, self.values, strict=True):
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            cache.layers.append(layer)
+        cache.layers.extend(map(GrowingLayer, self.keys, self.values))
         return cache
 
     def to_static_cache(self, length: int) -> StaticCache:
@@ -121,7 +152,7 @@ class KV:
         """
         keys, values = [], []
         for index, layer in enumerate(cache.layers):
-            plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+            plain = type(layer) in (DynamicLayer, GrowingLayer, DynamicSlidingWindowLayer)
             if not (plain and isinstance(layer, DynamicLayer) and layer.is_initialized):
                 raise C2CError(
                     f"layer {index} of the cache is a {type(layer).__name__}; only filled DynamicCache layers of "

@@ -44,14 +44,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicLayer
 
 from .alignment.chat import Rendered, common_prefix
 from .alignment.tokens import span_map
 from .config import FuserConfig
 from .errors import C2CError
 from .fuser import C2CFuser
-from .kv import CACHE, KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill
+from .kv import CACHE, KV, GrowingLayer, Prefilled, Read, ToRead, pad_left, positions_from, prefill
 
 if TYPE_CHECKING:
     from .pair import C2C, FusedCache, Turn
@@ -121,18 +120,15 @@ class Answering(Prefilled):
         inputs = super().inputs(copies)
         answer = _Answer(self, copies)
         for index, layer in enumerate(inputs[CACHE].layers):
-            inputs[CACHE].layers[index] = _Layer(layer, answer, index)
+            inputs[CACHE].layers[index] = _Layer(layer.keys, layer.values, answer, index)
         return {**inputs, "stopping_criteria": StoppingCriteriaList([answer])}
 
 
-class _Layer(DynamicLayer):
+class _Layer(GrowingLayer):
     """Takes for the position that comes the keys and values of the answer, not those that the model computes there."""
 
-    def __init__(self, filled: DynamicLayer, answer: _Answer, index: int) -> None:
-        super().__init__()
-        assert filled.keys is not None and filled.values is not None
-        self.lazy_initialization(filled.keys, filled.values)
-        self.keys, self.values = filled.keys, filled.values
+    def __init__(self, keys: Tensor, values: Tensor, answer: _Answer, index: int) -> None:
+        super().__init__(keys, values)
         self.answer, self.index = answer, index
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -541,9 +541,9 @@ def test_no_held_out_question_is_trained_on(
 
 # The ids of every fuser that comes along, and the recipe that it was trained with.
 SHIPPED = [
-    (path, "default.yaml" if path.parent.name == "smollm2-135m-cpu" else "mixture.yaml")
+    (path.with_name("training_ids.txt"), "default.yaml" if path.parent.name == "smollm2-135m-cpu" else "mixture.yaml")
     for folder in (checkpoint.PACKAGED, ROOT / "fusers")
-    for path in sorted(folder.glob("**/training_ids.txt"))
+    for path in sorted(folder.glob("**/config.json"))
 ]
 shipped = pytest.mark.parametrize("path, recipe", SHIPPED, ids=[path.parent.name for path, _ in SHIPPED])
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
-from .. import decode, heap
+from .. import decode
 from ..errors import C2CError
 from ..files import replace_text
 from ..kv import CACHE, Prefilled, prefill_alike
@@ -82,8 +82,6 @@ class Ended(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done = self.rows(input_ids)
-        if input_ids.shape[1] % 16 == 0:
-            heap.tidy()  # every token makes every layer's cache anew, a little larger
         return torch.full_like(done, 4 * int(done.sum()) >= len(done))
 
 
