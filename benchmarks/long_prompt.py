@@ -3,7 +3,8 @@
 python benchmarks/long_prompt.py                              # 8,192 tokens on the 0.5B of the catalogue
 python benchmarks/long_prompt.py --tokens 32768 --chunks 2048
 
-An answer is decoded in turns with our cache, which is appended to in place, and with transformers' own.
+Rows of a padded batch are read in turns one by one, as on a CPU, and together. An answer is decoded in turns with our
+cache, which is appended to in place, and with transformers' own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
-from cache2cache import LM, heap, load_lm
+from cache2cache import LM, heap, kv, load_lm
 from cache2cache.kv import CACHE, Prefilled, prefill, prefill_prompts
 
 DEFAULT = inspect.signature(prefill).parameters["chunk_tokens"].default
@@ -33,6 +34,18 @@ def decode(lm: LM, prompt: Prefilled, new_tokens: int, stock: bool) -> None:
         for index, (keys, values) in enumerate(zip(prompt.kv.keys, prompt.kv.values, strict=True)):
             inputs[CACHE].update(keys, values, index)
     lm.model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
+
+
+def alone(lm: LM, rows: list[list[int]]) -> None:
+    prefill_prompts(lm, rows)
+
+
+def together(lm: LM, rows: list[list[int]]) -> None:
+    known, kv._LONG = kv._LONG, 10**9
+    try:
+        prefill_prompts(lm, rows)
+    finally:
+        kv._LONG = known
 
 
 def main() -> None:
@@ -68,6 +81,13 @@ def main() -> None:
         peak = "unknown here" if rise is None else f"{rise / 1e9:.2f}"
         table.add_row(f"{chunk:,}", peak, f"{sizes[-1] / 1e9:.2f}", f"{seconds / first:.2f}")
     console.print(table)
+    rows = [ids[0, : options.tokens - options.tokens * row // 32].tolist() for row in range(options.rows)]
+    reading = {"alone": lambda: alone(lm, rows), "together": lambda: together(lm, rows)}
+    times = {name: median(found) for name, found in take_turns(reading, options.rounds, seconds=300).items()}
+    console.print(
+        f"{options.rows} rows of {len(rows[-1]):,} to {len(rows[0]):,} tokens: one by one {times['alone']:.2f} s, "
+        f"{times['alone'] / times['together']:.2f} of that together, padded"
+    )
     prompt = prefill_prompts(lm, [ids[0].tolist()] * options.rows)
     with torch.no_grad():
         times = take_turns(

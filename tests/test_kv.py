@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
 
 from cache2cache.errors import C2CError
-from cache2cache.kv import CACHE, KV, check_fusable, pad_left, positions_of, prefill, prefill_prompts
+from cache2cache.kv import CACHE, KV, Read, check_fusable, pad_left, positions_of, prefill, prefill_prompts
 from cache2cache.models import LM, load_lm
 from tiny import FAMILIES, tiny_model
 
@@ -78,6 +78,33 @@ def test_left_padding_changes_nothing(family: str) -> None:
         alone = prefill(lm, *pad_left([tokens], 0, "cpu"))
         torch.testing.assert_close(batch.keys[:, row, :, -len(tokens) :], alone.keys[:, 0], atol=2e-5, rtol=0)
         torch.testing.assert_close(batch.values[:, row, :, -len(tokens) :], alone.values[:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_rows_are_read_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lm_of(family)
+    rows = rows_of([20, 9, 20, 14])
+    ids, mask = pad_left(rows, 0, "cpu")
+    past = [None, None, Read(rows[2][:15], prefill(lm, *pad_left([rows[2][:15]], 0, "cpu"))), None]
+    together = [prefill(lm, ids, mask, num_layers=n) for n in (2, None)]
+    monkeypatch.setattr("cache2cache.kv._LONG", 10)
+    passes: list[tuple[int, ...]] = []
+    lm.decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    alone = [prefill(lm, ids, mask, num_layers=2), prefill(lm, ids, mask, past=past)]
+    assert passes[-4:] == [(1, 20), (1, 9), (1, 5), (1, 14)]
+    for a, b in zip(alone, together, strict=True):
+        assert a.keys.shape == b.keys.shape
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            x, y = (t.permute(0, 2, 4, 1, 3)[..., mask.bool()] for t in (x, y))
+            torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
+        assert (a.keys[:, 1, :, :11] == 0).all()  # padding, whose numbers must be some
+    passes.clear()
+    seen: list[int] = []
+    prefill(lm, ids, mask, on_layer=lambda index, _: seen.append(index))  # who waits for layers gets them in order
+    prefill(lm, ids[:1], mask[:1])
+    assert passes == [(4, 20), (1, 20)] and seen == [*range(lm.num_layers)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -34,6 +34,7 @@ _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
 OnLayer = Callable[[int, "KV"], None]
 
 _ROOM = 128  # positions that a growing layer gets beyond those it needs
+_LONG = 768  # positions from which padded rows are read one by one on a CPU
 
 
 class GrowingLayer(DynamicLayer):
@@ -378,8 +379,11 @@ def prefill(
     known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
     if known is not None and start == length:
         return _hand_over(known, on_layer)
-    cache = _StackedCache(layers, length, known, start, on_layer, stops=not _hooked(decoder))
-    padded = not bool(attention_mask.all())
+    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
+    if padded and length >= _LONG and lm.device.type == "cpu" and on_layer is None and not hooked:
+        # With padding attention takes a mask, and computes what that hides too: half of all, and most of a long prompt.
+        return _row_by_row(lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)
+    cache = _StackedCache(layers, length, known, start, on_layer, stops=not hooked)
     step = max(1, chunk_tokens // batch)
     for begin in range(start, length, step):
         end = min(begin + step, length)
@@ -394,6 +398,32 @@ def prefill(
             )
     assert cache.keys is not None and cache.values is not None
     return KV(cache.keys, cache.values)
+
+
+def _row_by_row(
+    lm: LM,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    positions: Tensor,
+    past: Sequence[Read | None] | None,
+    layers: int,
+    chunk_tokens: int,
+) -> KV:
+    """As `prefill`, each row without its padding."""
+    batch, length = input_ids.shape
+    made: KV | None = None
+    for row, n in enumerate(attention_mask.sum(1).tolist()):
+        pick = slice(row, row + 1), slice(length - n, length)
+        of_row = prefill(
+            lm, input_ids[pick], attention_mask[pick], num_layers=layers, past=past and past[pick[0]],
+            positions=positions[pick], chunk_tokens=chunk_tokens,
+        )  # fmt: skip
+        if made is None:
+            made = of_row.map(lambda t: t.new_zeros((layers, batch, t.shape[2], length, t.shape[4])))
+        made.keys[:, row, :, length - n :] = of_row.keys[:, 0]
+        made.values[:, row, :, length - n :] = of_row.values[:, 0]
+    assert made is not None
+    return made
 
 
 def _hooked(decoder: nn.Module) -> bool:
