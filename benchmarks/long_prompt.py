@@ -36,12 +36,8 @@ def decode(lm: LM, prompt: Prefilled, new_tokens: int, stock: bool) -> None:
     lm.model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)  # type: ignore[operator]
 
 
-def alone(lm: LM, rows: list[list[int]]) -> None:
-    prefill_prompts(lm, rows)
-
-
-def together(lm: LM, rows: list[list[int]]) -> None:
-    known, kv._LONG = kv._LONG, 10**9
+def read_rows(lm: LM, rows: list[list[int]], alone_from: int) -> None:
+    known, kv._LONG = kv._LONG, alone_from
     try:
         prefill_prompts(lm, rows)
     finally:
@@ -54,7 +50,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, DEFAULT])
-    parser.add_argument("--rows", type=int, default=4, help="prompts that are answered at once")
+    parser.add_argument("--rows", type=int, default=2, help="prompts that are answered at once")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -82,7 +78,7 @@ def main() -> None:
         table.add_row(f"{chunk:,}", peak, f"{sizes[-1] / 1e9:.2f}", f"{seconds / first:.2f}")
     console.print(table)
     rows = [ids[0, : options.tokens - options.tokens * row // 32].tolist() for row in range(options.rows)]
-    reading = {"alone": lambda: alone(lm, rows), "together": lambda: together(lm, rows)}
+    reading = {"alone": partial(read_rows, lm, rows, 1), "together": partial(read_rows, lm, rows, options.tokens + 1)}
     times = {name: median(found) for name, found in take_turns(reading, options.rounds, seconds=300).items()}
     console.print(
         f"{options.rows} rows of {len(rows[-1]):,} to {len(rows[0]):,} tokens: one by one {times['alone']:.2f} s, "
