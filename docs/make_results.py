@@ -1,4 +1,4 @@
-"""README.md's tables of results, from results/reproduce-small, which `make reproduce-small` writes.
+"""README.md's tables of results: what follows the line `<!-- docs/make_results.py NAME -->` is from results/NAME.
 
 python docs/make_results.py            # writes them
 python docs/make_results.py --check    # fails where they are out of date, and says so
@@ -17,9 +17,11 @@ from cache2cache.evaluation.report import LABELS, WORDS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "README.md"
-RESULTS = ROOT / "results" / "reproduce-small" / "summary.json"
+RESULTS = ROOT / "results"
 COMMAND = ".venv/bin/python docs/make_results.py"
-START, END = "<!-- docs/make_results.py -->\n", "<!-- end -->\n"
+BLOCK = re.compile(
+    r"(?P<start><!-- docs/make_results\.py (?P<name>[\w-]+) -->\n)(?P<made>.*?)<!-- end -->\n", re.DOTALL
+)
 
 
 def percent(found: dict[str, Any], asked: int) -> str:
@@ -62,15 +64,24 @@ def recovered(column: dict[str, Any]) -> str:
     return f"{column['recovered']:.0f}" + ("" if bounds is None else " [{:.0f}, {:.0f}]".format(*bounds))
 
 
+def filled(page: str) -> str:
+    """The page with the tables that the results give now."""
+
+    def block(match: re.Match[str]) -> str:
+        summary = json.loads((RESULTS / match["name"] / "summary.json").read_text(encoding="utf-8"))
+        return f"{match['start']}{tables(summary)}<!-- end -->\n"
+
+    return BLOCK.sub(block, page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     page = PAGE.read_text(encoding="utf-8")
-    made = tables(json.loads(RESULTS.read_text(encoding="utf-8")))
-    new = re.sub(re.escape(START) + ".*?" + re.escape(END), lambda _: START + made + END, page, flags=re.S)
+    new = filled(page)
     if given.check:
-        if START not in page or new != page:
+        if new != page:
             sys.exit(f"{PAGE.name} has other tables than {RESULTS.relative_to(ROOT)} gives; run {COMMAND}")
     else:
         PAGE.write_text(new, encoding="utf-8")
