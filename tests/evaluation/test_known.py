@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cache2cache import C2CError
+from cache2cache import C2C, C2CError
+from cache2cache.evaluation import asking
 from cache2cache.evaluation.answers import Answer
 from cache2cache.evaluation.controls import gaussian, starts_of, zeroed
 from cache2cache.evaluation.runner import evaluate
@@ -193,3 +194,30 @@ def test_long_questions_lose_their_middle(tmp_path: Path) -> None:
         scripted_pair(), "own", question, tmp_path / "s.jsonl", methods=["receiver"], max_prompt_tokens=20
     )
     assert [a.text for a in sorted(answers, key=lambda a: a.id)] == ["A", "B"]  # "# at the f" and "% at the end"[-10:]
+
+
+def test_a_long_question_fits_twice_behind_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text-to-text shows the receiver the question two times: it loses as much as it must to fit the context."""
+    questions = [
+        OpenQuestion("long", "# at the front" + "." * 300 + "% at the end", ("A",), "exact", 4),
+        OpenQuestion("short", "# at the front", ("A",), "exact", 4),
+    ]
+    pair, read = scripted_pair(), {}
+
+    def spy(of: C2C, case: asking.Case, form: str, message: str) -> list[dict[str, str]]:
+        read[case.id] = chat = fitting(of, case, form, message)
+        return chat
+
+    fitting = asking.fitting
+    monkeypatch.setattr(asking, "fitting", spy)
+    whole = evaluate(pair, "own", questions, tmp_path / "whole.jsonl", methods=["text"])
+    before = dict(read)
+    needed = len(pair.rendered(pair.receiver, before["long"]).ids) + 4
+    assert not any(a.error for a in whole) and before["long"][-1]["content"] == questions[0].prompt
+    for room in (needed, needed - 1, needed - 250):
+        monkeypatch.setattr(pair.receiver.model.config, "max_position_embeddings", room)
+        answers = evaluate(pair, "own", questions, tmp_path / f"{room}.jsonl", methods=["text"])
+        assert not any(a.error for a in answers) and read["short"] == before["short"]
+        assert room - 4 <= len(pair.rendered(pair.receiver, read["long"]).ids) + 4 <= room
+        last = read["long"][-1]["content"]
+        assert last.startswith("# at") and last.endswith("the end") and last in read["long"][0]["content"]

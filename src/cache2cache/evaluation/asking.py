@@ -24,6 +24,7 @@ from ..models.load import LM
 from ..pair import C2C, PromptIds
 from ..tasks import OpenQuestion, Question
 from ..tasks import score as worth
+from ..tasks.longbench import cut_middle
 from ..tasks.prompts import (
     ANSWER_PREFIX,
     CHINESE_ANSWER_PREFIX,
@@ -286,7 +287,7 @@ class Batch:
             return State(sharer, prefilled(sharer, [p.sharers[j] for p in prompts], cache))
         if method in FORMS:
             told = self.told(method)
-            chats = [relayed(c.ask, method, text) for c, (text, _) in zip(cases, told, strict=True)]
+            chats = [fitting(pair, c, method, text) for c, (text, _) in zip(cases, told, strict=True)]
             return State(receiver, self._reads(method, way, receiver, chats, prefix), messages=told)
         if method == FEW_SHOT:
             turns = [
@@ -397,6 +398,32 @@ def messages_of(setup: Setup, form: str, cases: Sequence[Case]) -> list[tuple[st
     chats = [c.ask.chat(("user", FORMS[form](c.ask))) for c in cases]
     rows = [setup.pair.rendered(sharer, chat).ids for chat in chats]
     return [(w.text, len(w.ids)) for w in write(sharer, rows, MAX_MESSAGE_TOKENS)]
+
+
+def fitting(pair: C2C, case: Case, form: str, message: str) -> list[dict[str, str]]:
+    """`relayed`, which holds the prompt twice; a question without options loses its middle where both don't fit."""
+    lm, question, ask = pair.receiver, case.question, case.ask
+    if not isinstance(question, OpenQuestion):
+        return relayed(ask, form, message)
+    limit = len(lm.need_tokenizer()(ask.prompt, add_special_tokens=False)["input_ids"])
+    while True:
+        chat = relayed(ask, form, message)
+        over = len(pair.rendered(lm, chat).ids) + question.max_new_tokens - lm.context_length
+        limit -= over // 2 + 1
+        if over <= 0 or limit < 2:
+            return chat
+        ask = Ask.of(cut([lm], case.ask.prompt, limit))
+
+
+def cut(lms: Sequence[LM], text: str, limit: int) -> str:
+    """The text without its middle where it has more tokens for any model."""
+    for lm in lms:
+        tokenizer = lm.need_tokenizer()
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > limit:
+            kept, half = cut_middle(list(ids), limit), limit // 2
+            text = "".join(str(tokenizer.decode(part)) for part in (kept[:half], kept[half:]))
+    return text
 
 
 def plain(pair: C2C) -> bool:

@@ -22,7 +22,6 @@ from ..methods.text_to_text import FORMS
 from ..models.load import LM
 from ..pair import C2C
 from ..tasks import OpenQuestion, Question
-from ..tasks.longbench import cut_middle
 from ..tasks.prompts import few_shot_prompt
 from ..training.store import Store
 from .answers import GENERATION, LIKELIHOOD, WAYS, Answer, Key, drawn, read_answers
@@ -38,6 +37,7 @@ from .asking import (
     asked_of,
     check_names,
     check_setup,
+    cut,
     limit_of,
     messages_of,
 )
@@ -217,28 +217,15 @@ def _like(case: Case) -> tuple[int, int, str]:
     return longest, len(case.whole.sharers[0]), case.id
 
 
-def _case(
-    setup: Setup, task: str, question: AnyQuestion, words: bool, bucket: str | None, max_prompt_tokens: int | None
-) -> Case:
+def _case(setup: Setup, task: str, question: AnyQuestion, words: bool, bucket: str | None, limit: int | None) -> Case:
     pair = setup.pair
     if isinstance(question, OpenQuestion):
-        ask = Ask.of(question.prompt if max_prompt_tokens is None else _cut(pair, question.prompt, max_prompt_tokens))
+        ask = Ask.of(question.prompt if limit is None else cut([pair.receiver, *pair.sharers], question.prompt, limit))
         encoded = pair.encode(ask.chat())
         return Case(task, question, ask, encoded, encoded, bucket)
     ask = Ask.of(question, prompt=PROMPTS[setup.prompt])
     whole = pair.encode(ask.chat(), prefix=setup.prefix)
     return Case(task, question, ask, whole, pair.encode(ask.chat()) if words else None, bucket)
-
-
-def _cut(pair: C2C, text: str, limit: int) -> str:
-    """The text without its middle where it has more tokens for any model."""
-    for lm in (pair.receiver, *pair.sharers):
-        tokenizer = lm.need_tokenizer()
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > limit:
-            kept, half = cut_middle(list(ids), limit), limit // 2
-            text = "".join(str(tokenizer.decode(part)) for part in (kept[:half], kept[half:]))
-    return text
 
 
 def _failure(
