@@ -174,7 +174,7 @@ def main() -> None:
         print(f"  the model's share of a run: {found['share']:.3f} (target ≥ 0.8)")
         print(f"  a run over hf for the same requests: {found['ours'] / found['hf']:.2f} (target ≤ 1)")
         for name in filter(None, (given.model, given.sharer)):
-            gain = batches(name, given, Path(work))
+            gain = batches(name, given, Path(tempfile.mkdtemp(dir=work)))  # rows of another model would be kept
             print(
                 f"  {name}, {given.batch_tokens} new tokens: {gain:.2f} times the questions a second in batches of "
                 f"{given.batch_size} (target ≥ 3)"
