@@ -142,8 +142,9 @@ def test_a_growing_cache_is_written_in_place() -> None:
                 cache.crop(-3)
         if step == 220:
             assert torch.equal(longer, had)  # nobody writes to what was handed out
-            other = copy.deepcopy(ours)
+            before, other = ours.layers[0].keys.clone(), copy.deepcopy(ours)
             other.update(*new, 0)
+            assert torch.equal(other.layers[0].keys[:, :, :-1], before) and torch.equal(ours.layers[0].keys, before)
     assert len(set(places)) <= 6 and len(set(places[:129])) == 1
     assert torch.equal(KV.from_cache(ours).keys, KV.from_cache(stock).keys)
     assert torch.equal(given.keys, kept.keys) and torch.equal(given.values, kept.values)

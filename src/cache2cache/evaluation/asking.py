@@ -402,17 +402,15 @@ def messages_of(setup: Setup, form: str, cases: Sequence[Case]) -> list[tuple[st
 
 def fitting(pair: C2C, case: Case, form: str, message: str) -> list[dict[str, str]]:
     """`relayed`, which holds the prompt twice; a question without options loses its middle where both don't fit."""
-    lm, question, ask = pair.receiver, case.question, case.ask
+    lm, question, chat = pair.receiver, case.question, relayed(case.ask, form, message)
     if not isinstance(question, OpenQuestion):
-        return relayed(ask, form, message)
-    limit = len(lm.need_tokenizer()(ask.prompt, add_special_tokens=False)["input_ids"])
-    while True:
-        chat = relayed(ask, form, message)
-        over = len(pair.rendered(lm, chat).ids) + question.max_new_tokens - lm.context_length
-        limit -= over // 2 + 1
-        if over <= 0 or limit < 2:
-            return chat
-        ask = Ask.of(cut([lm], case.ask.prompt, limit))
+        return chat
+    limit = len(lm.need_tokenizer()(case.ask.prompt, add_special_tokens=False)["input_ids"])
+    room = lm.context_length - question.max_new_tokens
+    while (over := len(pair.rendered(lm, chat).ids) - room) > 0 and limit > 2:
+        limit = max(2, limit - over // 2 - 1)
+        chat = relayed(Ask.of(cut([lm], case.ask.prompt, limit)), form, message)
+    return chat
 
 
 def cut(lms: Sequence[LM], text: str, limit: int) -> str:

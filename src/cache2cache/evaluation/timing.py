@@ -18,10 +18,10 @@ from .. import decode
 from ..errors import C2CError
 from ..heap import Peak
 from ..kv import Prefilled, prefill_prompts
-from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
+from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS
 from ..models.load import LM
 from ..pair import C2C
-from .asking import Case
+from .asking import Case, fitting
 from .writing import add_rows, read_rows, write
 
 LENGTHS = (8, 64, 256)
@@ -92,7 +92,7 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
         told = [{"role": "user", "content": FORMS[method](case.ask)}]
         words = write(pair.sharers[0], [pair.rendered(pair.sharers[0], told).ids], MAX_MESSAGE_TOKENS)[0]
         passed, message_tokens = len(words.text.encode()), len(words.ids)
-        prompt = prefill_prompts(lm, [pair.rendered(lm, relayed(case.ask, method, words.text)).ids])
+        prompt = prefill_prompts(lm, [pair.rendered(lm, fitting(pair, case, method, words.text)).ids])
     else:
         prompt = prefill_prompts(lm, [pair.rendered(lm, chat).ids])
     decode.check_room(lm, prompt.input_ids.shape[1], 1)
