@@ -133,11 +133,20 @@ def test_packed() -> None:
 
 def test_adapter(tiny_pair_folder: Path, tmp_path: Path) -> None:
     questions = write_questions(tmp_path / "own.jsonl", 5)
-    done = script("adapter.py", "--fuser", tiny_pair_folder, "--task", questions, "--batch-size", 3)
+    given = ("--fuser", tiny_pair_folder, "--task", questions, "--batch-size", 3, "--output", tmp_path / "out")
+    done = script("adapter.py", *given)
     assert done.returncode == 0, done.stderr
     for method, line in zip(("receiver", "c2c"), done.stdout.splitlines()[-2:], strict=True):
         assert line.startswith(f"{method}, ") and "(5)" in line and "answers that differ 0" in line
         assert float(line.rpartition(" ")[2]) < 1e-3
+    file = tmp_path / "out" / "harness-c2c.jsonl"
+    first, *rows = map(json.loads, file.read_text().splitlines())
+    # What an interrupted run has written is taken as it stands: here a row that was made wrong.
+    file.write_text(json.dumps({**first, "acc": 1 - first["acc"]}) + "\n")
+    again = script("adapter.py", *given)
+    assert again.returncode == 1 and "answers that differ 1" in again.stdout.splitlines()[-1], again.stderr
+    kept, *new = map(json.loads, file.read_text().splitlines())
+    assert kept["acc"] != first["acc"] and [row["acc"] for row in new] == [row["acc"] for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])

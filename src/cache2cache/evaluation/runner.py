@@ -412,7 +412,7 @@ def evaluate(
     Args:
         pair, prompt, skip, single, identical, max_new_tokens, seed: see `asking.Setup`.
         task, questions, methods, answers: as for `plan`, and further `options`.
-        samples: JSONL file that a row per answer is added to.
+        samples: JSONL file that a row per answer is added to; it is made, with its folder, where it is not there.
         store: of the first sharer, see `asking.Setup.stores`.
         max_bytes: refuse to start where its prefills would take more than that.
         progress: called with the number of questions of each batch done.
@@ -422,6 +422,7 @@ def evaluate(
     units, failed = plan(setup, task, questions, methods=methods, answers=answers, **options)
     have = unchanged(gather(samples), units)
     check_stores(setup, units, have, max_bytes)
+    samples.parent.mkdir(parents=True, exist_ok=True)
     add_rows(samples, failed)
     order = [key for unit in units for key in unit.keys]
     work(setup, units, have, samples, progress)
