@@ -1,9 +1,10 @@
-"""README.md's tables say what stands in the committed results."""
+"""The pages' tables and their figure say what stands in the committed results."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = {
+    "README.md": {("reproduce-small", " main")},
+    "docs/results.md": {("reproduce-small", None), ("reproduce-small-long", None)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +27,25 @@ def make_results() -> ModuleType:
     return module
 
 
-def test_the_tables_are_those_of_the_results(make_results: ModuleType) -> None:
-    there = {match["name"]: match["made"] for match in make_results.BLOCK.finditer(README)}
-    assert set(there) == {"reproduce-small", "reproduce-small-long"} and all(there.values())
-    assert make_results.filled(README) == README, f"out of date: run {make_results.COMMAND}"
-    assert make_results.filled(README.replace(there["reproduce-small"], "another\n")) == README
+@pytest.mark.parametrize("page", TABLES)
+def test_the_tables_are_those_of_the_results(page: str, make_results: ModuleType) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    there = {(match["name"], match["main"]): match["made"] for match in make_results.BLOCK.finditer(text)}
+    assert set(there) == TABLES[page] and all(there.values())
+    assert make_results.filled(text) == text, f"out of date: run {make_results.COMMAND}"
+    assert make_results.filled(text.replace(there[min(there)], "another\n")) == text
+
+
+def test_the_figure_is_that_of_the_results(make_results: ModuleType) -> None:
+    """A bar for each method and set and one for each answer's seconds, titled with what the summary says."""
+    summary = make_results.summary_of("reproduce-small")
+    drawn = (ROOT / "docs" / "results.svg").read_text(encoding="utf-8")
+    assert drawn == make_results.figure(summary), f"out of date: run {make_results.COMMAND}"
+    titles = re.findall("<title>(.*?)</title>", drawn)
+    assert len(titles) == len(make_results.MAIN) * 4 + 4
+    found = summary["likelihood"]["tasks"]["c-eval"]["c2c"]["accuracy"]
+    assert f"C2C, c-eval: {found:.1f}" in titles
+    assert f"C2C: {summary['timing']['c2c']['seconds']['256']['median']:.1f}" in titles
 
 
 def test_figures_of_the_tables(make_results: ModuleType) -> None:
@@ -53,6 +71,8 @@ def test_figures_of_the_tables(make_results: ModuleType) -> None:
         "receiver alone", "text-to-text", "**C2C**", "C2C, another question's cache",
     ]  # fmt: skip
     assert likely[3][1] == "40.0 [35.0, 45.0] (of 5)" and likely[4][1] == "60.0 [55.0, 65.0]"
+    short = make_results.tables(summary, ("receiver", "c2c")).splitlines()
+    assert [row.split(" | ")[0] for row in short[2:4]] == ["| receiver alone", "| **C2C**"] and len(short) == 2 * 6 + 1
     assert likely[6][1] == "+10.0 = +2.0 +8.0" and (likely[7][1], words[7][1]) == ("–", "50 [20, 80]")
 
 
@@ -63,7 +83,7 @@ LABELS = {
 ITSELF = {"the receiver as its own sharer": ("mixture-42", "self")}
 DEFAULT = {label: ("mixture-42", method) for label, method in LABELS.items()} | ITSELF
 FROM_GPU = {
-    "README.md": DEFAULT | {"C2C, another training seed": ("mixture-43", "c2c")},
+    "docs/results.md": DEFAULT | {"C2C, another training seed": ("mixture-43", "c2c")},
     "src/cache2cache/fusers/default/README.md": DEFAULT,
     "fusers/smollm2-135m-cpu/README.md": {label: ("smollm2-135m-cpu", method) for label, method in LABELS.items()},
 }
