@@ -230,6 +230,10 @@ def test_no_file(tmp_path: Path) -> None:
         examples(config_of(tmp_path))
     with pytest.raises(C2CError, match="unknown task 'arc-hard'; expected one of"):
         examples(config_of(tmp_path, data=[{"task": "arc-hard"}]))
+    with pytest.raises(C2CError, match="unknown task 'arc-chalenge/x'; did you mean arc-challenge"):
+        examples(config_of(tmp_path, data=[{"task": "arc-chalenge/x"}]))
+    with pytest.raises(C2CError, match="the questions of gsm8k have reference answers, and options are needed here"):
+        examples(config_of(tmp_path, data=[{"task": "gsm8k"}]))
     with pytest.raises(C2CError, match="has no split 'train' under"):
         examples(config_of(tmp_path, data=[{"task": "arc-easy"}], data_dir=tmp_path))
 

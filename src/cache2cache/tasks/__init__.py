@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -94,9 +95,15 @@ def _load(
 ) -> list[_AnyQuestion]:
     task, _, subject = name.partition("/")
     if task not in tasks:
-        raise C2CError(
-            f"unknown task {name!r}; expected one of {', '.join(sorted(tasks))}, or the path of a .jsonl file"
-        )
+        expected = f"expected one of {', '.join(sorted(tasks))}, or the path of a .jsonl file"
+        if task in TASKS or task in OPEN_TASKS:
+            kinds = ("options", "reference answers")
+            has, needed = kinds if task in TASKS else reversed(kinds)
+            raise C2CError(f"the questions of {task} have {has}, and {needed} are needed here; {expected}")
+        close = difflib.get_close_matches(task, [*TASKS, *OPEN_TASKS], n=1, cutoff=0.75)
+        hint = f"did you mean {close[0]}? " if close else ""
+        others = "" if tasks is OPEN_TASKS else f"; in words only {', '.join(sorted(OPEN_TASKS))}"
+        raise C2CError(f"unknown task {name!r}; {hint}{expected}{others}")
     questions = tasks[task](split, None if data_dir is None else Path(data_dir))
     chosen = [question for question in questions if subject in ("", question.subject)]
     if not chosen:
