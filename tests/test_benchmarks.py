@@ -149,6 +149,15 @@ def test_adapter(tiny_pair_folder: Path, tmp_path: Path) -> None:
     assert kept["acc"] != first["acc"] and [row["acc"] for row in new] == [row["acc"] for row in rows]
 
 
+def test_common_start(tiny_pair_folder: Path) -> None:
+    model = tiny_pair_folder.parent / "qwen3"
+    done = script("common_start.py", "--model", model, "--rows", 2, 3, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    for count, line in zip((2, 3), done.stdout.splitlines()[-2:], strict=True):
+        assert f", {count} questions of " in line and float(line.rpartition(" ")[2]) > 0
+        assert 0 < float(line.partition("alike: ")[2].partition("%")[0]) < 100
+
+
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])
 @pytest.mark.parametrize("chat", range(4))
 def test_prompts_have_exactly_the_length_that_is_asked_for(measure: ModuleType, kind: str, chat: int) -> None:

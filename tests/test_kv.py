@@ -108,6 +108,45 @@ def test_long_rows_are_read_one_by_one(family: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_rows_begin_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the layers that are asked for, where enough is spared; not where positions are given, or somebody waits."""
+    lm = lm_of(family)
+    start, *rest = rows_of([30, 5, 17, 1, 0])  # the last row is no longer than what is alike
+    ids, mask = pad_left([start + row for row in rest], 0, "cpu")
+    passes: list[tuple[int, ...]] = []
+
+    def forward(*arguments: object, **named: object) -> object:
+        tokens = named["input_ids"]
+        assert isinstance(tokens, torch.Tensor)
+        passes.append(tuple(tokens.shape))
+        return type(lm.decoder).forward(lm.decoder, *arguments, **named)
+
+    monkeypatch.setattr(lm.decoder, "forward", forward)
+    places = positions_of(mask)
+    whole = prefill(lm, ids, mask, positions=places)
+    assert passes == [(4, 47)]
+    passes.clear()
+    seen: list[int] = []
+    once = prefill(lm, ids, mask, on_layer=lambda index, _: seen.append(index))
+    assert passes == [(1, 30), (4, 17)] and seen == [*range(lm.num_layers)]
+    lower = prefill(lm, ids, mask, num_layers=2)
+    for part in (once, lower):
+        for a, b in ((part.keys, whole.keys[: len(part.keys)]), (part.values, whole.values[: len(part.keys)])):
+            a, b = (x.permute(0, 2, 4, 1, 3)[..., mask.bool()] for x in (a, b))
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    passes.clear()
+    prefill(lm, ids[:2], mask[:2])  # which would spare 30 tokens
+    assert passes == [(2, 47)]
+    passes.clear()
+    prefill(lm, *pad_left([start * 3] * 2, 0, "cpu"))
+    assert passes == [(1, 90)]
+    passes.clear()
+    lm.decoder.layers[-1].register_forward_hook(lambda *_: None)  # type: ignore[union-attr,index]  # as FSDP has one
+    prefill(lm, ids, mask)
+    assert passes == [(4, 47)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_cache_built_back_generates_the_same(family: str) -> None:
     lm = lm_of(family)
     rows = rows_of([21, 12])

@@ -35,6 +35,9 @@ OnLayer = Callable[[int, "KV"], None]
 
 _ROOM = 128  # positions that a growing layer gets beyond those it needs
 _LONG = 768  # positions from which padded rows are read one by one on a CPU
+# What all rows begin with is read in a pass of its own where that spares as many tokens: on a GPU a pass takes its time
+# however few tokens it has.
+_WORTH, _WORTH_GPU = 64, 8192
 
 
 class GrowingLayer(DynamicLayer):
@@ -296,7 +299,7 @@ def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1) -> Read | None:
+def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1, num_layers: int | None = None) -> Read | None:
     """What all rows begin with, the system message mostly, read once; None where that saves fewer than `worth` tokens.
 
     As `past` of each row it goes into their prefill.
@@ -304,7 +307,7 @@ def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1) -> Read | 
     start = common_start(rows)
     if len(start) * (len(rows) - 1) < worth:
         return None
-    return Read(start, prefill(lm, *pad_left([start], lm.pad_token_id, lm.device)))
+    return Read(start, prefill(lm, *pad_left([start], lm.pad_token_id, lm.device), num_layers=num_layers))
 
 
 @dataclass(frozen=True)
@@ -356,7 +359,7 @@ def prefill(
         input_ids, attention_mask: (B, T), padded on the left.
         num_layers: compute only the lowest that many layers (a fuser may not need the upper ones).
         past: per row, what this model has read before; tokens that a row begins with like that are copied, not
-            computed.
+            computed. Without it, what all rows begin with is read once, where that is worth a pass of its own.
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
         positions: (B, T) position ids; None: they count up.
@@ -375,11 +378,14 @@ def prefill(
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return _hand_over(KV(empty, empty), on_layer)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
+    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
+    if not any(past or ()) and positions is None and not hooked and batch > 1:
+        rows = [row[length - n :] for row, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)]
+        past = [read_start(lm, rows, _WORTH if lm.device.type == "cpu" else _WORTH_GPU, layers)] * batch
     positions = positions_of(attention_mask) if positions is None else positions
     known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
     if known is not None and start == length:
         return _hand_over(known, on_layer)
-    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
     if padded and length >= _LONG and lm.device.type == "cpu" and on_layer is None and not hooked:
         # With padding attention takes a mask, and computes what that hides too: half of all, and most of a long prompt.
         return _row_by_row(lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)
@@ -546,10 +552,3 @@ def prefill_prompts(
     places_read = None if places is None else places[:, :-1]
     kv = prefill(lm, ids[:, :-1], mask[:, :-1], positions=places_read, past=past, chunk_tokens=chunk_tokens)
     return Prefilled(ids, mask, kv, places)
-
-
-def prefill_alike(lm: LM, rows: Sequence[Sequence[int]]) -> Prefilled:
-    """Prompts that may have much in common, as the examples of few-shot or an instruction: what all begin with is read
-    once where that spares a third of the tokens."""
-    start = read_start(lm, rows, worth=sum(map(len, rows)) // 3)
-    return prefill_prompts(lm, rows, past=[start] * len(rows) if start else None)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache2cache import C2C, C2CError, FuserConfig
+from cache2cache import C2C, C2CError, FuserConfig, kv
 from cache2cache.fuser import c2c
 from cache2cache.kv import CACHE, KV, Prefilled
 from cache2cache.models import LM
@@ -275,9 +275,9 @@ def test_what_a_batch_begins_with_is_read_once(monkeypatch: pytest.MonkeyPatch) 
         asked = loop.what_is_read(pair, prompts)
         return [loop.receiver_prefill(pair, prompts, None).kv, loop.sharer_prefill(pair, asked, None)]
 
-    monkeypatch.setattr(loop, "WORTH", 10**9)
+    monkeypatch.setattr(kv, "_WORTH", 10**9)
     whole, all_read = both(), dict(read)
-    monkeypatch.setattr(loop, "WORTH", 1)
+    monkeypatch.setattr(kv, "_WORTH", 1)
     read.clear()
     shared = both()
     lengths = [[len(p.receiver) - 1 for p in prompts], loop.read_lengths(prompts)]

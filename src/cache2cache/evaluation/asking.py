@@ -17,7 +17,7 @@ from .. import response
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
 from ..fuser import C2CFuser
-from ..kv import Prefilled, prefill_alike, prefill_prompts, prefilled
+from ..kv import Prefilled, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
 from ..models.load import LM
@@ -257,14 +257,14 @@ class Batch:
         """
         asked = rows(way)
         if not self.both:
-            return prefill_alike(lm, asked)
+            return prefill_prompts(lm, asked)
         if method not in self._read:
-            self._read[method] = prefill_alike(lm, rows(LIKELIHOOD))
+            self._read[method] = prefill_prompts(lm, rows(LIKELIHOOD))
         if way == LIKELIHOOD:
             return self._read[method]
         longer, known = rows(LIKELIHOOD), self._read.pop(method)
         if any(list(row) != list(more[: len(row)]) for row, more in zip(asked, longer, strict=True)):
-            return prefill_alike(lm, asked)
+            return prefill_prompts(lm, asked)
         # The last token of a prompt is in no cache.
         lengths, wanted = [len(more) - 1 for more in longer], [len(row) - 1 for row in asked]
         return prefilled(lm, asked, starts_of(known.kv, lengths, wanted))

@@ -16,7 +16,7 @@ from transformers import StoppingCriteria
 from .. import decode
 from ..errors import C2CError
 from ..files import replace_text
-from ..kv import CACHE, Prefilled, prefill_alike
+from ..kv import CACHE, Prefilled, prefill_prompts
 from ..models.load import LM
 from ..response import Answering
 
@@ -34,7 +34,7 @@ class Written:
 
 def write(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Written]:
     """What one model alone answers to prompts given as token ids, greedily."""
-    return write_on(lm, prefill_alike(lm, rows), [max_new_tokens] * len(rows))
+    return write_on(lm, prefill_prompts(lm, rows), [max_new_tokens] * len(rows))
 
 
 def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]:

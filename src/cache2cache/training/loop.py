@@ -37,7 +37,7 @@ from ..errors import C2CError
 from ..files import remove_partials, replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
-from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled, read_start
+from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, shortened, split
@@ -45,8 +45,6 @@ from .loss import expected, loss_of, response_losses, token_losses
 from .sharding import is_sharded
 from .store import Asked, Store
 
-# A pass of its own over the tokens that a batch's prompts all begin with has to save the others that many.
-WORTH = 256
 HELD = 3_500_000_000  # bytes that buffers may take between two steps, of those that are free then
 
 
@@ -248,7 +246,7 @@ def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | Non
     """The receiver's clean caches of prompts but their last token, from a store of its own or computed."""
     rows = [p.receiver for p in prompts]
     if store is None:
-        return prefill_prompts(pair.receiver, rows, **passes(pair.receiver, rows))
+        return prefill_prompts(pair.receiver, rows, **passes(pair.receiver))
     return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
 
 
@@ -284,15 +282,13 @@ def sharer_prefill(pair: C2C, asked: Asked, store: Store | None, j: int = 0) -> 
         return store.read(*asked).to(sharer.device)
     assert asked.lengths is not None
     rows = [row[:n] for row, n in zip(asked.rows, asked.lengths, strict=True)]
-    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), **passes(sharer, rows))
+    return prefill(sharer, *pad_left(rows, sharer.pad_token_id, sharer.device), **passes(sharer))
 
 
-def passes(lm: LM, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Keyword arguments of `prefill` that say in how many passes it reads: what all rows begin with goes first, where
-    that saves work. A sharded model reads all at once, as every process has to run it equally often."""
-    if is_sharded(lm):
-        return {"chunk_tokens": sys.maxsize}
-    return {"past": [read_start(lm, rows, WORTH)] * len(rows)}
+def passes(lm: LM) -> dict[str, Any]:
+    """Keyword arguments of `prefill`: a sharded model reads all at once, as every process has to run it equally
+    often."""
+    return {"chunk_tokens": sys.maxsize} if is_sharded(lm) else {}
 
 
 @torch.no_grad()
