@@ -14,6 +14,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 from harness import asked, options_of
 from measure import machine, take_turns
@@ -36,11 +37,8 @@ def questions(lm: LM, count: int) -> list[list[int]]:
 
 
 def read(lm: LM, rows: Sequence[Sequence[int]], worth: int) -> None:
-    known, kv._WORTH = kv._WORTH, worth
-    try:
+    with patch.object(kv, "_WORTH", worth):
         prefill_prompts(lm, rows)
-    finally:
-        kv._WORTH = known
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import argparse
 import inspect
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import measure
 import torch
@@ -37,11 +38,8 @@ def decode(lm: LM, prompt: Prefilled, new_tokens: int, stock: bool) -> None:
 
 
 def read_rows(lm: LM, rows: list[list[int]], alone_from: int) -> None:
-    known, kv._LONG = kv._LONG, alone_from
-    try:
+    with patch.object(kv, "_LONG", alone_from):
         prefill_prompts(lm, rows)
-    finally:
-        kv._LONG = known
 
 
 def main() -> None:

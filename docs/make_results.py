@@ -77,27 +77,28 @@ def recovered(column: dict[str, Any]) -> str:
 
 COLOURS = {"receiver": "#9aa5b1", "text": "#6d8fb3", "other": "#e3bd8b", "c2c": "#d0711e", "sharer": "#3f5f4a"}
 TOP, HEIGHT = 58, 210
-MOST, CHANCE = 70, 25  # %: the axis's end, and what guessing one of four options is worth
+CHANCE = 25  # %: what guessing one of four options is worth
 BAR, WHISKER = 17, "stroke='#333' stroke-width='1'"
 
 
 def figure(summary: dict[str, Any]) -> str:
     """Accuracy by option likelihood, set by set with intervals, beside the seconds of an answer, as SVG."""
     sets, parts = summary["likelihood"]["tasks"], []
+    highest = 10 * (1 + max(found[m]["interval"][1] for found in sets.values() for m in MAIN) // 10)
     group = BAR * len(MAIN) + 24
     width = group * len(sets)
     parts.append(label(46, 22, "right answers by option likelihood, % with 95% intervals", weight="bold"))
-    for tick in range(0, MOST, 20):
-        y = height_of(tick, MOST)
+    for tick in range(0, int(highest), 20):
+        y = height_of(tick, highest)
         parts += [line(46, y, 46 + width, y, "stroke='#ddd'"), label(40, y + 4, tick, "end")]
     for place, (task, found) in enumerate(sets.items()):
         left = 46 + 12 + place * group
         for row, method in enumerate(MAIN):
             x, (low, high) = left + row * BAR, found[method]["interval"]
-            parts.append(bar(x, found[method]["accuracy"], MOST, COLOURS[method], f"{LABELS[method]}, {task}"))
-            parts.append(line(x + 7.5, height_of(low, MOST), x + 7.5, height_of(high, MOST), WHISKER))
+            parts.append(bar(x, found[method]["accuracy"], highest, COLOURS[method], f"{LABELS[method]}, {task}"))
+            parts.append(line(x + 7.5, height_of(low, highest), x + 7.5, height_of(high, highest), WHISKER))
         parts.append(label(left + group / 2 - 12, TOP + HEIGHT + 18, task, "middle"))
-    y = height_of(CHANCE, MOST)
+    y = height_of(CHANCE, highest)
     parts.append(line(46, y, 46 + width, y, "stroke='#b00' stroke-dasharray='4 3'"))
     parts.append(label(46 + width + 4, y + 4, "chance"))
     left, timing = 46 + width + 90, summary["timing"]

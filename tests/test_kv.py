@@ -109,7 +109,8 @@ def test_long_rows_are_read_one_by_one(family: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_all_rows_begin_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the layers that are asked for, where enough is spared; not where positions are given, or somebody waits."""
+    """By the layers that are asked for, in pieces, where enough is spared; not where positions are given, or it is
+    forbidden, as to a sharded model."""
     lm = lm_of(family)
     start, *rest = rows_of([30, 5, 17, 1, 0])  # the last row is no longer than what is alike
     ids, mask = pad_left([start + row for row in rest], 0, "cpu")
@@ -141,8 +142,10 @@ def test_what_all_rows_begin_with_is_read_once(family: str, monkeypatch: pytest.
     prefill(lm, *pad_left([start * 3] * 2, 0, "cpu"))
     assert passes == [(1, 90)]
     passes.clear()
-    lm.decoder.layers[-1].register_forward_hook(lambda *_: None)  # type: ignore[union-attr,index]  # as FSDP has one
-    prefill(lm, ids, mask)
+    prefill(lm, ids, mask, past=[None] * 4, chunk_tokens=20)
+    assert passes == [(1, 20), (1, 10), *[(4, 5)] * 3, (4, 2)]  # no more at once than is allowed
+    passes.clear()
+    prefill(lm, ids, mask, past=())
     assert passes == [(4, 47)]
 
 

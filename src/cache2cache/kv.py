@@ -299,15 +299,15 @@ def common_start(rows: Sequence[Sequence[int]]) -> list[int]:
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1, num_layers: int | None = None) -> Read | None:
+def read_start(lm: LM, rows: Sequence[Sequence[int]], worth: int = 1, **options: Any) -> Read | None:
     """What all rows begin with, the system message mostly, read once; None where that saves fewer than `worth` tokens.
 
-    As `past` of each row it goes into their prefill.
+    As `past` of each row it goes into their prefill. `options` are for its own: num_layers, chunk_tokens.
     """
     start = common_start(rows)
     if len(start) * (len(rows) - 1) < worth:
         return None
-    return Read(start, prefill(lm, *pad_left([start], lm.pad_token_id, lm.device), num_layers=num_layers))
+    return Read(start, prefill(lm, *pad_left([start], lm.pad_token_id, lm.device), **options))
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,8 @@ def prefill(
         input_ids, attention_mask: (B, T), padded on the left.
         num_layers: compute only the lowest that many layers (a fuser may not need the upper ones).
         past: per row, what this model has read before; tokens that a row begins with like that are copied, not
-            computed. Without it, what all rows begin with is read once, where that is worth a pass of its own.
+            computed. Where nothing was, what all rows begin with is read once, if that is worth a pass of its own;
+            with () never.
         chunk_tokens: at most that many tokens (B times positions) go through the model at once, so that activations
             stay bounded whatever the prompt's length.
         positions: (B, T) position ids; None: they count up.
@@ -378,14 +379,18 @@ def prefill(
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return _hand_over(KV(empty, empty), on_layer)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
-    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
-    if not any(past or ()) and positions is None and not hooked and batch > 1:
+    worth = _WORTH if lm.device.type == "cpu" else _WORTH_GPU
+    unread = past is None or (len(past) > 0 and not any(past))
+    if unread and positions is None and (batch - 1) * length >= worth:
         rows = [row[length - n :] for row, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)]
-        past = [read_start(lm, rows, _WORTH if lm.device.type == "cpu" else _WORTH_GPU, layers)] * batch
+        past = [read_start(lm, rows, worth, num_layers=layers, chunk_tokens=chunk_tokens)] * batch
     positions = positions_of(attention_mask) if positions is None else positions
-    known, start = _known(past, input_ids, attention_mask, positions, layers) if past else (None, 0)
+    known, start = None, 0
+    if past is not None and any(past):
+        known, start = _known(past, input_ids, attention_mask, positions, layers)
     if known is not None and start == length:
         return _hand_over(known, on_layer)
+    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
     if padded and length >= _LONG and lm.device.type == "cpu" and on_layer is None and not hooked:
         # With padding attention takes a mask, and computes what that hides too: half of all, and most of a long prompt.
         return _row_by_row(lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)

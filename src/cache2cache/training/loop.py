@@ -288,7 +288,7 @@ def sharer_prefill(pair: C2C, asked: Asked, store: Store | None, j: int = 0) -> 
 def passes(lm: LM) -> dict[str, Any]:
     """Keyword arguments of `prefill`: a sharded model reads all at once, as every process has to run it equally
     often."""
-    return {"chunk_tokens": sys.maxsize} if is_sharded(lm) else {}
+    return {"chunk_tokens": sys.maxsize, "past": ()} if is_sharded(lm) else {}
 
 
 @torch.no_grad()
