@@ -18,7 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from cache2cache import C2C, C2CError, FuserConfig, load_lm
+from cache2cache import C2C, C2CError, FuserConfig, decode, load_lm
 from cache2cache.cli import main
 from cache2cache.evaluation import lm_eval as adapter
 from cache2cache.evaluation import runner
@@ -205,34 +205,25 @@ def test_answers_end_at_the_first_stop_of_each_row(receiver: str) -> None:
     assert 0 < shorter < len(requests)
 
 
-def test_generation_stops_with_the_last_row_that_needs_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stop that is a control token, which the text doesn't show, ends its row alone and what follows is left out."""
-    pair = pair_of()
-    tokenizer = pair.receiver.need_tokenizer()
-    letters = [tokenizer.convert_tokens_to_ids(c) for c in "ABCDEFGH"]
-    control = tokenizer.convert_tokens_to_ids("<|start|>")
-    made = torch.tensor([[*letters[:3], control, *letters[4:]], [*letters[:5], control, *letters[6:]]])
-    steps: list[int] = []
-
-    def generate(prompts: Sequence[PromptIds], stopping_criteria: list[Any], **options: Any) -> torch.Tensor:
-        prompt = torch.full((2, max(len(p.receiver) for p in prompts)), control)  # what the prompt holds ends nothing
-        for step in range(1, 9):
-            ids = torch.cat([prompt, made[:, :step]], dim=1)
-            done = stopping_criteria[0](ids, None)
-            steps.append(int(done.sum()))
-            if done.all():
-                break
-        return ids
-
-    monkeypatch.setattr(pair, "generate", generate)
-    stop = {"until": ["<|start|>"]}
-    assert answers(HarnessLM(pair), ("Plants need light", stop), ("A", stop)) == ["ABC", "ABCDE"]
-    assert steps == [0, 0, 0, 1, 1, 2]
+@pytest.mark.parametrize("option", ["num_beams", "num_return_sequences"])
+def test_several_answers_to_a_prompt_are_refused(option: str) -> None:
+    with pytest.raises(C2CError, match=f"{option} is 2; one answer is written for each prompt"):
+        answers(HarnessLM(pair_of()), ("Plants", {"max_gen_toks": 2, "do_sample": True, option: 2}))
 
 
-def test_several_sequences_are_refused() -> None:
-    with pytest.raises(C2CError, match="1 prompts gave 2 answers"):
-        answers(HarnessLM(pair_of()), ("Plants", {"max_gen_toks": 2, "do_sample": True, "num_return_sequences": 2}))
+def test_sampled_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the options of the request, and of unlike lengths."""
+    model = HarnessLM(pair_of(), batch_size=8)
+    seen: list[Any] = []
+    generate = decode.generate
+    monkeypatch.setattr(
+        decode, "generate", lambda lm, prompts, **options: seen.append(options) or generate(lm, prompts, **options)
+    )
+    torch.manual_seed(0)
+    stop = {"until": ["a", "e"], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0, "top_k": 50}
+    found = answers(model, *[("Plants need light", stop)] * 8)
+    assert len(set(found)) > 1 and not any("a" in text or "e" in text for text in found)
+    assert all((o["do_sample"], o["temperature"], o["top_k"]) == (True, 2.0, 50) for o in seen)
 
 
 # ---- chats ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from cache2cache import decode
-from cache2cache.evaluation.writing import Written, write, write_on, written
+from cache2cache.evaluation.writing import Ended, Written, write, write_on, written
 from cache2cache.kv import Prefilled, prefill_prompts
 from cache2cache.models import LM
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -71,3 +72,33 @@ def test_the_least_number_of_tokens_is_counted_from_the_prompt(lm: LM, monkeypat
     assert all(len(w.ids) >= n for w, n in zip(found, least, strict=True)) and any(w.ended for w in found)
     monkeypatch.setattr(lm.model.generation_config, "min_new_tokens", None)
     assert any(len(w.ids) < n for w, n in zip(write_on(lm, prefill_prompts(lm, ROWS), limits), least, strict=True))
+
+
+def test_a_text_ends_an_answer_too(lm: LM) -> None:
+    """With the token that completes it, wherever a batch has been cut meanwhile."""
+    tokenizer = lm.need_tokenizer()
+    whole = [alone(lm, prefill_prompts(lm, [row]), NEW) for row in ROWS]
+    texts = ["e", "th", whole[-1].text[12:14]]
+    expected = []
+    for answer in whole:
+        pieces = [tokenizer.decode(answer.ids[: n + 1]) for n in range(len(answer.ids))]
+        first = next((n for n, piece in enumerate(pieces) if any(text in piece for text in texts)), None)
+        expected.append(answer.ids if first is None else answer.ids[: first + 1])
+    assert expected[-1] != whole[-1].ids and len({len(ids) for ids in expected}) > 3
+    found = write_on(lm, prefill_prompts(lm, ROWS), [NEW] * len(ROWS), texts)
+    assert [w.ids for w in found] == expected
+
+
+def test_a_control_token_as_a_text(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends its row alone, though no decoded answer shows it, and what the prompt holds ends nothing."""
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", None)
+    tokenizer = lm.need_tokenizer()
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in "ABCDEFGH"]
+    stop, control = tokenizer.eos_token, tokenizer.eos_token_id
+    made = torch.tensor([[*letters[:3], control, *letters[4:]], [*letters[:5], control, *letters[6:]]])
+    sequences = torch.cat([torch.full((2, 3), control), made], dim=1)
+    ended = Ended(lm, 3, [8, 8], [stop], each=True)
+    assert [int(ended(sequences[:, : 3 + n], None).sum()) for n in range(1, 9)] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert ended.limits.tolist() == [4, 6]
+    assert [w.text for w in written(lm, made, ended.limits.tolist())] == ["ABC", "ABCDE"]
+    assert Ended(lm, 3, [8, 8], [stop])(sequences[:, :7], None).all()  # half of them are a quarter and more

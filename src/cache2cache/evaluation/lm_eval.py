@@ -19,21 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from .. import __version__, decode
 from ..alignment.chat import PLAIN_TEMPLATE
 from ..errors import C2CError
 from ..files import replace_text
 from ..kv import Prefilled, prefill_prompts
-from ..models.load import LM
 from ..pair import C2C, Prompt, PromptIds
 from ..remote import RemoteSharer
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt
-from .writing import written
+from .writing import write_on
 
 try:
     from lm_eval.api.instance import Instance
@@ -225,25 +223,22 @@ class HarnessLM(HarnessBase):
                     options.pop("temperature", None)
                 read = [(self._read(requests[place].args[0], new), place) for place in places]
                 for batch in self._batches(read):
-                    texts = self._generate([prompt for prompt, _ in batch], until, max_new_tokens=new, **options)
+                    texts = self._generate([prompt for prompt, _ in batch], until, new, **options)
                     for (_, place), text in zip(batch, texts, strict=True):
                         found[place] = text
                         self.cache_hook.add_partial("generate_until", requests[place].args, text)
                     bar.update(len(batch))
         return [found[place] for place in range(len(requests))]
 
-    def _generate(self, prompts: Sequence[PromptIds], until: Sequence[str], **options: Any) -> list[str]:
-        length = max(len(p.receiver) for p in prompts)
-        stop = Until(self.lm, length, [*until, *filter(None, [self.tokenizer.eos_token])])
-        options["stopping_criteria"] = [stop]
-        if self.method == "c2c":
-            sequences = self.pair.generate(prompts, **options)
-        else:
-            sequences = decode.generate(self.lm, self._prefill(prompts), **options)
-        if len(sequences) != len(prompts):
-            raise C2CError(f"{len(prompts)} prompts gave {len(sequences)} answers; ask for one sequence each")
-        rows = [sequences[row : row + 1, length:end] for row, end in enumerate(stop.ends)]
-        return [postprocess_generated_text(written(self.lm, row)[0].text, list(until), None) for row in rows]
+    def _generate(self, prompts: Sequence[PromptIds], until: Sequence[str], limit: int, **options: Any) -> list[str]:
+        for name in ("num_beams", "num_return_sequences"):
+            if (options.get(name) or 1) != 1:
+                raise C2CError(f"{name} is {options[name]}; one answer is written for each prompt, leave it out")
+        state = self.pair._answering(prompts, "", {}) if self.method == "c2c" else self._prefill(prompts)
+        # An end token that the model's own settings don't name ends an answer too.
+        ends = [*until, *filter(None, [self.tokenizer.eos_token])]
+        answers = write_on(self.lm, state, [limit] * len(prompts), ends, **options)
+        return [postprocess_generated_text(answer.text, list(until), None) for answer in answers]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Refused: see the error."""
@@ -257,31 +252,6 @@ class HarnessLM(HarnessBase):
         """Batches of like length, the longest first: what doesn't fit the memory is seen at once."""
         ordered = sorted(read, key=lambda item: -len(item[0].receiver))
         return [ordered[i : i + self.batch_size] for i in range(0, len(ordered), self.batch_size)]
-
-
-class Until(StoppingCriteria):
-    """Ends each row of a batch at the first of some texts in its answer.
-
-    Attributes:
-        ends: per row, the sequence's length with that text; None: none has come yet.
-    """
-
-    def __init__(self, lm: LM, prompt_length: int, texts: Sequence[str]) -> None:
-        self.tokenizer = lm.need_tokenizer()
-        self.start = prompt_length
-        self.texts = [text for text in texts if text]
-        # A token is a byte at least; one more, as a tokenizer may drop the space in front of the first one.
-        self.tail = 1 + max((len(text.encode()) for text in self.texts), default=0)
-        self.ends: list[int | None] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.ends = self.ends or [None] * len(input_ids)
-        length = input_ids.shape[1]
-        tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, length - self.tail) :])
-        for row, text in enumerate(tails):
-            if self.ends[row] is None and any(end in text for end in self.texts):
-                self.ends[row] = length
-        return input_ids.new_tensor([end is not None for end in self.ends]).bool()
 
 
 def shortened(prompt: PromptIds, room: int, sharers: Sequence[int]) -> PromptIds:

@@ -37,28 +37,36 @@ def write(lm: LM, rows: Sequence[Sequence[int]], max_new_tokens: int) -> list[Wr
     return write_on(lm, prefill_prompts(lm, rows), [max_new_tokens] * len(rows))
 
 
-def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]:
-    """What a model answers on top of prefilled caches, greedily, in at most that many tokens each.
+def write_on(
+    lm: LM, prompts: Prefilled, limits: Sequence[int], until: Sequence[str] = (), **options: Any
+) -> list[Written]:
+    """What a model answers on top of prefilled caches, in at most that many tokens each.
 
     Answers differ in length, and an ended row would cost as much as a live one until the longest has ended: whenever a
     share of the batch has, what is left goes on in a smaller one.
+
+    Args:
+        lm: the model.
+        prompts: what it has read.
+        limits: of tokens, one for each prompt.
+        until: texts that end an answer too, which is as long as the token that completes one.
+        options: of `generate`, for one answer each without beams; greedily without any.
     """
-    if isinstance(prompts, Answering):  # it keeps more than a cache of each row
-        sequences = decode.generate(lm, prompts, do_sample=False, max_new_tokens=max(limits))
-        return written(lm, sequences[:, prompts.input_ids.shape[1] :], limits)
+    options = {"do_sample": False, **options}
+    least = options.pop("min_new_tokens", lm.model.generation_config.min_new_tokens)
+    whole = isinstance(prompts, Answering)  # which keeps more than a cache of each row
     made: dict[int, Written] = {}
     rows, start = list(range(len(limits))), prompts.input_ids.shape[1]
     while rows:
-        left = [limits[row] for row in rows]
-        ended = Ended(lm, start, left)
+        ended = Ended(lm, start, [limits[row] for row in rows], until, each=whole)
         new = prompts.input_ids.shape[1] - start
-        options: dict[str, Any] = {"max_new_tokens": max(left) - new, "stopping_criteria": [ended]}
-        if least := lm.model.generation_config.min_new_tokens:  # which `generate` counts from here on
-            options["min_new_tokens"] = max(0, least - new)
-        output = decode.generate(lm, prompts, do_sample=False, return_dict_in_generate=True, **options)
+        more: dict[str, Any] = {"max_new_tokens": max(limits[row] for row in rows) - new, "stopping_criteria": [ended]}
+        if least:  # which `generate` counts from here on
+            more["min_new_tokens"] = max(0, least - new)
+        output = decode.generate(lm, prompts, return_dict_in_generate=True, **options, **more)
         done = ended.rows(output.sequences)
         finished, live = done.nonzero().flatten(), (~done).nonzero().flatten()
-        answers = written(lm, output.sequences[finished, start:], [left[place] for place in finished.tolist()])
+        answers = written(lm, output.sequences[finished, start:], ended.limits[finished].tolist())
         made |= {rows[place]: answer for place, answer in zip(finished.tolist(), answers, strict=True)}
         rows = [rows[place] for place in live.tolist()]
         if rows:
@@ -68,12 +76,23 @@ def write_on(lm: LM, prompts: Prefilled, limits: Sequence[int]) -> list[Written]
 
 
 class Ended(StoppingCriteria):
-    """Stops `generate` for all rows as soon as a quarter of them is done: by an end token, or by their limits."""
+    """Stops `generate` for all rows as soon as a quarter of them is done: by an end token, by one of some texts, or by
+    their limits. With `each`, for each row once it is.
 
-    def __init__(self, lm: LM, start: int, limits: Sequence[int]) -> None:
-        self.start = start
+    Attributes:
+        limits: (B,) int64, of new tokens; a row with one of the texts has come to its limit.
+    """
+
+    def __init__(
+        self, lm: LM, start: int, limits: Sequence[int], until: Sequence[str] = (), *, each: bool = False
+    ) -> None:
+        self.start, self.each = start, each
         self.ends = torch.tensor(sorted(_ends(lm)), device=lm.device)
         self.limits = torch.tensor(list(limits), device=lm.device)
+        self.until = [text for text in until if text]
+        self.tokenizer = lm.need_tokenizer() if self.until else None
+        # A token is a byte at least; one more, as a tokenizer may drop the space in front of the first one.
+        self.tail = 1 + max((len(text.encode()) for text in self.until), default=0)
 
     def rows(self, sequences: Tensor) -> Tensor:
         """Which rows are done, (B,) bool."""
@@ -81,8 +100,14 @@ class Ended(StoppingCriteria):
         return torch.isin(new, self.ends).any(-1) | (self.limits <= new.shape[1])
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if self.tokenizer is not None:
+            length = input_ids.shape[1]
+            tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, length - self.tail) :])
+            for row, tail in enumerate(tails):
+                if any(text in tail for text in self.until):
+                    self.limits[row].clamp_(max=length - self.start)
         done = self.rows(input_ids)
-        return torch.full_like(done, 4 * int(done.sum()) >= len(done))
+        return done if self.each else torch.full_like(done, 4 * int(done.sum()) >= len(done))
 
 
 def _ends(lm: LM) -> set[int]:
