@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import VARIANTS, C2CFuser, make_fuser
+from cache2cache.fuser.c2c import dropout
 from cache2cache.kv import KV
 
 RECEIVER = ModelIdentity(name="receiver", num_layers=4, num_kv_heads=3, head_dim=4)
@@ -186,6 +187,32 @@ def test_gradients_agree_with_finite_differences(settings: dict[str, object]) ->
         assert gradient.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_gradients_of_an_earlier_sharer(residual: bool) -> None:
+    """The second one adds to what the first made, or puts its own in its place: at some of its positions."""
+    first, second = (
+        fuser_of(residual=r, gating=False, hidden_dim=4, intermediate_dim=5).double().train() for r in (True, residual)
+    )
+    receiver, sharer = (KV(kv.keys.double(), kv.values.double()) for kv in caches())
+    half = WHERE[:, ::2]
+    probe = torch.randn_like(receiver.keys)
+
+    def loss() -> Tensor:
+        fused = first(receiver, sharer, WHERE)
+        return (probe * second(receiver, sharer, half, out=fused).keys.sin()).sum()
+
+    weight = first.proj_out.weight
+    (gradient,) = torch.autograd.grad(loss(), [weight])
+    direction = torch.randn_like(weight)
+    found = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            weight.add_(direction, alpha=step)
+            found.append(loss().item())
+    assert (gradient * direction).sum().item() == pytest.approx((found[0] - found[1]) / 2e-6, rel=2e-5)
+    assert gradient.abs().sum() > 0
+
+
 def test_zero_init_starts_from_the_receiver_and_still_learns() -> None:
     fuser = fuser_of(zero_init=True, gate_noise="none").train()
     receiver, sharer = caches()
@@ -222,6 +249,21 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(fuser(receiver, sharer, WHERE).keys, fuser(receiver, sharer, WHERE).keys)
     fuser.train()
     assert not torch.equal(fuser(receiver, sharer, WHERE).keys, fuser(receiver, sharer, WHERE).keys)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    x = torch.full((7, 101, 129), 2.0).requires_grad_()  # no multiple of four
+    dropped = dropout(x, 0.1)
+    gone = dropped == 0
+    for draws in (gone.flatten(), *(gone.flatten()[n::4] for n in range(4)), gone[:, :, -1]):
+        assert draws.float().mean().item() == pytest.approx(0.1, abs=5 * math.sqrt(0.09 / draws.numel()))
+    assert (dropped[~gone] / 2).unique().item() == pytest.approx(1 / 0.9, rel=1e-4)
+    dropped.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, dropped.detach() / 2)
+    torch.manual_seed(3)
+    once = dropout(x, 0.1)
+    torch.manual_seed(3)
+    assert torch.equal(once, dropout(x, 0.1)) and not torch.equal(once, dropout(x, 0.1))
 
 
 def test_published_size() -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub.constants
@@ -434,3 +435,31 @@ def test_a_gguf_on_the_hub(hub: Hub, tmp_path: Path) -> None:
 def test_lm_can_be_made_by_hand() -> None:
     lm = LM(tiny_model("qwen2"), None, "mine")
     assert lm.head_dim == 12 and lm.revision is None
+
+
+@pytest.mark.skipif(
+    torch.__version__ < "2.13" or torch.accelerator.is_available(), reason="of a CPU, from torch 2.13 on"
+)
+def test_attention_reads_grouped_keys_and_values_as_they_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind padding too, where transformers would repeat them for every query head, to the same bits."""
+    lm = load_lm(folder)
+    ids = torch.arange(5, 17).view(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    read: list[int] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        read.append(key.shape[1])
+        return attention(query, key, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+
+    def logits() -> torch.Tensor:
+        return lm.model(input_ids=ids, attention_mask=mask).logits
+
+    grouped = logits()
+    assert set(read) == {lm.num_kv_heads}
+    monkeypatch.setenv("TRANSFORMERS_SDPA_FORCE_GQA", "0")
+    repeated = logits()
+    assert read[-1] == lm.text_config.num_attention_heads > lm.num_kv_heads
+    assert torch.equal(grouped[mask.bool()], repeated[mask.bool()])
