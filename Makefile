@@ -29,9 +29,8 @@ DATA ?= data
 reproduce-small: .venv/.core
 	.venv/bin/c2c evaluate recipes/reproduce-small.yaml --data-dir $(DATA)
 
-# Prompts of 1,000, 2,000 and 4,000 tokens, after training the fuser that is asked.
+# Prompts of 1,000, 2,000 and 4,000 tokens, with the fuser that was trained for them.
 reproduce-small-long: .venv/.core
-	.venv/bin/c2c train recipes/long.yaml --data-dir $(DATA)
 	.venv/bin/c2c evaluate recipes/reproduce-small-long.yaml --data-dir $(DATA)
 
 clean:

@@ -16,7 +16,7 @@ import pytest
 from cache2cache import C2CError
 from cache2cache.config import DataSource, TrainConfig
 from cache2cache.fuser import checkpoint
-from cache2cache.tasks import Question, load
+from cache2cache.tasks import Question, load, load_open
 from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 from cache2cache.training import data
 from cache2cache.training.data import HELD_OUT, Example, examples, mix, question_example, read_chat, shortened, split
@@ -544,8 +544,9 @@ def test_no_held_out_question_is_trained_on(
 
 
 # The ids of every fuser that comes along, and the recipe that it was trained with.
+RECIPES = {"smollm2-135m-cpu": "default.yaml", "smollm2-135m-long": "long.yaml"}
 SHIPPED = [
-    (path.with_name("training_ids.txt"), "default.yaml" if path.parent.name == "smollm2-135m-cpu" else "mixture.yaml")
+    (path.with_name("training_ids.txt"), RECIPES.get(path.parent.name, "mixture.yaml"))
     for folder in (checkpoint.PACKAGED, ROOT / "fusers")
     for path in sorted(folder.glob("**/config.json"))
 ]
@@ -574,3 +575,20 @@ def test_a_shipped_fuser_saw_no_held_out_row(path: Path, recipe: str, data_dir: 
     assert ids <= {example.id for example in examples(config)}
     asked = {f"{task}:{q.id}": q.question for task in TASKS for q in load(task, "train", data_dir)}
     assert not {i for i in ids if normal(asked.get(i, "")) in held_out_words}
+
+
+def test_what_the_long_fuser_is_asked_it_was_not_trained_on(data_dir: Path) -> None:
+    """Not even the middle of a text that the evaluation of long prompts asks about."""
+    config = read_recipe(ROOT / "recipes" / "long.yaml", [f"data_dir={data_dir}"])
+    ids = ids_in(ROOT / "fusers" / "smollm2-135m-long" / "training_ids.txt")
+    read = [e.messages[0]["content"] for e in examples(config) if e.id in ids]
+    assert len(read) == len(ids)
+    asked = [q.prompt for name, split in LONG for q in load_open(name, split, data_dir)]
+    assert len(asked) > 150
+    middles = [text[len(text) // 2 :][:200] for text in asked]
+    assert not any(middle in text for middle in middles for text in read)
+    known = load_open("longbench/multi_news", "test", data_dir)  # that the question can be answered with yes
+    assert any(q.prompt[len(q.prompt) // 2 :][:200] in text for q in known for text in read)
+
+
+LONG = (("longbench/multi_news", "held-out"), ("minilongbench", "test"))
