@@ -4,13 +4,15 @@ python benchmarks/long_prompt.py                              # 8,192 tokens on 
 python benchmarks/long_prompt.py --tokens 32768 --chunks 2048
 
 Rows of a padded batch are read in turns one by one, as on a CPU, and together. An answer is decoded in turns with our
-cache, which is appended to in place, and with transformers' own.
+cache, which is appended to in place, and with transformers' own. Tokens behind a padded batch are read at once in turns
+with grouped keys and values as they are, as on a CPU, and repeated for every query head.
 """
 
 from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from functools import partial
 from statistics import median
 from unittest.mock import patch
@@ -24,6 +26,7 @@ from transformers import DynamicCache
 
 from cache2cache import LM, heap, kv, load_lm
 from cache2cache.kv import CACHE, Prefilled, prefill, prefill_prompts
+from cache2cache.training.loss import response_inputs
 
 DEFAULT = inspect.signature(prefill).parameters["chunk_tokens"].default
 
@@ -40,6 +43,12 @@ def decode(lm: LM, prompt: Prefilled, new_tokens: int, stock: bool) -> None:
 def read_rows(lm: LM, rows: list[list[int]], alone_from: int) -> None:
     with patch.object(kv, "_LONG", alone_from):
         prefill_prompts(lm, rows)
+
+
+@torch.no_grad()
+def read_on(lm: LM, prompt: Prefilled, new: torch.Tensor, grouped: bool) -> None:
+    with patch.dict(os.environ, TRANSFORMERS_SDPA_FORCE_GQA=str(int(grouped))):
+        lm.decoder(**response_inputs(prompt, new))
 
 
 def main() -> None:
@@ -81,6 +90,13 @@ def main() -> None:
     console.print(
         f"{options.rows} rows of {len(rows[-1]):,} to {len(rows[0]):,} tokens: one by one {times['alone']:.2f} s, "
         f"{times['alone'] / times['together']:.2f} of that together, padded"
+    )
+    padded, new = prefill_prompts(lm, rows), ids[:, : options.new_tokens].expand(options.rows, -1)
+    reading = {name: partial(read_on, lm, padded, new, name == "grouped") for name in ("grouped", "repeated")}
+    times = {name: median(found) for name, found in take_turns(reading, options.rounds, seconds=300).items()}
+    console.print(
+        f"{options.new_tokens} tokens at once behind them: {times['grouped']:.2f} s, "
+        f"{times['grouped'] / times['repeated']:.2f} of that with keys and values repeated"
     )
     prompt = prefill_prompts(lm, [ids[0].tolist()] * options.rows)
     with torch.no_grad():

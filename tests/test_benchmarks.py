@@ -249,7 +249,7 @@ def test_long_prompt(tiny_pair_folder: Path) -> None:
     done = script("long_prompt.py", "--model", model, "--tokens", 64, "--chunks", 16, 64, "--new-tokens", 4)
     assert done.returncode == 0, done.stderr
     assert "tokens at once" in done.stdout and "of that together, padded" in done.stdout
-    assert "with transformers' own cache" in done.stdout
+    assert "with transformers' own cache" in done.stdout and "with keys and values repeated" in done.stdout
 
 
 def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

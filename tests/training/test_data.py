@@ -583,12 +583,10 @@ def test_what_the_long_fuser_is_asked_it_was_not_trained_on(data_dir: Path) -> N
     ids = ids_in(ROOT / "fusers" / "smollm2-135m-long" / "training_ids.txt")
     read = [e.messages[0]["content"] for e in examples(config) if e.id in ids]
     assert len(read) == len(ids)
-    asked = [q.prompt for name, split in LONG for q in load_open(name, split, data_dir)]
+    sets = ("longbench/multi_news", "held-out"), ("minilongbench", "test")
+    asked = [q.prompt for name, part in sets for q in load_open(name, part, data_dir)]
     assert len(asked) > 150
     middles = [text[len(text) // 2 :][:200] for text in asked]
     assert not any(middle in text for middle in middles for text in read)
     known = load_open("longbench/multi_news", "test", data_dir)  # that the question can be answered with yes
     assert any(q.prompt[len(q.prompt) // 2 :][:200] in text for q in known for text in read)
-
-
-LONG = (("longbench/multi_news", "held-out"), ("minilongbench", "test"))

@@ -58,9 +58,10 @@ def write_on(
     made: dict[int, Written] = {}
     rows, start = list(range(len(limits))), prompts.input_ids.shape[1]
     while rows:
-        ended = Ended(lm, start, [limits[row] for row in rows], until, each=whole)
+        left = [limits[row] for row in rows]
+        ended = Ended(lm, start, left, until, each=whole)
         new = prompts.input_ids.shape[1] - start
-        more: dict[str, Any] = {"max_new_tokens": max(limits[row] for row in rows) - new, "stopping_criteria": [ended]}
+        more: dict[str, Any] = {"max_new_tokens": max(left) - new, "stopping_criteria": [ended]}
         if least:  # which `generate` counts from here on
             more["min_new_tokens"] = max(0, least - new)
         output = decode.generate(lm, prompts, return_dict_in_generate=True, **options, **more)
