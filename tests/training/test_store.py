@@ -28,6 +28,7 @@ from cache2cache.kv import CACHE, KV, pad_left, prefill
 from cache2cache.models import LM
 from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
+from cache2cache.training.precompute import _typical
 from cache2cache.training.store import PROMPTS_PER_SHARD, Asked, Store, key_of
 from tiny import tiny_tokenizer
 from training.runs import lm_of
@@ -599,6 +600,13 @@ def test_a_sharer_that_computes_in_another_type(sharer: LM, tmp_path: Path) -> N
     with pytest.raises(C2CError, match=r"computed in float32, .* now computes in bfloat16; go on with --dtype float32"):
         store.fill(half, PROMPTS)
     assert contents(tmp_path) == before
+
+
+def test_the_pace_is_estimated_where_most_tokens_are() -> None:
+    few_long = [[0] * 4000, [0] * 4000, *([[0] * 100] * 40)]  # 8,000 tokens of 12,000
+    assert list(map(len, _typical(few_long, 8192))) == [4000, 100]
+    assert list(map(len, _typical([[0] * 9000, [0] * 10], 8192))) == [9000]  # longer than a batch: alone
+    assert list(map(len, _typical([[0] * 10] * 6, 40))) == [10] * 4
 
 
 def test_what_is_no_store(sharer: LM, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
+from itertools import accumulate
 
 from rich.console import Console
 
@@ -81,9 +83,8 @@ def _fill(
 
 
 def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float, float]:
-    """Tokens per second on a few median prompts (of those, longest first), and the relative error of int8 on them."""
-    middle = todo[len(todo) // 2 :]
-    middle = middle[: max(1, batch_tokens // len(middle[0]))]
+    """Tokens per second on a few typical prompts, and the relative error of int8 on them."""
+    middle = _typical(todo, batch_tokens)
     ids, mask = pad_left(middle, sharer.pad_token_id, sharer.device)
     prefill(sharer, ids[:1, -8:], mask[:1, -8:])  # the first call takes longer than those that follow
     began = time.perf_counter()
@@ -95,3 +96,11 @@ def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float,
         centred = x - x.mean(0)
         errors.append(((dequantize(*quantize(x)) - x).norm() / centred.norm()).item())
     return speed, max(errors)
+
+
+def _typical(todo: list[list[int]], batch_tokens: int) -> list[list[int]]:
+    """A batch of the length at which half of the tokens are in longer prompts; `todo` comes longest first. The median
+    prompt would be a short one where few long prompts have most of the tokens, and those take longer a token."""
+    passed = list(accumulate(map(len, todo)))
+    middle = todo[bisect_left(passed, passed[-1] / 2) :]
+    return middle[: max(1, batch_tokens // len(middle[0]))]
