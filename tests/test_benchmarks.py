@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,13 +150,17 @@ def test_adapter(tiny_pair_folder: Path, tmp_path: Path) -> None:
     assert kept["acc"] != first["acc"] and [row["acc"] for row in new] == [row["acc"] for row in rows]
 
 
-def test_common_start(tiny_pair_folder: Path) -> None:
+def test_batch_prefill(tiny_pair_folder: Path) -> None:
     model = tiny_pair_folder.parent / "qwen3"
-    done = script("common_start.py", "--model", model, "--rows", 2, 3, "--rounds", 1)
+    done = script("batch_prefill.py", "--model", model, "--rows", 2, 3, "--rounds", 1)
     assert done.returncode == 0, done.stderr
-    for count, line in zip((2, 3), done.stdout.splitlines()[-2:], strict=True):
-        assert f", {count} questions of " in line and float(line.rpartition(" ")[2]) > 0
-        assert 0 < float(line.partition("alike: ")[2].partition("%")[0]) < 100
+    lines = done.stdout.splitlines()[-4:]
+    for count, once, apart in zip((2, 3), lines[::2], lines[1::2], strict=True):
+        for line in (once, apart):
+            assert f", {count} questions of " in line and float(line.rpartition(" ")[2]) > 0
+        assert 0 < float(once.partition("alike: ")[2].partition("%")[0]) < 100
+        numbers = re.search(r"alike: ([\d.]+) positions a token in one batch, ([\d.]+) in", apart)
+        assert numbers and float(numbers[1]) >= float(numbers[2]) >= 1
 
 
 @pytest.mark.parametrize("kind", ["bytes", "words", "pieces"])

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import copy
+import random
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
 
 from cache2cache.errors import C2CError
-from cache2cache.kv import CACHE, KV, Read, check_fusable, pad_left, positions_of, prefill, prefill_prompts
+from cache2cache.kv import (
+    CACHE,
+    KV,
+    Read,
+    _like_lengths,
+    check_fusable,
+    pad_left,
+    positions_of,
+    prefill,
+    prefill_prompts,
+)
 from cache2cache.models import LM, load_lm
 from tiny import FAMILIES, tiny_model
 
@@ -81,30 +93,54 @@ def test_left_padding_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_long_rows_are_read_one_by_one(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_unlike_length_are_read_apart(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a length on all of them, below it where that makes fewer positions."""
     lm = lm_of(family)
     rows = rows_of([20, 9, 20, 14])
     ids, mask = pad_left(rows, 0, "cpu")
     past = [None, None, Read(rows[2][:15], prefill(lm, *pad_left([rows[2][:15]], 0, "cpu"))), None]
     together = [prefill(lm, ids, mask, num_layers=n) for n in (2, None)]
-    monkeypatch.setattr("cache2cache.kv._LONG", 10)
     passes: list[tuple[int, ...]] = []
     lm.decoder.register_forward_pre_hook(
         lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    alone = [prefill(lm, ids, mask, num_layers=2), prefill(lm, ids, mask, past=past)]
-    assert passes[-4:] == [(1, 20), (1, 9), (1, 5), (1, 14)]
-    for a, b in zip(alone, together, strict=True):
+    apart = []
+    for setting, value, whole, behind in (
+        ("_LONG", 10, [(2, 20), (1, 14), (1, 9)], [(1, 20), (1, 14), (2, 9)]),
+        ("_WORTH", 6, [(2, 20), (2, 14)], [(2, 20), (2, 9)]),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"cache2cache.kv.{setting}", value)
+            passes.clear()
+            apart += [prefill(lm, ids, mask, num_layers=2, past=()), prefill(lm, ids, mask, past=past)]
+        assert passes == whole + behind
+    for a, b in zip(apart, 2 * together, strict=True):
         assert a.keys.shape == b.keys.shape
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
             x, y = (t.permute(0, 2, 4, 1, 3)[..., mask.bool()] for t in (x, y))
             torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
-        assert (a.keys[:, 1, :, :11] == 0).all()  # padding, whose numbers must be some
+        assert a.keys.isfinite().all() and a.values.isfinite().all()  # padding too, whose numbers must be some
     passes.clear()
     seen: list[int] = []
     prefill(lm, ids, mask, on_layer=lambda index, _: seen.append(index))  # who waits for layers gets them in order
     prefill(lm, ids[:1], mask[:1])
     assert passes == [(4, 20), (1, 20)] and seen == [*range(lm.num_layers)]
+
+
+def test_rows_are_grouped_for_the_fewest_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other way to cut the rows, longest first, has fewer; a row goes into one group."""
+    monkeypatch.setattr("cache2cache.kv._WORTH", 25)
+    generator = random.Random(0)
+    for _ in range(20):
+        lengths = [generator.choice([0, 3, 20, 30, 31, 40, 90]) for _ in range(8)]
+        groups = _like_lengths(lengths)
+        assert sorted(row for group in groups for row in group) == list(range(8))
+        order = sorted(lengths, reverse=True)
+        cuts = [[0, *places, 8] for n in range(8) for places in combinations(range(1, 8), n)]
+        costs = [sum((b - a) * order[a] + 25 for a, b in pairwise(cut)) for cut in cuts]
+        assert sum(len(group) * max(lengths[row] for row in group) + 25 for group in groups) == min(costs)
+    monkeypatch.setattr("cache2cache.kv._LONG", 30)
+    assert _like_lengths([31, 3, 30, 31, 20, 29]) == [[0, 3], [2], [5, 4], [1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -34,9 +34,9 @@ _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
 OnLayer = Callable[[int, "KV"], None]
 
 _ROOM = 128  # positions that a growing layer gets beyond those it needs
-_LONG = 768  # positions from which padded rows are read one by one on a CPU
-# What all rows begin with is read in a pass of its own where that spares as many tokens: on a GPU a pass takes its time
-# however few tokens it has.
+_LONG = 768  # positions from which rows of unlike length are not read together on a CPU
+# What a pass costs besides its positions, in positions. What all rows begin with is read in a pass of its own where it
+# spares as many: on a GPU a pass takes its time however few tokens it has.
 _WORTH, _WORTH_GPU = 64, 8192
 
 
@@ -385,15 +385,20 @@ def prefill(
         rows = [row[length - n :] for row, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)]
         past = [read_start(lm, rows, worth, num_layers=layers, chunk_tokens=chunk_tokens)] * batch
     positions = positions_of(attention_mask) if positions is None else positions
-    known, start = None, 0
+    lengths, shared = attention_mask.sum(1).tolist(), [0] * batch
     if past is not None and any(past):
-        known, start = _known(past, input_ids, attention_mask, positions, layers)
+        shared = _shared(past, input_ids, lengths, positions, layers)
+    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
+    if padded and lm.device.type == "cpu" and on_layer is None and not hooked:
+        groups = _like_lengths([n - same for n, same in zip(lengths, shared, strict=True)])
+        if len(groups) > 1:
+            return _in_groups(groups, lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)
+    known, start = None, 0
+    if past is not None and any(shared):
+        start = min(length - n + same for n, same in zip(lengths, shared, strict=True))
+        known = _filled(past, lengths, length, start, layers) if start else None
     if known is not None and start == length:
         return _hand_over(known, on_layer)
-    padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
-    if padded and length >= _LONG and lm.device.type == "cpu" and on_layer is None and not hooked:
-        # With padding attention takes a mask, and computes what that hides too: half of all, and most of a long prompt.
-        return _row_by_row(lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)
     cache = _StackedCache(layers, length, known, start, on_layer, stops=not hooked)
     step = max(1, chunk_tokens // batch)
     for begin in range(start, length, step):
@@ -411,7 +416,31 @@ def prefill(
     return KV(cache.keys, cache.values)
 
 
-def _row_by_row(
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of like length together, so that all passes have the fewest positions, padding and `_WORTH` a pass counted.
+
+    Rows from `_LONG` on are only with those of the same length: with padding attention takes a mask, and computes what
+    that hides too, half of all, and most of a long prompt.
+    """
+    rows: dict[int, list[int]] = {}
+    for row, n in enumerate(lengths):
+        rows.setdefault(n, []).append(row)
+    steps = sorted(rows, reverse=True)
+    before = [0, *accumulate(len(rows[n]) for n in steps)]
+    best = [(0, 0)]  # for the longest 0, 1, 2 … lengths: the positions, and where the last pass begins
+    for end in range(1, len(steps) + 1):
+        firsts = [j for j in range(end) if j == end - 1 or steps[j] < _LONG]
+        best.append(min((best[j][0] + _WORTH + (before[end] - before[j]) * steps[j], j) for j in firsts))
+    groups, end = [], len(steps)
+    while end:
+        first = best[end][1]
+        groups.append([row for n in steps[first:end] for row in rows[n]])
+        end = first
+    return groups[::-1]
+
+
+def _in_groups(
+    groups: Sequence[Sequence[int]],
     lm: LM,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -420,19 +449,21 @@ def _row_by_row(
     layers: int,
     chunk_tokens: int,
 ) -> KV:
-    """As `prefill`, each row without its padding."""
+    """As `prefill`, each group of rows with no more padding than it needs itself."""
     batch, length = input_ids.shape
     made: KV | None = None
-    for row, n in enumerate(attention_mask.sum(1).tolist()):
-        pick = slice(row, row + 1), slice(length - n, length)
-        of_row = prefill(
-            lm, input_ids[pick], attention_mask[pick], num_layers=layers, past=past and past[pick[0]],
-            positions=positions[pick], chunk_tokens=chunk_tokens,
+    for group in groups:
+        rows = torch.tensor(group)
+        first = length - int(attention_mask[rows].sum(1).max())
+        known = [past[row] for row in group] if past else []
+        part = prefill(
+            lm, input_ids[rows, first:], attention_mask[rows, first:], num_layers=layers,
+            past=known if any(known) else (), positions=positions[rows, first:], chunk_tokens=chunk_tokens,
         )  # fmt: skip
         if made is None:
-            made = of_row.map(lambda t: t.new_zeros((layers, batch, t.shape[2], length, t.shape[4])))
-        made.keys[:, row, :, length - n :] = of_row.keys[:, 0]
-        made.values[:, row, :, length - n :] = of_row.values[:, 0]
+            made = part.map(lambda t: t.new_zeros((layers, batch, t.shape[2], length, t.shape[4])))
+        made.keys[:, rows, :, first:] = part.keys
+        made.values[:, rows, :, first:] = part.values
     assert made is not None
     return made
 
@@ -453,19 +484,22 @@ def _hand_over(kv: KV, on_layer: OnLayer | None) -> KV:
     return kv
 
 
-def _known(
-    past: Sequence[Read | None], input_ids: Tensor, attention_mask: Tensor, positions: Tensor, layers: int
-) -> tuple[KV | None, int]:
-    """A cache for the batch that is filled up to the returned position, as far as all rows are known."""
-    length = input_ids.shape[1]
-    pads = (length - attention_mask.sum(1)).tolist()
-    shared = [
-        read.shared(ids[pad:], places[pad:]) if read is not None and len(read.kv.keys) >= layers else 0
-        for read, ids, places, pad in zip(past, input_ids.tolist(), positions.tolist(), pads, strict=True)
+def _shared(
+    past: Sequence[Read | None], input_ids: Tensor, lengths: Sequence[int], positions: Tensor, layers: int
+) -> list[int]:
+    """How many tokens of each row are known already."""
+    rows = zip(past, input_ids.tolist(), positions.tolist(), lengths, strict=True)
+    return [
+        read.shared(ids[len(ids) - n :], places[len(ids) - n :])
+        if read is not None and len(read.kv.keys) >= layers
+        else 0
+        for read, ids, places, n in rows
     ]
-    start = min(pad + n for pad, n in zip(pads, shared, strict=True))
-    if start == 0:
-        return None, 0
+
+
+def _filled(past: Sequence[Read | None], lengths: Sequence[int], length: int, start: int, layers: int) -> KV:
+    """A cache for the batch that is filled up to a position, up to which all rows are known."""
+    pads = [length - n for n in lengths]
     some = next(read.kv for read in past if read is not None)
 
     def filled(kind: str) -> Tensor:
@@ -477,7 +511,7 @@ def _known(
                 out[:, row, :, pad:start] = getattr(read.kv, kind)[:layers, 0, :, : start - pad]
         return out
 
-    return KV(filled("keys"), filled("values")), start
+    return KV(filled("keys"), filled("values"))
 
 
 def _lowest_layers(decoder: nn.Module, count: int) -> nn.Module:

@@ -8,6 +8,7 @@ from itertools import accumulate
 
 from rich.console import Console
 
+from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..kv import pad_left, prefill
@@ -18,6 +19,8 @@ from ..pair import C2C
 from ..progress import Bar
 from .loop import prepare
 from .store import Store
+
+HELD = 1_000_000_000  # bytes of buffers that are kept from one batch to the next
 
 
 def precompute(
@@ -76,9 +79,15 @@ def _fill(
         )
     if dry_run:
         return
+    heap.bound(HELD)
     with Bar(console, "tokens") as bar:
         task = bar.add_task("prefilling", total=tokens)
-        store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n))
+
+        def progress(count: int) -> None:
+            bar.advance(task, count)
+            heap.tidy()
+
+        store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=progress)
     console.print(f"store {store.folder}: {len(store.index)} prompts")
 
 
