@@ -96,3 +96,9 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield chromium
         chromium.close()
+
+
+@pytest.fixture
+def in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a batch are read together, however unlike their lengths."""
+    monkeypatch.setattr("cache2cache.kv._like_lengths", lambda lengths: [list(range(len(lengths)))])

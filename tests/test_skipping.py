@@ -75,6 +75,7 @@ def test_from_0_all_are_skipped_and_none_without() -> None:
     assert pair.prefill(CHATS, skip=max(confidences(pair))).skipped.count(True) == 1  # reaching it is enough
 
 
+@pytest.mark.usefixtures("in_one_pass")
 @pytest.mark.parametrize("mode", ["parallel", "sequential"])
 def test_for_a_skipped_row_no_sharer_reads(mode: str) -> None:
     pair = pair_of(*THREE, mode=mode)

@@ -256,7 +256,7 @@ def test_the_method_skip_reads_with_the_sharer_only_what_it_must(questions: list
     evaluate(pair, "own", questions, tmp_path / "a.jsonl", methods=["receiver", "skip"], skip=0.0)
     assert seen == []
     evaluate(pair, "own", questions, tmp_path / "b.jsonl", methods=["receiver", "skip"], skip=1.0)
-    assert seen == [1, 9]  # what all of them begin with, and the rest of each
+    assert seen[0] == 1 and sum(seen[1:]) == 9  # what all of them begin with, and the rest of each
 
 
 def test_only_what_is_asked_for_comes_back(questions: list[Question], tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_prompts_with_messages_of_like_length_are_answered_together(
     assert len(smaller) > 6 and sorted(k for b in smaller for k in b.keys) == sorted(unit.keys)
 
 
-@pytest.mark.usefixtures("brief")
+@pytest.mark.usefixtures("brief", "in_one_pass")
 def test_a_prompt_is_read_once_for_both_ways(questions: list[Question], tmp_path: Path) -> None:
     """What is answered in words begins like what options are compared behind."""
     pair, examples = pair_of(gate_init=1.0), questions[5:]
