@@ -544,7 +544,11 @@ def test_no_held_out_question_is_trained_on(
 
 
 # The ids of every fuser that comes along, and the recipe that it was trained with.
-RECIPES = {"smollm2-135m-cpu": "default.yaml", "smollm2-135m-long": "long.yaml"}
+RECIPES = {
+    "qwen2.5-coder-0.5b": "one-family.yaml",
+    "smollm2-135m-cpu": "default.yaml",
+    "smollm2-135m-long": "long.yaml",
+}
 SHIPPED = [
     (path.with_name("training_ids.txt"), RECIPES.get(path.parent.name, "mixture.yaml"))
     for folder in (checkpoint.PACKAGED, ROOT / "fusers")
