@@ -80,14 +80,13 @@ def main() -> None:
         rows = questions(lm, count, passages=True)
         lengths = [len(row) - len(common_start(rows)) - 1 for row in rows]  # the last token is left to decoding
         groups = kv._like_lengths(lengths)
-        times = take_turns(
-            {str(apart): partial(read, lm, rows, kv._WORTH, apart) for apart in (False, True)}, given.rounds, 600
-        )
-        whole, apart = (padded(ways, lengths) for ways in (together(lengths), groups))
+        ways = {name: partial(read, lm, rows, kv._WORTH, name == "apart") for name in ("together", "apart")}
+        times = take_turns(ways, given.rounds, 600)
+        ratio = median(times["apart"]) / median(times["together"])
         print(
             f"{given.model}, {count} questions of {min(lengths)} to {max(lengths)} tokens behind what is alike: "
-            f"{whole:.2f} positions a token in one batch, {apart:.2f} in {len(groups)}, "
-            f"time {median(times['True']) / median(times['False']):.2f}",
+            f"{padded(together(lengths), lengths):.2f} positions a token in one batch, "
+            f"{padded(groups, lengths):.2f} in {len(groups)}, time {ratio:.2f}",
             flush=True,
         )
 

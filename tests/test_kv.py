@@ -120,6 +120,9 @@ def test_rows_of_unlike_length_are_read_apart(family: str, monkeypatch: pytest.M
             x, y = (t.permute(0, 2, 4, 1, 3)[..., mask.bool()] for t in (x, y))
             torch.testing.assert_close(x, y, atol=2e-5, rtol=0)
         assert a.keys.isfinite().all() and a.values.isfinite().all()  # padding too, whose numbers must be some
+    for alone in apart[::2]:  # beyond its group's longest row there is nothing
+        assert (alone.keys[:, 1, :, :6] == 0).all()
+    assert (apart[0].keys[:, 1, :, :11] == 0).all()
     passes.clear()
     seen: list[int] = []
     prefill(lm, ids, mask, on_layer=lambda index, _: seen.append(index))  # who waits for layers gets them in order

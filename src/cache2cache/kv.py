@@ -379,13 +379,13 @@ def prefill(
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return _hand_over(KV(empty, empty), on_layer)
     decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
+    lengths, shared = attention_mask.sum(1).tolist(), [0] * batch
     worth = _WORTH if lm.device.type == "cpu" else _WORTH_GPU
     unread = past is None or (len(past) > 0 and not any(past))
     if unread and positions is None and (batch - 1) * length >= worth:
-        rows = [row[length - n :] for row, n in zip(input_ids.tolist(), attention_mask.sum(1).tolist(), strict=True)]
+        rows = [row[length - n :] for row, n in zip(input_ids.tolist(), lengths, strict=True)]
         past = [read_start(lm, rows, worth, num_layers=layers, chunk_tokens=chunk_tokens)] * batch
     positions = positions_of(attention_mask) if positions is None else positions
-    lengths, shared = attention_mask.sum(1).tolist(), [0] * batch
     if past is not None and any(past):
         shared = _shared(past, input_ids, lengths, positions, layers)
     padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
@@ -458,7 +458,8 @@ def _in_groups(
         known = [past[row] for row in group] if past else []
         part = prefill(
             lm, input_ids[rows, first:], attention_mask[rows, first:], num_layers=layers,
-            past=known if any(known) else (), positions=positions[rows, first:], chunk_tokens=chunk_tokens,
+            past=known if any(known) else (),  # or it would look anew for what they begin with
+            positions=positions[rows, first:], chunk_tokens=chunk_tokens,
         )  # fmt: skip
         if made is None:
             made = part.map(lambda t: t.new_zeros((layers, batch, t.shape[2], length, t.shape[4])))

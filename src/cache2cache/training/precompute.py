@@ -8,7 +8,6 @@ from itertools import accumulate
 
 from rich.console import Console
 
-from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..kv import pad_left, prefill
@@ -19,8 +18,6 @@ from ..pair import C2C
 from ..progress import Bar
 from .loop import prepare
 from .store import Store
-
-HELD = 1_000_000_000  # bytes of buffers that are kept from one batch to the next
 
 
 def precompute(
@@ -79,15 +76,9 @@ def _fill(
         )
     if dry_run:
         return
-    heap.bound(HELD)
     with Bar(console, "tokens") as bar:
         task = bar.add_task("prefilling", total=tokens)
-
-        def progress(count: int) -> None:
-            bar.advance(task, count)
-            heap.tidy()
-
-        store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=progress)
+        store.fill(lm, prompts, batch_tokens=batch_tokens, max_bytes=max_bytes, progress=lambda n: bar.advance(task, n))
     console.print(f"store {store.folder}: {len(store.index)} prompts")
 
 
