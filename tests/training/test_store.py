@@ -151,6 +151,24 @@ def test_reading_ahead_reads_the_same(filled: Store, monkeypatch: pytest.MonkeyP
     assert readers() == []
 
 
+def test_reading_ahead_takes_one_thread_and_changes_no_others(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, inside = filled._read, []
+    monkeypatch.setattr(filled, "_read", lambda asked, out: inside.append(torch.get_num_threads()) or read(asked, out))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for asked in filled.ahead(ASKED[:2], lambda asked: asked):
+            filled.read(*asked)
+            assert torch.get_num_threads() == 3
+        started: list[int] = []
+        later = threading.Thread(target=lambda: started.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert inside == [1, 1] and started == [3]
+
+
 def test_what_reading_ahead_raises_is_raised_in_its_turn(filled: Store) -> None:
     asked = [*ASKED[:3], Asked([[1, 2]]), *ASKED[3:]]
     done = 0
