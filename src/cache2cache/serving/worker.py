@@ -90,16 +90,22 @@ def main(connection: Connection, spec: PairSpec, limits: Limits, warmup: bool) -
         send("failed", f"unexpected {type(error).__name__} while loading: {error}")
         return
     send("ready", about(pair))
-    threading.Thread(target=worker.run, daemon=True).start()
-    try:
-        while True:
-            kind, number, *content = connection.recv()
-            if kind == "job":
-                worker.submit(number, content[0])
-            else:
-                worker.cancel(number)
-    except (EOFError, OSError):
-        os._exit(0)  # what runs has nobody to answer
+
+    def receive() -> None:
+        try:
+            while True:
+                kind, number, *content = connection.recv()
+                if kind == "job":
+                    worker.submit(number, content[0])
+                else:
+                    worker.cancel(number)
+        except (EOFError, OSError):
+            os._exit(0)  # what runs has nobody to answer
+
+    threading.Thread(target=receive, daemon=True).start()
+    # In the thread that has loaded and warmed up: a second one's OpenMP team would be more threads than cores, which
+    # then sleep at each barrier.
+    worker.run()
 
 
 def load(spec: PairSpec) -> C2C:
