@@ -1,6 +1,6 @@
 """Methods of training compared: each trained from the stores for as many CPU minutes, then asked questions.
 
-    c2c precompute recipes/compare.yaml --data-dir data --precision int8      # once
+    c2c precompute recipes/compare.yaml --data-dir data   # once
     python benchmarks/methods.py --data-dir data                              # all methods, seed 42
     python benchmarks/methods.py --data-dir data --only recipe ridge-start --seeds 42 43 44
 
@@ -156,7 +156,7 @@ def ask(options: argparse.Namespace, into: Path, who: Sequence[Any], methods: Se
     if options.limit:
         words += ["--limit", options.limit]
     if stored and options.store:
-        words += ["--store", options.store, "--store-precision", "int8"]
+        words += ["--store", options.store]
     command(*words)
 
 
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one core each")
     parser.add_argument("--tasks", nargs="+", default=["openbookqa", "arc-challenge"], help="what is asked")
     parser.add_argument("--limit", type=int, help="questions of each set; all without it")
-    parser.add_argument("--store", type=Path, help="of the questions' sharer prefills, int8; missing ones are added")
+    parser.add_argument("--store", type=Path, help="of the questions' sharer prefills; missing ones are added")
     parser.add_argument("--fuser", help="of the pair, for the receiver and the sharer alone; the packaged one without")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipe, for all methods")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))

@@ -548,13 +548,14 @@ RECIPES = {
     "qwen2.5-coder-0.5b": "one-family.yaml",
     "smollm2-135m-cpu": "default.yaml",
     "smollm2-135m-long": "long.yaml",
+    "smollm2-135m-two-sharers": "two-sharers.yaml",
 }
 SHIPPED = [
-    (path.with_name("training_ids.txt"), RECIPES.get(path.parent.name, "mixture.yaml"))
+    (path.with_name("training_ids.txt"), RECIPES.get(path.relative_to(folder).parts[0], "mixture.yaml"))
     for folder in (checkpoint.PACKAGED, ROOT / "fusers")
     for path in sorted(folder.glob("**/config.json"))
 ]
-shipped = pytest.mark.parametrize("path, recipe", SHIPPED, ids=[path.parent.name for path, _ in SHIPPED])
+shipped = pytest.mark.parametrize("path, recipe", SHIPPED, ids=["/".join(p.parts[-3:-1]) for p, _ in SHIPPED])
 
 
 def ids_in(path: Path) -> set[str]:
