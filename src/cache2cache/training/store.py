@@ -235,7 +235,7 @@ class Store:
         # Reading needs one core. With a team of its own that thread would leave OpenMP more threads than cores, on
         # which all of them sleep at each barrier instead of waiting a moment for it: a twentieth of a training step.
         threads = torch.get_num_threads()
-        pool.submit(torch.set_num_threads, 1).result()
+        pool.submit(_take_one_thread).result()
         torch.set_num_threads(threads)  # what threads that are started later would have
 
         def turns() -> Iterator[T]:
@@ -457,6 +457,12 @@ class Store:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _take_one_thread() -> None:
+    """Let torch use one thread for what this thread computes."""
+    torch.get_num_threads()  # a thread's first look takes the number last set anywhere, which shall not come later
+    torch.set_num_threads(1)
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
