@@ -233,7 +233,7 @@ class Store:
         waiting: deque[tuple[T, Asked, Future[KV]]] = deque()
         pool = ThreadPoolExecutor(1, "read-ahead")
         # Reading needs one core. With a team of its own that thread would leave OpenMP more threads than cores, on
-        # which all of them sleep at each barrier instead of waiting a moment for it: a twentieth of a training step.
+        # which all of them sleep at each barrier instead of waiting a moment for it.
         threads = torch.get_num_threads()
         pool.submit(_take_one_thread).result()
         torch.set_num_threads(threads)  # what threads that are started later would have
