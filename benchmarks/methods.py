@@ -8,10 +8,12 @@ A method is some settings over recipes/compare.yaml. How many steps the budget a
 --dry-run` measures, with one thread, or is given with `--steps`, as for a GPU; `--jobs` methods are trained at a time,
 each on a core of its own. Then `c2c
 evaluate` asks each one by option likelihood. Everything stays in the output folder, and a run that was stopped goes on.
+What a run came to, a small file each, goes to `--results`: whoever has these need not train again for the table.
 
-Printed, and written to `methods.md`, per method the mean over its seeds: steps, the minutes that they took, loss and
-exact answers on the hold-out, accuracy with the sharer's caches and with those of another question, and the share of
-the gap between receiver and sharer that is recovered.
+Printed, and written to `methods.md` there, per method the mean over its seeds: steps, the minutes that they took, loss
+and exact answers on the hold-out, accuracy with the sharer's caches and with those of another question, the share of
+the gap between receiver and sharer that is recovered, and the difference to the first method, in points, with its 95%
+interval over questions drawn anew.
 """
 
 from __future__ import annotations
@@ -23,13 +25,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
+from threading import Semaphore
 from typing import Any
 
+import numpy as np
+
 from cache2cache import C2CError
+from cache2cache.evaluation.answers import LIKELIHOOD, SAMPLES, read_answers
+from cache2cache.evaluation.statistics import bootstrap
 from cache2cache.files import replace_text
 from cache2cache.training.recipe import read_recipe
 
@@ -77,7 +85,7 @@ METHODS = {
     "bottleneck": Method(["fuser.variant=bottleneck"]),
     "ridge": Method(["fuser.variant=ridge", "fuser.normalize=false", "fuser.zero_init=false"], fitted=True),
     "identical": Method(["method=identical", "store={receiver_store}"]),
-    "single": Method(["method=single"]),
+    "single": Method(["method=single", "learning_rate=3e-4"]),
 }
 
 
@@ -97,21 +105,46 @@ class Run:
     def folder(self) -> Path:
         return Path(self.options.output) / f"{self.name}-{self.seed}"
 
-    def work(self) -> dict[str, Any]:
-        """Train and ask, as far as that isn't done; what came out."""
-        trained, alone = self.folder / ("adapter" if self.name == "single" else "fuser"), self.name == "single"
-        if not trained.exists():
-            self.train(self.folder, self.settings(self.steps()))
-        asked = self.folder / "evaluation"
-        if not (asked / "summary.json").exists():
-            who = [self.options.fuser, "--single", trained] if alone else [trained]
-            methods = ["receiver"] if alone else ["c2c", "other"]
-            ask(self.options, asked, who, methods, stored=self.name not in ("single", "identical"))
-        made = json.loads((trained / ("training.json" if alone else "config.json")).read_text())
-        return {**made.get("training", made), **accuracy(asked, "single" if alone else "c2c")}
+    @property
+    def trained(self) -> Path:
+        return self.folder / ("adapter" if self.name == "single" else "fuser")
 
-    def settings(self, steps: int) -> list[str]:
-        """Over the recipe."""
+    @property
+    def said(self) -> Path:
+        return Path(self.options.results) / f"{self.name}-{self.seed}.json"
+
+    def work(self, base: Future[dict[str, Any]], slots: Semaphore) -> dict[str, Any]:
+        """Train and ask, as far as that isn't done; what came out. `base`: asking the models alone, which fills the
+        store of the questions. `slots`: as many as may compute at a time; none is held while that is waited for."""
+        with slots:
+            if not self.trained.exists() and not self.said.exists():
+                self.train(self.folder, self.settings(self.steps()))
+            if base.done():
+                self.ask()
+        base.result()
+        with slots:
+            self.ask()
+        found: dict[str, Any] = json.loads(self.said.read_text())
+        steps = found["steps"] if self.options.steps is None and "steps" in found else self.options.steps
+        if found["settings"] != self.settings(steps) or found["answers"].keys() != base.result()["answers"].keys():
+            raise C2CError(f"{self.said} is of other settings or questions; choose another --results")
+        return found
+
+    def ask(self) -> None:
+        """Ask what was trained, and note what came out."""
+        if self.said.exists():
+            return
+        asked, alone = self.folder / "evaluation", self.name == "single"
+        who = [self.options.fuser, "--single", self.trained] if alone else [self.trained]
+        stored = self.name not in ("single", "identical")
+        ask(self.options, asked, who, ["receiver"] if alone else ["c2c", "other"], stored, unused=alone or stored)
+        made = json.loads((self.trained / ("training.json" if alone else "config.json")).read_text())
+        about = made.get("training", made)
+        kept = {key: about[key] for key in ("steps", "seconds", "holdout_loss", "holdout_exact") if key in about}
+        write(self.said, {"settings": self.settings(about.get("steps")), **kept, **answers(asked)})
+
+    def settings(self, steps: int | None) -> list[str]:
+        """Over the recipe; what is fitted takes no steps."""
         known = {"steps": str(steps), "receiver_store": str(read_recipe(self.options.recipe).receiver_store)}
         given = [setting.format(**known) for setting in self.method.settings]
         ends = [] if self.method.fitted else [f"max_steps={steps}", f"epochs={steps}"]
@@ -148,8 +181,13 @@ def command(*words: Any) -> str:
     return done.stdout
 
 
-def ask(options: argparse.Namespace, into: Path, who: Sequence[Any], methods: Sequence[str], stored: bool) -> None:
-    """Put the questions to what was trained."""
+def ask(
+    options: argparse.Namespace, into: Path, who: Sequence[Any], methods: Sequence[str], stored: bool, unused: bool
+) -> None:
+    """Put the questions to what was trained. `stored`: the sharer's caches may come from a store, and `unused`: it then
+    computes nothing, so that its smallest load will do."""
+    if (into / "summary.json").exists():
+        return
     words = ["evaluate", *filter(None, who), "--data-dir", options.data_dir, "--output", into]
     words += [word for task in options.tasks for word in ("--task", task)]
     words += [word for method in methods for word in ("--method", method)]
@@ -157,26 +195,84 @@ def ask(options: argparse.Namespace, into: Path, who: Sequence[Any], methods: Se
         words += ["--limit", options.limit]
     if stored and options.store:
         words += ["--store", options.store]
+    if unused and (options.store or not stored):
+        words += ["--sharer-dtype", "bfloat16"]
     command(*words)
 
 
-def accuracy(folder: Path, method: str) -> dict[str, float]:
-    """Percent right of a method and of the control, the mean over the sets."""
-    tasks = json.loads((folder / "summary.json").read_text())["likelihood"]["tasks"].values()
-    return {
-        name: mean(rows[key]["accuracy"] for rows in tasks)
-        for name, key in (("right", method), ("other", "other"))
-        if all(key in rows for rows in tasks)
-    }
+def ask_alone(options: argparse.Namespace, slots: Semaphore) -> dict[str, Any]:
+    """What receiver and sharer answer."""
+    said = Path(options.results) / "alone.json"
+    if not said.exists():
+        into = options.output / "alone"
+        with slots:
+            ask(options, into, [options.fuser], ["receiver", "sharer"], stored=True, unused=False)
+        write(said, answers(into))
+    found: dict[str, Any] = json.loads(said.read_text())
+    return found
 
 
-def table(runs: Sequence[tuple[Run, dict[str, Any]]], receiver: float, sharer: float) -> str:
+def answers(folder: Path) -> dict[str, Any]:
+    """Per set and method the ids of the questions that were answered rightly and wrongly."""
+    made: dict[str, Any] = {}
+    for row in read_answers(folder / SAMPLES):
+        if row.answers == LIKELIHOOD:
+            kinds = made.setdefault(row.task, {}).setdefault(row.method, {"right": [], "wrong": []})
+            kinds["right" if row.correct else "wrong"].append(row.id)
+    return {"answers": made}
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(found) + "\n")
+
+
+def rights(found: dict[str, Any], method: str) -> list[dict[str, bool]]:
+    """Per set, whether each question was answered rightly, in one order for all runs."""
+    sets = [found["answers"][task][method] for task in sorted(found["answers"])]
+    return [dict(sorted({i: kind == "right" for kind in kinds for i in kinds[kind]}.items())) for kinds in sets]
+
+
+def accuracy(found: dict[str, Any], method: str) -> float:
+    """Percent right, the mean over the sets."""
+    return mean(100 * mean(rows.values()) for rows in rights(found, method))
+
+
+def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
+    """In points, the mean over the seeds, the questions being the same, with its 95% interval."""
+
+    def scores(results: Sequence[dict[str, Any]]) -> list[np.ndarray]:
+        per_run = [rights(one, asked_as(one)) for one in results]
+        if len({tuple(tuple(rows) for rows in run) for run in per_run}) > 1:
+            raise C2CError("these runs were not asked the same questions; choose another --results")
+        return [np.mean([list(run[k].values()) for run in per_run], axis=0) for k in range(len(per_run[0]))]
+
+    points = [100 * (a - b) for a, b in zip(scores(ours), scores(theirs), strict=True)]
+    ends = np.cumsum([0, *map(len, points)])
+
+    def of(times: np.ndarray) -> np.ndarray:
+        parts = [times[:, low:high] for low, high in pairwise(ends)]
+        return np.mean([part @ each / part.sum(1) for part, each in zip(parts, points, strict=True)], axis=0)
+
+    low, high = bootstrap([len(each) for each in points], of)
+    return f"{mean(each.mean() for each in points):+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def asked_as(found: dict[str, Any]) -> str:
+    """The method of `c2c evaluate` that a trained one was asked by."""
+    return "single" if all("single" in methods for methods in found["answers"].values()) else "c2c"
+
+
+def table(runs: Sequence[tuple[str, dict[str, Any]]], receiver: float, sharer: float) -> str:
     """Markdown: a row per method, means over its seeds and, of several, the least and the highest accuracy."""
+    names = list(dict.fromkeys(name for name, _ in runs))
     head = ["method", "seeds", "steps", "minutes", "hold-out loss", "exact", "right", "of the gap", "other's caches"]
+    head += [f"right, less {names[0]}"]
     lines = [head, ["---"] * len(head)]
-    for name in dict.fromkeys(run.name for run, _ in runs):
-        found = [result for run, result in runs if run.name == name]
-        right = [one["right"] for one in found]
+    first = [result for name, result in runs if name == names[0]]
+    for name in names:
+        found = [result for other, result in runs if other == name]
+        right = [accuracy(one, asked_as(one)) for one in found]
 
         def average(key: str, digits: int, scale: float = 1.0, found: list[dict[str, Any]] = found) -> str:
             known = [scale * one[key] for one in found if one.get(key) is not None]
@@ -184,11 +280,12 @@ def table(runs: Sequence[tuple[Run, dict[str, Any]]], receiver: float, sharer: f
 
         gap = f"{100 * (mean(right) - receiver) / (sharer - receiver):.0f}%" if sharer > receiver else ""
         spread = f" ({min(right):.1f} to {max(right):.1f})" if len(right) > 1 else ""
+        other = "" if name == "single" else f"{mean(accuracy(one, 'other') for one in found):.1f}"
         lines.append(
             [
                 name, str(len(found)), average("steps", 0), average("seconds", 1, 1 / 60), average("holdout_loss", 3),
-                average("holdout_exact", 1, 100), average("right", 1) + spread,
-                gap, average("other", 1),
+                average("holdout_exact", 1, 100), f"{mean(right):.1f}{spread}", gap, other,
+                difference(found, first) if name != names[0] else "",
             ]
         )  # fmt: skip
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -209,22 +306,25 @@ def main() -> None:
     parser.add_argument("--fuser", help="of the pair, for the receiver and the sharer alone; the packaged one without")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipe, for all methods")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--results", type=Path, help="what runs came to; the output folder without it")
     options = parser.parse_args()
+    options.results = options.results or options.output
+    runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
     try:
-        base = options.output / "alone"
-        if not (base / "summary.json").exists():
-            ask(options, base, [options.fuser], ["receiver", "sharer"], stored=True)
-        receiver, sharer = accuracy(base, "receiver")["right"], accuracy(base, "sharer")["right"]
-        runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            jobs = [(run, pool.submit(run.work)) for run in runs]
+        slots = Semaphore(options.jobs)
+        with ThreadPoolExecutor(1 + len(runs)) as pool:
+            base = pool.submit(ask_alone, options, slots)
+            jobs = [(run, pool.submit(run.work, base, slots)) for run in runs]
             for run, job in jobs:
-                print(f"{run.name}, seed {run.seed}: {job.result()['right']:.1f}% right", file=sys.stderr, flush=True)
+                found = job.result()
+                right = accuracy(found, asked_as(found))
+                print(f"{run.name}, seed {run.seed}: {right:.1f}% right", file=sys.stderr, flush=True)
+        receiver, sharer = (accuracy(base.result(), who) for who in ("receiver", "sharer"))
+        made = f"Receiver {receiver:.1f}%, sharer {sharer:.1f}% of {', '.join(options.tasks)}.\n\n"
+        made += table([(run.name, job.result()) for run, job in jobs], receiver, sharer)
     except C2CError as error:
         sys.exit(f"methods.py: {error}")
-    made = f"Receiver {receiver:.1f}%, sharer {sharer:.1f}% of {', '.join(options.tasks)}.\n\n"
-    made += table([(run, job.result()) for run, job in jobs], receiver, sharer)
-    replace_text(options.output / "methods.md", made)
+    replace_text(options.results / "methods.md", made)
     print(made)
 
 

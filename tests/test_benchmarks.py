@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,8 +259,8 @@ def test_long_prompt(tiny_pair_folder: Path) -> None:
 
 
 def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three kinds of method with two seeds: the table holds what training and evaluation wrote, and nothing is done
-    twice."""
+    """Four kinds of method with two seeds: the table holds what training and evaluation wrote, nothing is done twice,
+    and what runs came to is enough for the table, or refused where other settings are asked for."""
     methods = importlib.import_module("methods")
     models = write_models(tmp_path)
     stores = {"store": str(tmp_path / "sharer"), "receiver_store": str(tmp_path / "receiver")}
@@ -279,11 +280,12 @@ def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     names = ["recipe", "identical", "ridge", "single"]
     line = ["methods.py", "--data-dir", tmp_path, "--recipe", recipe, "--only", *names, "--seeds", 1, 2, "--jobs", 1]
     line += ["--tasks", asked, "--fuser", tmp_path / "untrained", "--budget", 0.001, "--output", tmp_path / "methods"]
+    line += ["--results", tmp_path / "results"]
     monkeypatch.setattr(sys, "argv", [*map(str, line)])
     done.clear()
     methods.main()
     assert sorted(done) == ["evaluate"] * 9 + ["train"] * 8 + ["train --dry-run"] * 3
-    table = (tmp_path / "methods" / "methods.md").read_text()
+    table = (tmp_path / "results" / "methods.md").read_text()
     rows = {line.split(" | ")[0][2:]: line.split(" | ") for line in table.splitlines()[2:]}
     assert [name for name in rows if name in names] == names
     for name in names:
@@ -298,8 +300,16 @@ def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     right = [json.loads((run / "evaluation" / "summary.json").read_text())["likelihood"]["tasks"] for run in runs]
     accuracies = [rows["c2c"]["accuracy"] for one in right for rows in one.values()]
     assert rows["recipe"][6].startswith(f"{sum(accuracies) / 2:.1f} (")
+    points = float(rows["ridge"][6].split()[0]) - sum(accuracies) / 2
+    given, low, high = map(float, re.findall(r"[+-][\d.]+", rows["ridge"][9]))
+    assert abs(given - points) < 0.11 and low <= given <= high  # both are rounded
+    shutil.rmtree(tmp_path / "methods")
     methods.main()
-    assert len(done) == 20 and (tmp_path / "methods" / "methods.md").read_text() == table
+    assert len(done) == 20 and (tmp_path / "results" / "methods.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*map(str, line), "--set", "fuser.dropout=0.2"])
+    with pytest.raises(SystemExit, match="other settings"):
+        methods.main()
+    assert (tmp_path / "results" / "methods.md").read_text() == table
 
 
 def test_train_step(tiny_pair_folder: Path, tmp_path: Path) -> None:
