@@ -227,7 +227,8 @@ class TrainConfig(BaseModel):
     learning_rate: float = Field(1e-4, gt=0, description="highest rate of AdamW")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the rate rises")
     schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to zero after that")
-    weight_decay: float = Field(0.01, ge=0, description="on matrices only")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
+    decay: Literal["matrices", "all"] = Field("matrices", description="which parameters weight_decay is on")
     gate_learning_rate: float | None = Field(None, gt=0, description="of the gate logits, where it should differ")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     loss: Literal["token", "example", "sum"] = Field(
@@ -241,9 +242,12 @@ class TrainConfig(BaseModel):
         description="weight of the divergence from the sharer's next-token distributions (one sharer, models of one "
         "vocabulary)",
     )
-    max_tokens: int = Field(2048, gt=1, description="of prompt and response; longer responses are cut")
+    max_tokens: int = Field(2048, gt=1, description="of prompt and response")
+    too_long: Literal["cut", "drop"] = Field(
+        "cut", description="cut: a longer response loses its end; drop: the example is left out"
+    )
     min_response_tokens: int = Field(
-        1, gt=0, description="an example whose prompt leaves less room for its response is left out"
+        1, gt=0, description="an example whose prompt leaves less room for a response that is cut is left out"
     )
     truncate: Literal["none", "oldest"] = Field(
         "none", description="oldest: first drop the oldest turns of a chat that is too long, but for the system message"

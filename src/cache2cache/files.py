@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -23,6 +28,34 @@ def replace_text(path: Path, text: str) -> None:
     """Write a text file, or write it anew, see `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' `save_file`, with errors of the system as OSError: there their number stands in words only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def save_state(state: Any, path: Path) -> None:
+    """`torch.save`, with errors of the system as OSError: by itself it says at which byte of its archive it stopped."""
+    import torch
+
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        found = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(found, OSError):
+            raise
+        raise OSError(found.errno, found.strerror, str(path)) from error
 
 
 def remove_partials(folder: Path) -> None:

@@ -19,7 +19,17 @@ from cache2cache.fuser import checkpoint
 from cache2cache.tasks import Question, load, load_open
 from cache2cache.tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 from cache2cache.training import data
-from cache2cache.training.data import HELD_OUT, Example, examples, mix, question_example, read_chat, shortened, split
+from cache2cache.training.data import (
+    HELD_OUT,
+    Example,
+    examples,
+    mix,
+    question_example,
+    read_chat,
+    shortened,
+    split,
+    without_held_out,
+)
 from cache2cache.training.recipe import read_recipe
 from training.runs import config_of, write_rows
 
@@ -352,6 +362,22 @@ def test_held_out_rows_are_dropped_and_move_nothing(tmp_path: Path, monkeypatch:
     every = examples(config)
     twin_ids = {f"openbookqa:{row}" for row in twins}
     assert kept == [e for e in every if e.id not in twin_ids] and 0 < len(every) - len(kept) <= 4
+
+
+@pytest.mark.parametrize(
+    "name", ["arc-easy:NYSEDREGENTS_2016_4_12", "openbookqa:923", "databricks/databricks-dolly-15k:11440"]
+)
+def test_another_name_of_a_source_hides_no_held_out_row(name: str) -> None:
+    source, number = name.split(":")
+    names = [source, f"{source}/default" if "/" in source else f"{source}-paper"]
+    found = [example(f"{n}:{row}") for n in names for row in (number, "0")]
+    assert without_held_out(found) == [found[1], found[3]]
+
+
+def test_a_split_that_is_measured_on(tmp_path: Path, data_dir: Path) -> None:
+    config = config_of(tmp_path, data=[{"task": "openbookqa", "split": "validation", "limit": 4}], data_dir=data_dir)
+    with pytest.warns(UserWarning, match="openbookqa is trained on its split validation, which fusers are measured on"):
+        assert len(examples(config)) == 4
 
 
 # ---- split and mixture ----------------------------------------------------------------------------------------------

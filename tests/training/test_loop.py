@@ -7,8 +7,10 @@ import math
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -466,6 +468,8 @@ def test_decay_is_on_matrices_only(tmp_path: Path, variant: str) -> None:
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert {name for name, p in fuser.named_parameters() if rates[id(p)] == 0.7} == {"gate_logit"}
     assert len(rates) == len(before)
+    published = optimizer_for(fuser, config_of(tmp_path, weight_decay=0.5, decay="all"))  # type: ignore[arg-type]
+    assert {group["weight_decay"] for group in published.param_groups} == {0.5}
 
 
 # ---- items ----------------------------------------------------------------------------------------------------------
@@ -599,6 +603,9 @@ def test_old_turns_go_first(tmp_path: Path) -> None:
     assert item is not None and item.response == response[:1] and data.cut == 1
     data, item = prepared(max_tokens=prompt + 1, min_response_tokens=2)
     assert item is None and data.too_long == 1
+    data, item = prepared(max_tokens=whole.length - 1, too_long="drop")
+    assert item is None and (data.too_long, data.cut) == (1, 0)
+    assert prepared(max_tokens=whole.length, too_long="drop")[1] == whole
     data, item = prepared(max_tokens=prompt + 1, min_response_tokens=2, truncate="oldest")
     assert item is not None and (data.too_long, data.shortened, data.cut) == (0, 1, 0)
     assert (
@@ -669,10 +676,10 @@ def train(recipe: Path, output: Path, *more: str, dies: str = "") -> subprocess.
         "import os, signal, sys\n"
         "from cache2cache.cli import main\n"
         "from cache2cache.training.loop import Trainer\n"
-        "def step(self, batch, original=Trainer._train_step):\n"
+        "def step(self, *batch, original=Trainer._train_step):\n"
         "    if self.step == 6 and sys.argv[1]:\n"
         "        os.kill(os.getpid(), getattr(signal, sys.argv[1]))\n"
-        "    return original(self, batch)\n"
+        "    return original(self, *batch)\n"
         "Trainer._train_step = step\n"
         "main(sys.argv[2:])\n"
     )
@@ -704,12 +711,12 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(models: Path, tmp_path: P
         assert not (output / "fuser").exists()
         assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == saved
         (output / "log.jsonl").open("a").write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # done, but not saved
-        (output / ".checkpoint.pt").write_bytes(b"half")
+        (output / ".checkpoint.pt.17").write_bytes(b"half")
         again = train(recipe, output)
         assert again.returncode == 0, again.stderr
         assert (output / "fuser" / "fuser.safetensors").read_bytes() == expected
         assert log_of(output) == log
-        assert not (output / ".checkpoint.pt").exists()
+        assert not list(output.glob(".checkpoint*"))
         one, other = (json.loads((o / "fuser" / "config.json").read_text()) for o in (tmp_path / "whole", output))
         assert one["training"].pop("seconds") > 0 < other["training"].pop("seconds")
         assert one == other and one["training"]["holdout_loss"] == log[-1]["holdout_loss"]
@@ -747,7 +754,7 @@ def test_training_changes_the_fuser_and_no_model(runs: Run) -> None:
     for name, tensor in trainer.trained.state_dict().items():
         assert not torch.equal(tensor, first[name]), name
     assert records[-1]["holdout_loss"] < records[4]["holdout_loss"]
-    assert records[0]["rate"] == 1e-2 and records[-1]["rate"] == 0  # what the next step would have
+    assert [record["rate"] for record in records] == [1e-2 * rate(step, 12, 0.1) for step in range(12)]
     assert (folder / "training_ids.txt").read_text().split("\n")[:-1] == sorted(i.id for i in trainer.data.train)
     saved = json.loads((folder / "config.json").read_text())["training"]
     assert (saved["examples"], saved["steps"], saved["recipe"]["epochs"]) == (16, 12, 3)
@@ -828,7 +835,7 @@ def test_the_end_may_lie_within_an_epoch(runs: Run, tmp_path: Path) -> None:
     def run(name: str, **changes: Any) -> list[dict[str, Any]]:
         trainer = runs.trainer(output=tmp_path / name, **changes)
         backward, batches = trainer.backward, seen.setdefault(name, [])
-        trainer.backward = lambda batch: batches.append([i.id for i in batch]) or backward(batch)  # type: ignore[method-assign,func-returns-value]
+        trainer.backward = lambda batch, parts: batches.append([i.id for i in batch]) or backward(batch, parts)  # type: ignore[method-assign,func-returns-value]
         records: list[dict[str, Any]] = []
         trainer.run(records.append)
         return records
@@ -836,7 +843,7 @@ def test_the_end_may_lie_within_an_epoch(runs: Run, tmp_path: Path) -> None:
     run("whole", epochs=2)
     records = run("cut", max_steps=6)
     assert seen["cut"] == seen["whole"][:6] and len(seen["whole"]) == 8
-    assert records[-1]["rate"] == 0 and "holdout_loss" in records[-1]
+    assert records[-1]["rate"] == 1e-2 * rate(5, 6, 0.1) > 0 and "holdout_loss" in records[-1]
     assert runs.trainer(max_steps=100).steps == 12
 
 
@@ -847,6 +854,15 @@ def test_another_recipe_or_other_data_in_the_same_folder(runs: Run, tmp_path: Pa
         runs.trainer(epochs=4).run()
     with pytest.raises(C2CError, match=r"the data of the run in .* has changed"):
         runs.trainer(rows=23).run()
+    trainer = runs.trainer()
+    first = trainer.data.train[0]
+    trainer.data.train[0] = replace(first, response=first.response[::-1])  # a row edited in place
+    with pytest.raises(C2CError, match=r"the data of the run in .* has changed"):
+        trainer.run()
+    trainer = runs.trainer()
+    trainer.objective.pair.sharers[0].__dict__["fingerprint"] = "of other weights"
+    with pytest.raises(C2CError, match=r"the models of the run in .* have changed"):
+        trainer.run()
     assert (tmp_path / "run" / "fuser" / "fuser.safetensors").read_bytes() == before
 
 
@@ -858,11 +874,104 @@ def test_a_loss_that_is_no_number(runs: Run, tmp_path: Path) -> None:
             with torch.no_grad():
                 trainer.trained.proj_out.weight[0, 0, 0] = float("nan")
 
-    with pytest.raises(C2CError, match=r"the loss is nan .* at step 4; lower the learning rate; .* kept in"):
+    with pytest.raises(C2CError, match=r"the loss is nan .* at step 4; train again in another output with a lower"):
         trainer.run(spoil)
     state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 2 and all(tensor.isfinite().all() for tensor in state["weights"].values())
     assert not (tmp_path / "run" / "fuser").exists()
+
+
+def test_a_hold_out_loss_that_is_no_number(runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is neither the best nor merely no better."""
+    scripted(monkeypatch, [1.0, float("nan"), 0.5])
+    with pytest.raises(C2CError, match=r"the loss on the hold-out is nan at step 2; train again in another output"):
+        runs.trainer(evaluate_every=1, save_every=1, keep="best").run()
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
+@pytest.mark.parametrize("room", [0, 20_000])
+def test_a_disk_that_fills_up(runs: Run, tmp_path: Path, room: int) -> None:
+    """The system's own error, the last checkpoint as it was, and nothing half-written that would keep the disk full."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+
+    def fill(record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            assert checkpoint.stat().st_size > 20_000
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+
+    trainer = runs.trainer(save_every=2)
+    trainer._log = lambda record: None  # type: ignore[method-assign]
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="File too large") as found:
+            trainer.run(fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert "checkpoint.pt" in str(found.value.filename)
+    assert torch.load(checkpoint, weights_only=True)["step"] == 2
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
+    assert runs.trainer(save_every=2).run().exists()  # goes on
+
+
+def test_two_processes_in_one_folder(runs: Run, tmp_path: Path) -> None:
+    def second(record: dict[str, Any]) -> None:
+        if record["step"] == 1:
+            with pytest.raises(C2CError, match=r"another process trains in .*run; wait for it, or choose another"):
+                runs.trainer().run()
+
+    runs.trainer(epochs=1).run(second)
+    runs.trainer(epochs=1).run()
+
+
+def test_a_store_with_a_gap_is_refused_before_the_first_step(runs: Run, tmp_path: Path) -> None:
+    pair = pair_of()
+    config = config_of(tmp_path)
+    data = prepare(pair, config)
+    for j, lm in enumerate((pair.receiver, pair.sharers[0])):
+        prompts = [i.prompt.sharers[0] if j else i.prompt.receiver for i in (*data.train, *data.holdout)]
+        store = Store(tmp_path / str(j), lm, "bfloat16")
+        store.fill(lm, prompts[:-2])  # of the hold-out
+        gap = {"store": store, "receiver_store": None} if j else {"store": None, "receiver_store": store}
+        with pytest.raises(C2CError, match=r"2 of the recipe's prompts are not in the store .*; run c2c precompute"):
+            Trainer(pair, config, data=data, **gap)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_all_that_a_step_reads_is_read_ahead(
+    runs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accumulate: int
+) -> None:
+    """Of both stores and for every part of a batch, some of which are empty: 22 rows in batches of 5."""
+    pair = pair_of()
+    config = config_of(tmp_path, accumulate=accumulate, batch_size=5, epochs=1, evaluate_every=100)
+    data = prepare(pair, config)
+    stores = []
+    for name, lm in (("sharer", pair.sharers[0]), ("receiver", pair.receiver)):
+        stores.append(Store(tmp_path / name, lm, "bfloat16"))
+        items = (*data.train, *data.holdout)
+        stores[-1].fill(lm, [i.prompt.sharers[0] if name == "sharer" else i.prompt.receiver for i in items])
+    read, here = Store._read, []
+
+    def noted(self: Store, *arguments: Any) -> KV:
+        here.append(threading.current_thread().name.startswith("read-ahead"))
+        return read(self, *arguments)
+
+    def losses(name: str) -> list[float]:
+        seen: list[float] = []
+        changed = config.model_copy(update={"output": tmp_path / name})
+        Trainer(pair_of(), changed, stores[0], data, stores[1]).run(lambda record: seen.append(record["loss"]))
+        return seen
+
+    monkeypatch.setattr(Store, "_read", noted)
+    monkeypatch.setattr(Trainer, "_evaluate", lambda self: {})
+    ahead = losses("ahead")
+    assert len(here) == 2 * accumulate * len(ahead) == 8 * accumulate and all(here)
+    monkeypatch.setattr(loop.FuserObjective, "read_ahead", lambda self, parts: parts)
+    here.clear()
+    assert losses("as they come") == ahead and not any(here)
 
 
 def test_a_gradient_that_is_no_number(runs: Run) -> None:
@@ -1108,10 +1217,10 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
         "import os, signal, sys\n"
         "from cache2cache.cli import main\n"
         "from cache2cache.training.loop import Trainer\n"
-        "def step(self, batch, original=Trainer._train_step):\n"
+        "def step(self, *batch, original=Trainer._train_step):\n"
         "    if self.step == 7 and not self.is_main:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return original(self, batch)\n"
+        "    return original(self, *batch)\n"
         "Trainer._train_step = step\n"
         "main()\n"
     )

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,28 @@ def test_a_teacher_that_only_fails_is_left(tmp_path: Path) -> None:
     assert len(seen) == module.STOP_AFTER
     spread = [n for n in range(30) if n % 6]  # five of six fail, but never twenty in a row
     assert rewrite(asked(30), tmp_path / "out.jsonl", "T", teacher(*spread)).written == 5
+
+
+def test_prompts_too_long_for_the_teacher_do_not_end_a_run(tmp_path: Path) -> None:
+    lm = lm_of("llama", max_position_embeddings=220)
+    found = asked(40)
+    found[:30] = [replace(e, messages=({"role": "user", "content": "word " * 300},)) for e in found[:30]]
+    done = rewrite(found, tmp_path / "out.jsonl", "T", local(lm, max_new_tokens=4, batch_size=4))
+    assert len(done.failed) >= 30 and done.written == 40 - len(done.failed) > 0
+
+
+def test_a_local_teacher_does_not_think(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = lm_of("llama")
+    tokenizer = lm.need_tokenizer()
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<no thinking>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", str(tokenizer.chat_template) + switch)
+    seen: list[str] = []
+    prefill = module.prefill_prompts
+    monkeypatch.setattr(
+        module, "prefill_prompts", lambda lm, rows: seen.extend(map(tokenizer.decode, rows)) or prefill(lm, rows)
+    )
+    list(local(lm, max_new_tokens=2, batch_size=2)([({"role": "user", "content": "Iron?"},)]))
+    assert len(seen) == 1 and seen[0].endswith("<no thinking>")
 
 
 # ---- a model here ---------------------------------------------------------------------------------------------------

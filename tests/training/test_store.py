@@ -29,7 +29,7 @@ from cache2cache.models import LM
 from cache2cache.packing import dequantize, quantize
 from cache2cache.training import store as module
 from cache2cache.training.precompute import _typical
-from cache2cache.training.store import PROMPTS_PER_SHARD, Asked, Store, key_of
+from cache2cache.training.store import PROMPTS_PER_SHARD, Asked, Store, check_room, key_of
 from tiny import tiny_tokenizer
 from training.runs import lm_of
 
@@ -252,11 +252,17 @@ def test_nothing_is_written_on_a_full_disk(sharer: LM, tmp_path: Path, monkeypat
         return usage(0, 0, 10**9 + need - 1)
 
     monkeypatch.setattr(shutil, "disk_usage", disk)
-    with pytest.raises(C2CError, match=r"needs 0.0 GB and 1 GB of slack, .* has 1.0 GB free; make room or use int8"):
+    with pytest.raises(C2CError, match=r"need 0.0 GB and 1 GB of slack, 1.0 GB are free there; make room or use int8"):
         store.fill(sharer, PROMPTS)
     assert asked == [tmp_path] and not folder.exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10**9 + need))
+    second = Store(tmp_path / "second", sharer, "bfloat16")
+    with pytest.raises(C2CError, match=r"store, .*second need 0.0 GB and 1 GB of slack"):  # each alone would fit
+        check_room([(store, PROMPTS), (second, PROMPTS)], 2 * need)
+    with pytest.raises(C2CError, match=r"the 2 stores would need 0.0 GB, the limit is"):
+        check_room([(store, PROMPTS), (second, PROMPTS)], 2 * need - 1)
     store.fill(sharer, PROMPTS)
+    check_room([(store, PROMPTS), (second, PROMPTS)], need)
 
 
 # ---- stops and resumes ----------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from ..fuser.c2c import CHUNK, KINDS
 from ..kv import KV
 from ..pair import C2C, FusedCache, where_to_fuse
 from ..training.loop import Item
+from ..training.store import check_room
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -62,7 +63,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     settings |= {"data": data.record(), "closing": closing}
     about = runs.begin(setup, settings, "gates", [i.id for i in items])
     if store is not None:
-        store.check_room([i.prompt.sharers[0] for i in items], setup.max_bytes)
+        check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
     state = empty(fuser, len(items), closing)
     for start, batch in runs.batches(items, setup, state, "prompts"):
         prompts = [i.prompt for i in batch]

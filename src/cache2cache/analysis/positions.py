@@ -22,7 +22,7 @@ from ..pair import C2C, PromptIds
 from ..progress import Bar
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX
-from ..training.store import Store
+from ..training.store import Store, check_room
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -64,7 +64,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Seque
     about = runs.begin(setup, settings, "positions", ids)
     asked = encoded(pair, questions, data.prompt)
     if store is not None:
-        store.check_room([p.sharers[0] for _, _, p in asked], setup.max_bytes)
+        check_room([(store, [p.sharers[0] for _, _, p in asked])], setup.max_bytes)
     with Bar() as bar:
         row = bar.add_task("questions", total=len(asked))
         answers = answer(

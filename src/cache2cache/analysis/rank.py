@@ -20,6 +20,7 @@ from ..fuser.c2c import KINDS
 from ..kv import KV
 from ..oracle.rank import effective_rank, gram
 from ..pair import C2C, where_to_fuse
+from ..training.store import check_room
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -41,7 +42,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = ()) -> dict[str, Any
     items = runs.items_of(pair, examples)
     about = runs.begin(setup, {**settings, "data": data.record()}, "rank", [i.id for i in items])
     if store is not None:
-        store.check_room([i.prompt.sharers[0] for i in items], setup.max_bytes)
+        check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
     state = empty(pair)
     for _, batch in runs.batches(items, setup, state, "tokens of prompts"):
         prompts = [i.prompt for i in batch]

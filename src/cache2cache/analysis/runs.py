@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__
@@ -23,7 +23,7 @@ from ..evaluation.asking import PROMPTS, check_names, plain
 from ..evaluation.controls import sharer_cache
 from ..evaluation.run import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
-from ..files import replace_text, replacing
+from ..files import replace_text, replacing, save_tensors
 from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
 from ..progress import Bar
@@ -204,7 +204,7 @@ def batches(
 
 def _save(path: Path, state: dict[str, Tensor], done: int) -> None:
     with replacing(path) as partial:
-        save_file({**state, "done": torch.tensor(done)}, partial)
+        save_tensors({**state, "done": torch.tensor(done)}, partial)
 
 
 def _restore(path: Path, state: dict[str, Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,10 @@ def rewrite(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts, or requests to a server, at a time.")] = 8,
     temperature: Annotated[float, typer.Option(min=0, help="0 answers greedily.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="What a model here computes in.")] = "auto",
+    extra_body: Annotated[
+        str | None,
+        typer.Option(help='Of a served teacher: JSON that is added to each request, such as {"top_p": 0.8}.'),
+    ] = None,
 ) -> None:
     """Let a teacher answer a recipe's instruction rows. Run it again after an interruption: it goes on where it was."""
     from rich.console import Console
@@ -36,6 +41,12 @@ def rewrite(
     from cache2cache.training.recipe import read_recipe
 
     console = Console(stderr=True)
+    try:
+        more = json.loads(extra_body or "{}")
+    except ValueError:
+        more = None
+    if not isinstance(more, dict):
+        raise C2CError(f"--extra-body is {extra_body!r}; expected a JSON object in braces")
     seed = 0
     if recipe.name.endswith((".jsonl", ".jsonl.gz")):
         if settings:
@@ -55,10 +66,14 @@ def rewrite(
     if is_address(teacher):
         server = run.Server(teacher)
         name = model or server.model()
-        answers = run.served(server, name, max_new_tokens=max_new_tokens, parallel=batch_size, temperature=temperature)
+        answers = run.served(
+            server, name, max_new_tokens=max_new_tokens, parallel=batch_size, temperature=temperature, extra_body=more
+        )
     else:
         if model:
             raise C2CError("--model is for a served teacher; name the model here with --teacher")
+        if more:
+            raise C2CError("--extra-body is for a served teacher; a model here takes the other options")
         lm = load_lm(teacher, None, **({} if dtype == "auto" else {"dtype": dtype}))
         name = lm.name
         answers = run.local(lm, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)

@@ -31,7 +31,7 @@ from ..progress import Bar
 from ..response import Answering, chosen
 from ..training.data import Example, draw, examples, split
 from ..training.loop import response_ids
-from ..training.store import Store
+from ..training.store import Store, check_room
 from .asking import plain
 from .controls import fuse_others, next_rows, rows_of, sharer_cache
 from .run import claim, load_pair, open_store
@@ -141,7 +141,7 @@ def run(
     with Bar(console) as bar:
         scoring = bar.add_task("bits per byte", total=len(cases))
         if prefills:
-            prefills.check_room([c.prompt.sharers[0] for c in cases], max_bytes)
+            check_room([(prefills, [c.prompt.sharers[0] for c in cases])], max_bytes)
         scores = score_rows(
             pair, cases, output / "scores.jsonl", prefills, batch_size, lambda n: bar.advance(scoring, n)
         )

@@ -23,7 +23,7 @@ from ..models.load import LM
 from ..pair import C2C
 from ..tasks import OpenQuestion, Question
 from ..tasks.prompts import few_shot_prompt
-from ..training.store import Store
+from ..training.store import Store, check_room
 from .answers import GENERATION, LIKELIHOOD, WAYS, Answer, Key, drawn, read_answers
 from .asking import (
     FEW_SHOT,
@@ -356,7 +356,8 @@ def unchanged(answers: Sequence[Answer], units: Sequence[Unit]) -> dict[Key, Ans
 
 
 def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer], max_bytes: int) -> None:
-    """Refuse to start where a store would grow by more than `max_bytes`."""
+    """Refuse to start where the stores would grow by more than `max_bytes`."""
+    fills = []
     for j, store in enumerate(setup.stores):
         prompts = [
             c.whole.sharers[j]
@@ -365,7 +366,9 @@ def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer]
             for c in unit.cases
         ]
         if store is not None and prompts:
-            store.check_room(prompts, max_bytes)
+            fills.append((store, prompts))
+    if fills:
+        check_room(fills, max_bytes)
 
 
 # ---- the file of rows ------------------------------------------------------------------------------------------------

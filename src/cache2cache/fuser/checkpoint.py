@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..config import FuserConfig
 from ..errors import C2CError, short
-from ..files import replace_text, replacing
+from ..files import replace_text, replacing, save_tensors
 from . import make_fuser, published
 from .c2c import STATISTICS, C2CFuser
 
@@ -59,7 +59,7 @@ def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, trainin
         "training": training,
     }
     with replacing(folder / "fuser.safetensors") as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
         partial.chmod(0o644)  # safetensors lets only the owner read; a wheel or a shared folder is read by others
     replace_text(folder / "config.json", json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
 

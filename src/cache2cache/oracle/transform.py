@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ from ..decode import score
 from ..errors import C2CError
 from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
-from ..files import replacing
+from ..files import replacing, save_tensors
 from ..fuser import C2CFuser, RidgeFuser
 from ..fuser.c2c import KINDS, STATISTICS, StackedLinear
 from ..kv import CACHE, KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
@@ -176,7 +176,7 @@ def _save_training(
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata)
+        save_tensors(tensors, partial, metadata)
 
 
 @torch.no_grad()

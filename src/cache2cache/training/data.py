@@ -82,7 +82,7 @@ def examples(config: TrainConfig) -> list[Example]:
         C2CError: a source that is empty, unreadable or holds rows without a response (`DataSource.on_bad_rows`).
     """
     found = [e for index, source in enumerate(config.data) for e in draw(source, config.seed, config.data_dir, index)]
-    if len({e.id for e in found}) != len(found):
+    if len({(same_row(e.row), e.turn) for e in found}) != len(found):
         raise C2CError("two sources of the recipe give the same rows; name each source once")
     random.Random(config.seed).shuffle(found)
     return without_held_out(found)
@@ -91,7 +91,13 @@ def examples(config: TrainConfig) -> list[Example]:
 def without_held_out(found: Sequence[Example]) -> list[Example]:
     """The examples but those of rows in `HELD_OUT`."""
     dropped = {f"{source}:{row}" for source, rows in HELD_OUT.items() for row in rows}
-    return [e for e in found if e.row not in dropped]
+    return [e for e in found if same_row(e.row) not in dropped]
+
+
+def same_row(row: str) -> str:
+    """A row's id under the plainest name of its source, where it has several."""
+    source, _, number = row.rpartition(":")
+    return f"{source.removesuffix('-paper').removesuffix('/default')}:{number}"
 
 
 def draw(source: DataSource, seed: int, data_dir: Path | None, index: int = 0) -> list[Example]:
@@ -180,6 +186,12 @@ def question_example(task: str, question: Question) -> Example:
 
 def _questions(source: DataSource, data_dir: Path | None, index: int) -> list[list[Example]]:
     assert source.task is not None
+    if source.split in MEASURED and not source.task.endswith(".jsonl"):
+        warnings.warn(
+            f"{source.name} is trained on its split {source.split}, which fusers are measured on: no figure of this "
+            "one counts there",
+            stacklevel=2,
+        )
     made = (question_example(source.task, q) for q in load(source.task, source.split, data_dir))
     return [[replace(example, source=index)] for example in made]
 
@@ -207,6 +219,7 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
 
 
 LONGBENCH = "THUDM/LongBench/"
+MEASURED = ("validation", "test", "dev")
 
 
 def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int, where: str) -> list[Example]:

@@ -15,7 +15,7 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser.ridge import Pairs
 from ..pair import C2C
-from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, start_run, write_fuser
+from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, only_run, start_run, write_fuser
 from .store import Store
 
 
@@ -50,6 +50,19 @@ def fit(
     assert isinstance(fuser, Fitted)
     if not data.holdout:
         raise C2CError("a fitted fuser chooses its penalty on the hold-out, which is empty; set holdout in the recipe")
+    with only_run(config.output):
+        return _fit(pair, fuser, config, own, data, progress, receiver_store)
+
+
+def _fit(
+    pair: C2C,
+    fuser: Fitted,
+    config: TrainConfig,
+    own: Store | None,
+    data: Prepared,
+    progress: Callable[[int], None],
+    receiver_store: Store | None,
+) -> tuple[Path, list[dict[str, Any]]]:
     start_run(config)
     began = time.perf_counter()
 

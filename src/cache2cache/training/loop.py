@@ -9,10 +9,10 @@ Several processes (`torchrun`, `accelerate launch`) share every batch, and each 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -20,21 +20,22 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, tee
+from functools import cached_property, partial
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import remove_partials, replace_text
+from ..files import remove_partials, replace_text, replacing, save_state
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
@@ -137,11 +138,11 @@ def prepare(pair: Encoder, config: TrainConfig) -> Prepared:
 def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[Item | None, list[str]]:
     """An example as token ids within `max_tokens`, and the counters of `Prepared` that what was done to it falls under.
 
-    A response keeps its first `min_response_tokens` tokens, or all that it has; where the prompt leaves less room, the
-    oldest turns go if `truncate` says so, else the example.
+    A response keeps its first `min_response_tokens` tokens, or all that it has (all, where `too_long` says drop); where
+    the prompt leaves less room, the oldest turns go if `truncate` says so, else the example.
     """
     response = response_ids(pair.receiver.need_tokenizer(), example)
-    needed = min(config.min_response_tokens, len(response))
+    needed = len(response) if config.too_long == "drop" else min(config.min_response_tokens, len(response))
     changes: list[str] = []
     for messages in shortened(example.messages) if config.truncate == "oldest" else [example.messages]:
         try:
@@ -247,7 +248,13 @@ def receiver_prefill(pair: C2C, prompts: Sequence[PromptIds], store: Store | Non
     rows = [p.receiver for p in prompts]
     if store is None:
         return prefill_prompts(pair.receiver, rows, **passes(pair.receiver))
-    return prefilled(pair.receiver, rows, store.read(rows, [len(row) - 1 for row in rows], pair.receiver.dtype))
+    return prefilled(pair.receiver, rows, store.read(*what_receiver_read(pair, prompts)))
+
+
+def what_receiver_read(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
+    """What training reads of the receiver: all of a prompt but its last token, which the response begins behind."""
+    rows = [p.receiver for p in prompts]
+    return Asked(rows, [len(row) - 1 for row in rows], pair.receiver.dtype)
 
 
 def check_one_vocabulary(pair: C2C) -> None:
@@ -377,16 +384,18 @@ def weight_of(items: Sequence[Item], per: str) -> int:
 
 
 def optimizer_for(trained: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with decay on matrices only; a fuser's gates may have a rate of their own."""
+    """AdamW, its decay on matrices or on all parameters; a fuser's gates may have a rate of their own."""
     groups: dict[str, list[Tensor]] = {"matrices": [], "vectors": [], "gates": []}
     for name, parameter in trained.named_parameters():
         kind = "gates" if name.endswith("gate_logit") else "matrices" if name.endswith("weight") else "vectors"
         groups[kind].append(parameter)
+    others = config.weight_decay if config.decay == "all" else 0.0
+    gates = config.gate_learning_rate or config.learning_rate
     return torch.optim.AdamW(
         [
             {"params": groups["matrices"], "weight_decay": config.weight_decay, "lr": config.learning_rate},
-            {"params": groups["vectors"], "weight_decay": 0.0, "lr": config.learning_rate},
-            {"params": groups["gates"], "weight_decay": 0.0, "lr": config.gate_learning_rate or config.learning_rate},
+            {"params": groups["vectors"], "weight_decay": others, "lr": config.learning_rate},
+            {"params": groups["gates"], "weight_decay": others, "lr": gates},
         ]
     )
 
@@ -417,6 +426,10 @@ class Objective(nn.Module):
         """The loss () of a batch, and which examples' tokens were all greedy, (B,) bool, as `response_loss` gives."""
         raise NotImplementedError
 
+    def models(self) -> list[LM]:
+        """Whose weights a run goes on with."""
+        raise NotImplementedError
+
     def check(self, data: Prepared) -> None:
         """Raise a C2CError for what can't be trained on."""
 
@@ -434,9 +447,9 @@ class Objective(nn.Module):
         """What the log says of a step besides its loss."""
         return {}
 
-    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-        """The batches, while what the next ones need is fetched."""
-        return batches
+    def read_ahead(self, parts: Iterator[list[Item]]) -> Iterator[list[Item]]:
+        """The parts of batches that this process computes, while what the next ones need is fetched."""
+        return parts
 
     def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
         """Put what was trained into `folder` of the run, with what it was made from."""
@@ -495,10 +508,22 @@ class FuserObjective(Objective):
                     loss = loss + 0.0 * sum(p.sum() for p in fuser.parameters())
         return loss, greedy
 
+    def models(self) -> list[LM]:
+        return [self.pair.receiver, *self.pair.sharers]
+
     def check(self, data: Prepared) -> None:
+        items = [*data.train, *data.holdout]
+        places = [(self.receiver_store, [item.prompt.receiver for item in items])]
+        places += [(store, [item.prompt.sharers[j] for item in items]) for j, store in enumerate(self.stores)]
+        for store, prompts in places:
+            if store is not None and (missing := store.missing(prompts)):
+                raise C2CError(
+                    f"{len(missing)} of the recipe's prompts are not in the store {store.folder}; run c2c precompute "
+                    "with the same recipe, which computes what is missing"
+                )
         sharers = [j for j, sharer in enumerate(self.pair.sharers) if is_sharded(sharer) and self.stores[j] is None]
         receiver = is_sharded(self.pair.receiver) and self.receiver_store is None
-        for item in chain(data.train, data.holdout):
+        for item in items:
             short = receiver and len(item.prompt.receiver) < 2
             if short or any(not sharer_lengths([item.prompt], j)[0] for j in sharers):
                 raise C2CError(
@@ -550,14 +575,20 @@ class FuserObjective(Objective):
         weight = {"mean_weight": sum(totals) / sum(counts)} if sum(counts) else {}
         return {"gates_open": sum(int(fuser.open_gates.sum()) for fuser in self.fusers), **weight}
 
-    def read_ahead(self, batches: Iterator[list[Item]]) -> Iterator[list[Item]]:
-        stores = [store for store in self.stores if store is not None]
-        if not stores:
-            return batches
-        # All read ahead of the same batch: each has its turn when the last of them yields.
-        copies = zip(stores, tee(batches, len(stores)), strict=True)
-        turns = [store.ahead(copy, partial(self._asked, j)) for j, (store, copy) in enumerate(copies)]
-        return (batch for batch, *_ in zip(*turns, strict=True))
+    def read_ahead(self, parts: Iterator[list[Item]]) -> Iterator[list[Item]]:
+        reads: list[tuple[Store, Callable[[list[Item]], Asked]]]
+        reads = [(store, partial(self._asked, j)) for j, store in enumerate(self.stores) if store is not None]
+        if self.receiver_store is not None:
+            reads.append((self.receiver_store, self._asked_of_receiver))
+        if not reads:
+            return parts
+        # All read ahead of the same part: each has its turn when the last of them yields.
+        copies = zip(reads, tee(parts, len(reads)), strict=True)
+        turns = [store.ahead(copy, asked) for (store, asked), copy in copies]
+        return (part for part, *_ in zip(*turns, strict=True))
+
+    def _asked_of_receiver(self, part: Sequence[Item]) -> Asked:
+        return what_receiver_read(self.pair, [item.prompt for item in part])
 
     def _asked(self, j: int, batch: Sequence[Item]) -> Asked:
         return what_is_read(self.pair, [item.prompt for item in batch], self.distill > 0, j)
@@ -650,19 +681,23 @@ class Trainer:
             on_calibration: called with how many of how many prompts were read, before the first step of a new run.
 
         Raises:
-            C2CError: the output folder holds a run of another recipe; the loss is no number.
+            C2CError: the output folder holds a run of another recipe, or one that another process is at; the loss is
+                no number.
             KeyboardInterrupt: after a checkpoint was written.
         """
+        with only_run(self.output) if self.is_main else contextlib.nullcontext():
+            return self._run(on_step, on_calibration)
+
+    def _run(self, on_step: Callable[[dict[str, Any]], None], on_calibration: Callable[[int, int], None]) -> Path:
         self._start(on_calibration)
         interrupted = _Interruptions()
         began = time.perf_counter() - self.seconds
-        # Parts of batches are read as they come.
-        whole = self.config.accumulate == self.accelerator.num_processes == 1
-        remaining = self._remaining()
+        remaining, coming = tee(self._remaining())
+        parts = self.objective.read_ahead(part for batch in coming for part in self._computed(batch))
         heap.bound(HELD)
         with interrupted:
-            for batch in self.objective.read_ahead(remaining) if whole else remaining:
-                record = self._train_step(batch)
+            for batch in remaining:
+                record = self._train_step(batch, parts)
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
                     record |= self._evaluate()
@@ -682,16 +717,17 @@ class Trainer:
             tracker.finish()
         return self.save_trained()
 
-    def _train_step(self, batch: list[Item]) -> dict[str, Any]:
+    def _train_step(self, batch: list[Item], parts: Iterator[list[Item]]) -> dict[str, Any]:
         self.objective.set_progress(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(batch)
+        loss = self.backward(batch, islice(parts, self.config.accumulate))
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise C2CError(
-                f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.step + 1}; lower the learning "
-                f"rate; the last checkpoint is kept in {self.output}"
+                f"the loss is {loss.item()} and its gradient {norm.item()} at step {self.step + 1}; train again in "
+                f"another output with a lower learning rate; what was saved before stays in {self.output}"
             )
+        lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.step += 1
@@ -699,23 +735,33 @@ class Trainer:
             "step": self.step,
             "loss": loss.item(),
             "gradient": norm.item(),
-            "rate": self.scheduler.get_last_lr()[0],
+            "rate": lr,
             **self.objective.after_step(),
             "tokens": sum(item.length for item in batch),
         }
 
-    def backward(self, batch: list[Item]) -> Tensor:
-        """The loss of a batch, (), with its gradients put into what is trained: part by part, over all processes."""
+    def _parts(self, batch: list[Item]) -> list[list[Item]]:
+        """This process's share of a batch, in `accumulate` parts, some of which may be empty."""
+        processes = self.accelerator.num_processes
+        return parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
+
+    def _computed(self, batch: list[Item]) -> list[list[Item]]:
+        """What is computed of these parts: where one is empty, to take part in the sum over the processes, something
+        that then counts nothing."""
+        return [part or batch[:1] for part in self._parts(batch)]
+
+    def backward(self, batch: list[Item], computed: Iterable[list[Item]] | None = None) -> Tensor:
+        """The loss of a batch, (), with its gradients put into what is trained: part by part, over all processes.
+        `computed`: what is computed of the parts, where that is read ahead."""
         self.loss.train()
         processes, whole = self.accelerator.num_processes, weight_of(batch, self.config.loss)
-        parts = parts_of(batch, self.config.accumulate, self.accelerator.process_index, processes)
         loss = torch.zeros((), device=self.device)
-        for number, part in enumerate(parts, 1):
+        pairs = zip(self._parts(batch), self._computed(batch) if computed is None else computed, strict=True)
+        for number, (part, items) in enumerate(pairs, 1):
             share = weight_of(part, self.config.loss) / whole
-            alone = number < len(parts)  # DDP sums gradients over the processes behind the last part
+            alone = number < self.config.accumulate  # DDP sums gradients over the processes behind the last part
             with self.accelerator.no_sync(self.loss) if alone else contextlib.nullcontext():
-                # A process without a part of its own takes part in the sum with one that counts nothing.
-                value = self.loss(part or batch[:1], self.config.loss)[0] * share
+                value = self.loss(items, self.config.loss)[0] * share
                 (value * processes).backward()  # DDP takes the mean of the processes' gradients
             loss += value.detach()
         return self._sum(loss)
@@ -725,6 +771,11 @@ class Trainer:
         holdout, count = self.data.holdout, self.accelerator.num_processes
         sums = evaluate(self.objective, holdout, self.config.batch_size, self.accelerator.process_index, count)
         loss, exact = (self._sum(sums) / len(holdout)).tolist()
+        if not math.isfinite(loss):
+            raise C2CError(
+                f"the loss on the hold-out is {loss} at step {self.step}; train again in another output with a lower "
+                f"learning rate; what was saved before stays in {self.output}"
+            )
         self.last_evaluation = {"holdout_loss": loss, "holdout_exact": exact}
         if self.best is None or loss < self.best.evaluation["holdout_loss"]:
             kept = None
@@ -816,6 +867,14 @@ class Trainer:
         if self.config.trackers and not self.accelerator.trackers:
             self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.step + 1}})
 
+    @cached_property
+    def _data(self) -> str:
+        """A hash of all that is trained on and watched."""
+        digest = hashlib.sha256()
+        for item in (*self.data.train, *self.data.holdout):
+            digest.update(repr((item.id, item.prompt.receiver, item.prompt.sharers, item.response)).encode())
+        return digest.hexdigest()
+
     def save_checkpoint(self) -> None:
         """Everything that goes on with the run, put in place whole: a kill leaves the old or the new one."""
         rng = gather_object([_rng(self.device)])
@@ -828,13 +887,13 @@ class Trainer:
             "rng": rng,
             "step": self.step,
             "seconds": self.seconds,
-            "items": [item.id for item in self.data.train],
+            "data": self._data,
+            "models": [lm.fingerprint for lm in self.objective.models()],
             "evaluation": self.last_evaluation,
             "best": None if self.best is None else vars(self.best),
         }
-        partial = self.output / ".checkpoint.pt"  # one that a kill left is overwritten
-        torch.save(state, partial)
-        os.replace(partial, self.output / "checkpoint.pt")
+        with replacing(self.output / "checkpoint.pt") as partial:
+            save_state(state, partial)
 
     def _resume(self) -> None:
         path = self.output / "checkpoint.pt"
@@ -842,11 +901,13 @@ class Trainer:
             return
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            items, processes = state["items"], len(state["rng"])
+            data, models, processes = state["data"], state["models"], len(state["rng"])
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
-        if items != [item.id for item in self.data.train]:
+        if data != self._data:
             raise C2CError(f"the data of the run in {self.output} has changed; choose another output, or remove it")
+        if models != [lm.fingerprint for lm in self.objective.models()]:
+            raise C2CError(f"the models of the run in {self.output} have changed; choose another output, or remove it")
         if processes != self.accelerator.num_processes:
             raise C2CError(
                 f"the run in {self.output} has {processes} processes, {self.accelerator.num_processes} were started; "
@@ -914,6 +975,24 @@ def _set_rng(states: list[Tensor], device: torch.device) -> None:
 def recipe_of(config: TrainConfig) -> dict[str, Any]:
     """What makes a run: the recipe without the places of its files and who watches."""
     return config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
+
+
+@contextlib.contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Hold a run's folder: a second process that trains in it is refused. The system's lock goes with its holder,
+    however that ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise C2CError(f"another process trains in {output}; wait for it, or choose another output") from error
+    except NotImplementedError:  # a file system without locks
+        warnings.warn(f"{output} can't be locked; see to it that no other process trains in it", stacklevel=2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def start_run(config: TrainConfig) -> bool:

@@ -17,7 +17,7 @@ from ..packing import dequantize, quantize
 from ..pair import C2C
 from ..progress import Bar
 from .loop import prepare
-from .store import Store
+from .store import Store, check_room
 
 
 def precompute(
@@ -44,6 +44,14 @@ def precompute(
         own = Store(config.receiver_store, pair.receiver, precision)
         work.append((own, pair.receiver, [list(p.receiver) for p in prompts]))
     for place, lm, rows in work:
+        todo = place.missing(rows)
+        console.print(
+            f"{lm.name}: {len(todo)} prompts to be computed, {sum(map(len, todo)):,} tokens, "
+            f"{place.estimate(rows) / 1e9:.2f} GB as {place.config['precision']} of {place.free() / 1e9:.0f} GB free"
+        )
+    if not dry_run:
+        check_room([(place, rows) for place, _, rows in work], max_bytes)  # of all of them before any work
+    for place, lm, rows in work:
         _fill(console, place, lm, rows, max_bytes=max_bytes, batch_tokens=batch_tokens, dry_run=dry_run)
 
 
@@ -57,21 +65,14 @@ def _fill(
     batch_tokens: int,
     dry_run: bool,
 ) -> None:
-    """Say what is missing of a model's store, its size and its time, and unless it is a dry run compute it."""
+    """Say how long what is missing of a model's store will take, and unless it is a dry run compute it."""
     todo = store.missing(prompts)
     tokens = sum(map(len, todo))
-    precision = store.config["precision"]
-    console.print(
-        f"{lm.name}: {len(todo)} prompts to be computed, {tokens:,} tokens, {store.estimate(prompts) / 1e9:.2f} GB as "
-        f"{precision} of {store.free() / 1e9:.0f} GB free"
-    )
     if todo:
-        if not dry_run:
-            store.check_room(prompts, max_bytes)  # before any work
         pack(lm)
         speed, error = _probe(lm, todo, batch_tokens)
         console.print(
-            f"about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
+            f"{lm.name}: about {tokens / speed / 60:.0f} min at {speed:.0f} tokens/s; relative error of int8 against "
             f"{lm.dtype}: {error:.4f}"
         )
     if dry_run:

@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from .data import Example, Messages
 
 KEY_VARIABLE = "C2C_TEACHER_KEY"
 STOP_AFTER = 20  # failures in a row: then it is the teacher and not the rows
+THINKING_OFF = {"enable_thinking": False}  # for chat templates, as in the prompts that are trained on
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _OF_THE_ROW = (400, 413, 422)
 
@@ -41,6 +42,10 @@ class Response:
 
     text: str
     ends: bool
+
+
+class TooLong(C2CError):
+    """A prompt that the teacher has no room for: the row's fault, which says nothing of the next one."""
 
 
 Answers: TypeAlias = Iterator[tuple[int, Response | C2CError]]
@@ -76,7 +81,8 @@ def rewrite(
         progress: called with how many examples have a row, and how many have failed.
 
     Raises:
-        C2CError: the file holds something else; another run writes it; the teacher fails 20 times in a row.
+        C2CError: the file holds something else; another run writes it; the teacher fails 20 times in a row, prompts
+            too long for it not counted.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -100,7 +106,7 @@ def _rewrite(
             example = todo[index]
             if isinstance(answer, C2CError):
                 failed.append(f"{example.id}: {answer}")
-                in_a_row += 1
+                in_a_row += not isinstance(answer, TooLong)
                 if in_a_row == STOP_AFTER:
                     raise C2CError(
                         f"{in_a_row} rows failed one after the other, the last one {failed[-1]}; {before + written} of "
@@ -167,10 +173,14 @@ def local(lm: LM, *, max_new_tokens: int, batch_size: int, temperature: float = 
         rows: list[tuple[int, list[int]]] = []
         for index, chat in enumerate(chats):
             try:
-                ids = render(tokenizer, list(chat)).ids
-                check_room(lm, len(ids), max_new_tokens)
+                ids = render(tokenizer, list(chat), chat_template_kwargs=THINKING_OFF).ids
             except C2CError as error:
                 yield index, error
+                continue
+            try:
+                check_room(lm, len(ids), max_new_tokens)
+            except C2CError as error:
+                yield index, TooLong(str(error))
             else:
                 rows.append((index, ids))
         rows.sort(key=lambda row: len(row[1]), reverse=True)  # what doesn't fit the memory fails at once
@@ -283,8 +293,16 @@ def _seconds(text: str) -> float:
     return float(text) if text.isascii() and text.isdigit() else 0.0
 
 
-def served(server: Server, model: str, *, max_new_tokens: int, parallel: int, temperature: float = 0.0) -> Teacher:
-    """A served model answers, that many requests at a time."""
+def served(
+    server: Server,
+    model: str,
+    *,
+    max_new_tokens: int,
+    parallel: int,
+    temperature: float = 0.0,
+    extra_body: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """A served model answers, that many requests at a time; `extra_body` is added to each."""
 
     def one(chat: Messages) -> Response | C2CError:
         asked = {
@@ -292,6 +310,7 @@ def served(server: Server, model: str, *, max_new_tokens: int, parallel: int, te
             "messages": [dict(m) for m in chat],
             "max_tokens": max_new_tokens,
             "temperature": temperature,
+            **(extra_body or {}),
         }
         try:
             answer = server.ask("POST", "/chat/completions", asked)

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..alignment.chat import render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
+from ..files import save_tensors
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
 from .loop import Item, Objective, Prepared, recipe_of, targets, write_ids
@@ -83,6 +83,9 @@ class SingleObjective(Objective):
             dropout.train(mode)
         return self
 
+    def models(self) -> list[LM]:
+        return [self.receiver]
+
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         return single_loss(self.adapted[0], self.receiver, items, per)
 
@@ -107,7 +110,7 @@ class SingleObjective(Objective):
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
         tensors = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in state.items()}
         with tempfile.TemporaryDirectory(dir=config.output, prefix=".adapter.") as partial:
-            save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_tensors(tensors, Path(partial) / "adapter_model.safetensors", {"format": "pt"})
             model.peft_config["default"].save_pretrained(partial)
             (Path(partial) / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             for path in sorted(Path(partial).iterdir()):

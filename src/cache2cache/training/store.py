@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 import time
@@ -33,10 +32,10 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import C2CError
+from ..files import save_tensors
 from ..kv import KV, pad_left, prefill, read_start
 from ..models.load import LM
 from ..packing import dequantize, quantize
@@ -286,23 +285,19 @@ class Store:
         extra = 8 * self.bytes_per_token * len(todo) if self.config["precision"] == "int8" else 0  # low and scale
         return sum(map(len, todo)) * self.bytes_per_token + extra
 
+    @property
+    def _place(self) -> Path:
+        """The store's folder, or the first above it that exists."""
+        return next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+
+    @property
+    def disk(self) -> int:
+        """The number of the device that the store is or will be on."""
+        return self._place.stat().st_dev
+
     def free(self) -> int:
         """Bytes free on the disk of the store, which need not exist yet."""
-        return shutil.disk_usage(next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())).free
-
-    def check_room(self, prompts: Sequence[Sequence[int]], max_bytes: int) -> None:
-        """Refuse to fill in these prompts where that would take more than `max_bytes` or more than the disk has."""
-        need, free = self.estimate(prompts), self.free()
-        if need > max_bytes:
-            raise C2CError(
-                f"the store would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
-                "prompts, int8, or a higher limit"
-            )
-        if need > free - 10**9:
-            raise C2CError(
-                f"the store needs {need / 1e9:.1f} GB and 1 GB of slack, {self.folder} has {free / 1e9:.1f} GB free; "
-                "make room or use int8"
-            )
+        return shutil.disk_usage(self._place).free
 
     def fill(
         self,
@@ -328,7 +323,7 @@ class Store:
         Raises:
             C2CError: too little room, before or while writing; a sharer that computes in another type than before.
         """
-        self.check_room(prompts, max_bytes)
+        check_room([(self, prompts)], max_bytes)
         with self._room():
             self._begin(sharer)
             order = [group for group in self._groups(prompts) if self.missing(group)]
@@ -446,13 +441,33 @@ class Store:
         try:
             # One value: safetensors writes several in any order, and equal shards are to be equal files.
             about = {"sharer": self.config["sharer"]["fingerprint"], "prompts": entries}
-            _save(tensors, partial, {"index": json.dumps(about)})
+            save_tensors(tensors, partial, {"index": json.dumps(about)})
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
+
+
+def check_room(fills: Sequence[tuple[Store, Sequence[Sequence[int]]]], max_bytes: int) -> None:
+    """Refuse to fill in prompts, of one store or several, where that would take more than `max_bytes` together, or
+    more than a disk has."""
+    needs = [(store, store.estimate(prompts)) for store, prompts in fills]
+    what = "the store" if len(fills) == 1 else f"the {len(fills)} stores"
+    if (need := sum(size for _, size in needs)) > max_bytes:
+        raise C2CError(
+            f"{what} would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer prompts, "
+            "int8, or a higher limit"
+        )
+    for disk in {store.disk for store, _ in needs}:
+        there = [(store, size) for store, size in needs if store.disk == disk]
+        need, free = sum(size for _, size in there), there[0][0].free()
+        if need and need > free - 10**9:
+            raise C2CError(
+                f"{', '.join(str(store.folder) for store, _ in there)} need {need / 1e9:.1f} GB and 1 GB of slack, "
+                f"{free / 1e9:.1f} GB are free there; make room or use int8"
+            )
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -463,17 +478,6 @@ def _take_one_thread() -> None:
     """Let torch use one thread for what this thread computes."""
     torch.get_num_threads()  # a thread's first look takes the number last set anywhere, which shall not come later
     torch.set_num_threads(1)
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """`save_file`, with errors of the system as OSError: safetensors names their number in words only."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager
