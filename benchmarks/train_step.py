@@ -149,8 +149,8 @@ def bench(pair: C2C, config: TrainConfig, options: argparse.Namespace) -> dict[s
         trainer.objective.train()
 
         def run() -> None:
-            for batch in trainer.objective.read_ahead(iter([items] * count)):
-                trainer._train_step(batch)
+            for part in trainer.objective.read_ahead(iter([items] * count)):
+                trainer._train_step(items, [part])
 
         def first() -> None:
             if name in peaks:

@@ -153,7 +153,7 @@ def test_from_end_to_end(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "16 examples, 6 held out, 0 too long, 12 steps" in printed.err.replace("\n", " ")
     assert "step 12: hold-out loss " in printed.err
     assert sorted(files(tmp_path / "run")) == sorted(
-        ["checkpoint.pt", "log.jsonl", "recipe.json"]
+        [".lock", "checkpoint.pt", "log.jsonl", "recipe.json"]
         + [f"fuser/{name}" for name in ("config.json", "fuser.safetensors", "training_ids.txt")]
     )
     assert C2C.from_pretrained(fuser).chat([{"role": "user", "content": "What is it?"}], max_new_tokens=3)
@@ -260,16 +260,16 @@ def test_ctrl_c_during_training(
 ) -> None:
     step = Trainer._train_step
 
-    def stop(self: Trainer, batch: Any) -> dict[str, Any]:
+    def stop(self: Trainer, *batch: Any) -> dict[str, Any]:
         if self.step == 4:
             os.kill(os.getpid(), 2)
-        return step(self, batch)
+        return step(self, *batch)
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_train_step", stop)
         assert c2c("train", recipe, "--live") == 130
     assert capsys.readouterr().err.rstrip().endswith("interrupted")
-    assert sorted(files(tmp_path / "run")) == ["checkpoint.pt", "log.jsonl", "recipe.json"]
+    assert sorted(files(tmp_path / "run")) == [".lock", "checkpoint.pt", "log.jsonl", "recipe.json"]
     assert c2c("train", recipe, "--live") == 0
     assert files(tmp_path / "run")["fuser/fuser.safetensors"] == files(trained)["fuser/fuser.safetensors"]
 
@@ -322,7 +322,7 @@ def test_bad_stores(recipe: Path, models: Path, tmp_path: Path, refused: Refused
     more = {"instruction": "What is not in the store?", "response": "This."}
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps(more) + "\n")
-    assert "is not in the store" in refused("train", recipe, "--output", tmp_path / "more")
+    assert "lacks 1 of the recipe's" in refused("train", recipe, "--output", tmp_path / "more")
     shutil.rmtree(tmp_path / "more", ignore_errors=True)
     (shard,) = (tmp_path / "store").glob("shard-*")
     shard.write_bytes(shard.read_bytes()[:-9])

@@ -77,7 +77,7 @@ def test_interrupted_or_empty(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fit(pair, config, None, data, stop)
-    assert [p.name for p in (tmp_path / "run").iterdir()] == ["recipe.json"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [".lock", "recipe.json"]
     assert not pair.fusers[0].open_gates.any()  # as it was
     folder, _ = fit(pair, config, None, data)
     assert (folder / "training_ids.txt").exists()

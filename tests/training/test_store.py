@@ -276,7 +276,7 @@ from training.runs import lm_of
 from training.test_store import PROMPTS
 
 written = 0
-def save_file(tensors, path, metadata, original=module.save_file):
+def save_tensors(tensors, path, metadata, original=module.save_tensors):
     global written
     if written == 2:
         Path(path).write_bytes(b"half a shard")
@@ -284,7 +284,7 @@ def save_file(tensors, path, metadata, original=module.save_file):
     original(tensors, path, metadata)
     written += 1
 
-module.save_file = save_file
+module.save_tensors = save_tensors
 module.PROMPTS_PER_SHARD = 3
 sharer = lm_of("qwen3")
 module.Store(sys.argv[2], sharer, "bfloat16").fill(sharer, PROMPTS, batch_tokens=1)
@@ -327,7 +327,7 @@ def test_a_killed_fill_goes_on_where_it_was(sharer: LM, tmp_path: Path, monkeypa
     assert not stale.exists()
 
 
-@pytest.mark.parametrize("broken", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("broken", ["save_tensors", "fsync", "replace"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
 def test_a_disk_that_gets_full_leaves_whole_shards(
     sharer: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, number: int
@@ -336,14 +336,14 @@ def test_a_disk_that_gets_full_leaves_whole_shards(
     monkeypatch.setattr(module, "PROMPTS_PER_SHARD", 3)
     store = Store(tmp_path, sharer, "bfloat16")
     store.fill(sharer, PROMPTS[:0])  # store.json is there
-    owner = module if broken == "save_file" else os
+    owner = module if broken == "save_tensors" else os
     works, calls = getattr(owner, broken), []
 
     def fails(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) < 3:
             return works(*arguments, **named)
-        if broken == "save_file":
+        if broken == "save_tensors":
             arguments[1].write_bytes(b"half")
         raise OSError(number, os.strerror(number))
 

@@ -518,8 +518,8 @@ class FuserObjective(Objective):
         for store, prompts in places:
             if store is not None and (missing := store.missing(prompts)):
                 raise C2CError(
-                    f"{len(missing)} of the recipe's prompts are not in the store {store.folder}; run c2c precompute "
-                    "with the same recipe, which computes what is missing"
+                    f"the store {store.folder} lacks {len(missing)} of the recipe's {len(prompts)} prompts; run c2c "
+                    "precompute with the same recipe, which computes what is missing"
                 )
         sharers = [j for j, sharer in enumerate(self.pair.sharers) if is_sharded(sharer) and self.stores[j] is None]
         receiver = is_sharded(self.pair.receiver) and self.receiver_store is None
@@ -697,7 +697,7 @@ class Trainer:
         heap.bound(HELD)
         with interrupted:
             for batch in remaining:
-                record = self._train_step(batch, parts)
+                record = self._train_step(batch, islice(parts, self.config.accumulate))
                 self.seconds = time.perf_counter() - began
                 if self.data.holdout and (self.step % self.config.evaluate_every == 0 or self.step == self.steps):
                     record |= self._evaluate()
@@ -717,10 +717,10 @@ class Trainer:
             tracker.finish()
         return self.save_trained()
 
-    def _train_step(self, batch: list[Item], parts: Iterator[list[Item]]) -> dict[str, Any]:
+    def _train_step(self, batch: list[Item], computed: Iterable[list[Item]] | None = None) -> dict[str, Any]:
         self.objective.set_progress(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(batch, islice(parts, self.config.accumulate))
+        loss = self.backward(batch, computed)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise C2CError(
