@@ -200,14 +200,16 @@ def ask(
     command(*words)
 
 
-def ask_alone(options: argparse.Namespace, slots: Semaphore) -> dict[str, Any]:
-    """What receiver and sharer answer."""
+def ask_alone(options: argparse.Namespace, slots: Semaphore, filling: bool) -> dict[str, Any]:
+    """What receiver and sharer answer. `filling`: others will be asked, for whom this fills the store here, whatever is
+    known already."""
     said = Path(options.results) / "alone.json"
-    if not said.exists():
+    if not said.exists() or (filling and options.store):
         into = options.output / "alone"
         with slots:
             ask(options, into, [options.fuser], ["receiver", "sharer"], stored=True, unused=False)
-        write(said, answers(into))
+        if not said.exists():
+            write(said, answers(into))
     found: dict[str, Any] = json.loads(said.read_text())
     return found
 
@@ -313,7 +315,7 @@ def main() -> None:
     try:
         slots = Semaphore(options.jobs)
         with ThreadPoolExecutor(1 + len(runs)) as pool:
-            base = pool.submit(ask_alone, options, slots)
+            base = pool.submit(ask_alone, options, slots, not all(run.said.exists() for run in runs))
             jobs = [(run, pool.submit(run.work, base, slots)) for run in runs]
             for run, job in jobs:
                 found = job.result()
