@@ -12,8 +12,8 @@ What a run came to, a small file each, goes to `--results`: whoever has these ne
 
 Printed, and written to `methods.md` there, per method the mean over its seeds: steps, the minutes that they took, loss
 and exact answers on the hold-out, accuracy with the sharer's caches and with those of another question, the share of
-the gap between receiver and sharer that is recovered, and the difference to the first method, in points, with its 95%
-interval over questions drawn anew.
+the gap between receiver and sharer that is recovered, and the differences to the first method and to the sharer, in
+points, with their 95% intervals over questions drawn anew.
 """
 
 from __future__ import annotations
@@ -116,14 +116,21 @@ class Run:
     def work(self, base: Future[dict[str, Any]], slots: Semaphore) -> dict[str, Any]:
         """Train and ask, as far as that isn't done; what came out. `base`: asking the models alone, which fills the
         store of the questions. `slots`: as many as may compute at a time; none is held while that is waited for."""
+        if self.said.exists():
+            return self.read(base)
         with slots:
-            if not self.trained.exists() and not self.said.exists():
+            if not self.trained.exists():
                 self.train(self.folder, self.settings(self.steps()))
             if base.done():
                 self.ask()
         base.result()
-        with slots:
-            self.ask()
+        if not self.said.exists():
+            with slots:
+                self.ask()
+        return self.read(base)
+
+    def read(self, base: Future[dict[str, Any]]) -> dict[str, Any]:
+        """What came out, if it is of these settings and questions."""
         found: dict[str, Any] = json.loads(self.said.read_text())
         steps = found["steps"] if self.options.steps is None and "steps" in found else self.options.steps
         if found["settings"] != self.settings(steps) or found["answers"].keys() != base.result()["answers"].keys():
@@ -132,8 +139,6 @@ class Run:
 
     def ask(self) -> None:
         """Ask what was trained, and note what came out."""
-        if self.said.exists():
-            return
         asked, alone = self.folder / "evaluation", self.name == "single"
         who = [self.options.fuser, "--single", self.trained] if alone else [self.trained]
         stored = self.name not in ("single", "identical")
@@ -240,14 +245,16 @@ def accuracy(found: dict[str, Any], method: str) -> float:
     return mean(100 * mean(rows.values()) for rows in rights(found, method))
 
 
-def difference(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
-    """In points, the mean over the seeds, the questions being the same, with its 95% interval."""
+def difference(ours: Sequence[list[dict[str, bool]]], theirs: Sequence[list[dict[str, bool]]]) -> str:
+    """Between the `rights` of runs, in points, the mean over the seeds, the questions being the same, with its 95%
+    interval."""
+    if len({tuple(tuple(rows) for rows in run) for run in (*ours, *theirs)}) > 1:
+        raise C2CError("these runs were not asked the same questions; choose another --results")
 
-    def scores(results: Sequence[dict[str, Any]]) -> list[np.ndarray]:
-        per_run = [rights(one, asked_as(one)) for one in results]
-        if len({tuple(tuple(rows) for rows in run) for run in per_run}) > 1:
-            raise C2CError("these runs were not asked the same questions; choose another --results")
-        return [np.mean([list(run[k].values()) for run in per_run], axis=0) for k in range(len(per_run[0]))]
+    def scores(runs: Sequence[list[dict[str, bool]]]) -> list[np.ndarray]:
+        return [
+            np.mean([list(rows.values()) for rows in runs_of_set], axis=0) for runs_of_set in zip(*runs, strict=True)
+        ]
 
     points = [100 * (a - b) for a, b in zip(scores(ours), scores(theirs), strict=True)]
     ends = np.cumsum([0, *map(len, points)])
@@ -265,16 +272,18 @@ def asked_as(found: dict[str, Any]) -> str:
     return "single" if all("single" in methods for methods in found["answers"].values()) else "c2c"
 
 
-def table(runs: Sequence[tuple[str, dict[str, Any]]], receiver: float, sharer: float) -> str:
+def table(runs: Sequence[tuple[str, dict[str, Any]]], alone: dict[str, Any]) -> str:
     """Markdown: a row per method, means over its seeds and, of several, the least and the highest accuracy."""
     names = list(dict.fromkeys(name for name, _ in runs))
     head = ["method", "seeds", "steps", "minutes", "hold-out loss", "exact", "right", "of the gap", "other's caches"]
-    head += [f"right, less {names[0]}"]
+    head += [f"right, less {names[0]}", "less the sharer"]
     lines = [head, ["---"] * len(head)]
-    first = [result for name, result in runs if name == names[0]]
+    receiver, sharer = (accuracy(alone, who) for who in ("receiver", "sharer"))
+    first = [rights(result, asked_as(result)) for name, result in runs if name == names[0]]
     for name in names:
         found = [result for other, result in runs if other == name]
         right = [accuracy(one, asked_as(one)) for one in found]
+        mine = [rights(one, asked_as(one)) for one in found]
 
         def average(key: str, digits: int, scale: float = 1.0, found: list[dict[str, Any]] = found) -> str:
             known = [scale * one[key] for one in found if one.get(key) is not None]
@@ -287,7 +296,7 @@ def table(runs: Sequence[tuple[str, dict[str, Any]]], receiver: float, sharer: f
             [
                 name, str(len(found)), average("steps", 0), average("seconds", 1, 1 / 60), average("holdout_loss", 3),
                 average("holdout_exact", 1, 100), f"{mean(right):.1f}{spread}", gap, other,
-                difference(found, first) if name != names[0] else "",
+                difference(mine, first) if name != names[0] else "", difference(mine, [rights(alone, "sharer")]),
             ]
         )  # fmt: skip
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -321,9 +330,10 @@ def main() -> None:
                 found = job.result()
                 right = accuracy(found, asked_as(found))
                 print(f"{run.name}, seed {run.seed}: {right:.1f}% right", file=sys.stderr, flush=True)
-        receiver, sharer = (accuracy(base.result(), who) for who in ("receiver", "sharer"))
+        alone = base.result()
+        receiver, sharer = (accuracy(alone, who) for who in ("receiver", "sharer"))
         made = f"Receiver {receiver:.1f}%, sharer {sharer:.1f}% of {', '.join(options.tasks)}.\n\n"
-        made += table([(run.name, job.result()) for run, job in jobs], receiver, sharer)
+        made += table([(run.name, job.result()) for run, job in jobs], alone)
     except C2CError as error:
         sys.exit(f"methods.py: {error}")
     replace_text(options.results / "methods.md", made)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from .errors import C2CError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +27,23 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def holding(lock: Path, taken: str) -> Iterator[None]:
+    """Hold a lock of the system's, which goes with its holder, however that ends; a C2CError that says `taken` where
+    another process has it."""
+    held = FileLock(lock, timeout=0)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise C2CError(taken) from error
+    except NotImplementedError:  # what filelock raises on a file system without locks
+        warnings.warn(f"{lock} can't be locked; see to it that no other process does the same", stacklevel=2)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import decode, response
-from .alignment.chat import Rendered, render
+from .alignment.chat import NO_THINKING, Rendered, render
 from .alignment.positions import Positions, content_tokens, fusable
 from .alignment.published import Aligned, Strategy, align
 from .alignment.tokens import span_map
@@ -148,7 +148,7 @@ class C2C:
                     )
                 fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))
         self.mode = _checked(mode)
-        self.chat_template_kwargs = {"enable_thinking": False, **(chat_template_kwargs or {})}
+        self.chat_template_kwargs = {**NO_THINKING, **(chat_template_kwargs or {})}
 
     @classmethod
     def from_models(

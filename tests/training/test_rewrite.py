@@ -390,8 +390,10 @@ def test_rows_from_a_server_by_the_command(tmp_path: Path, capsys: pytest.Captur
     packed = tmp_path / "rows.jsonl.gz"
     packed.write_bytes(gzip.compress(write_rows(tmp_path / "rows.jsonl", 5).read_bytes()))
     bad = {f"What is {n} of {'water and ' * (n % 3)}iron?": [(400, b"no")] * 9 for n in range(5)}
-    with openai() as (url, _):
-        assert c2c("rewrite", packed, tmp_path / "out.jsonl", "--teacher", url) == 0
+    with openai() as (url, seen):
+        more = ("--extra-body", '{"top_k": 2}')
+        assert c2c("rewrite", packed, tmp_path / "out.jsonl", "--teacher", url, *more) == 0
+        assert sum(request.get("top_k") == 2 for request in seen) == 5
         assert "5 rows written, 0 were there, 0 failed" in capsys.readouterr().err
         (row, *_more) = rows_of(tmp_path / "out.jsonl")
         assert row["teacher"] == "m" and row["messages"][-1]["content"] == row["messages"][0]["content"].upper()
@@ -409,6 +411,9 @@ def test_what_cannot_be_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[
         ((rows, rows, "--teacher", "x"), "is what would be rewritten"),
         ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--set", "seed=1"), "--set goes over a recipe"),
         ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--model", "y"), "--model is for a served teacher"),
+        ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--extra-body", "{"), "expected a JSON object in braces"),
+        ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--extra-body", "[1]"), "expected a JSON object in braces"),
+        ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--extra-body", '{"top_k": 2}'), "is for a served teacher"),
     ):
         assert c2c("rewrite", *command) == 1
         assert words in capsys.readouterr().err

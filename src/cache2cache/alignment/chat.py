@@ -69,6 +69,9 @@ class _Turn:
     parts: tuple[tuple[int | None, str], ...]
 
 
+NO_THINKING = {"enable_thinking": False}  # for chat templates, those that know of it
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Mapping[str, str]],

@@ -367,8 +367,7 @@ def check_stores(setup: Setup, units: Sequence[Unit], have: Mapping[Key, Answer]
         ]
         if store is not None and prompts:
             fills.append((store, prompts))
-    if fills:
-        check_room(fills, max_bytes)
+    check_room(fills, max_bytes)
 
 
 # ---- the file of rows ------------------------------------------------------------------------------------------------

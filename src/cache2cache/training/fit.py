@@ -51,28 +51,16 @@ def fit(
     if not data.holdout:
         raise C2CError("a fitted fuser chooses its penalty on the hold-out, which is empty; set holdout in the recipe")
     with only_run(config.output):
-        return _fit(pair, fuser, config, own, data, progress, receiver_store)
+        start_run(config)
+        began = time.perf_counter()
 
+        def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
+            parts = in_pieces(items)
+            for part, inputs in zip(parts, fused_inputs(pair, parts, own, receiver_store), strict=True):
+                yield inputs
+                progress(len(part))
 
-def _fit(
-    pair: C2C,
-    fuser: Fitted,
-    config: TrainConfig,
-    own: Store | None,
-    data: Prepared,
-    progress: Callable[[int], None],
-    receiver_store: Store | None,
-) -> tuple[Path, list[dict[str, Any]]]:
-    start_run(config)
-    began = time.perf_counter()
-
-    def pieces(items: list[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-        parts = in_pieces(items)
-        for part, inputs in zip(parts, fused_inputs(pair, parts, own, receiver_store), strict=True):
-            yield inputs
-            progress(len(part))
-
-    rows = fuser.fit(pieces(data.train), pieces(data.holdout))
-    replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    measured = {"seconds": round(time.perf_counter() - began, 1), "r2": sum(row["r2"] for row in rows) / len(rows)}  # type: ignore[misc]
-    return write_fuser(pair, config, data, measured), rows
+        rows = fuser.fit(pieces(data.train), pieces(data.holdout))
+        replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        measured = {"seconds": round(time.perf_counter() - began, 1), "r2": sum(row["r2"] for row in rows) / len(rows)}  # type: ignore[misc]
+        return write_fuser(pair, config, data, measured), rows

@@ -28,14 +28,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import remove_partials, replace_text, replacing, save_state
+from ..files import holding, remove_partials, replace_text, replacing, save_state
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
@@ -977,22 +976,10 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
 
 
-@contextlib.contextmanager
-def only_run(output: Path) -> Iterator[None]:
-    """Hold a run's folder: a second process that trains in it is refused. The system's lock goes with its holder,
-    however that ends."""
+def only_run(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Hold a run's folder: a second process that trains in it is refused."""
     output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise C2CError(f"another process trains in {output}; wait for it, or choose another output") from error
-    except NotImplementedError:  # a file system without locks
-        warnings.warn(f"{output} can't be locked; see to it that no other process trains in it", stacklevel=2)
-    try:
-        yield
-    finally:
-        lock.release()
+    return holding(output / ".lock", f"another process trains in {output}; wait for it, or choose another output")
 
 
 def start_run(config: TrainConfig) -> bool:

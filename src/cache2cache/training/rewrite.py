@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from filelock import FileLock, Timeout
-
-from ..alignment.chat import render
+from ..alignment.chat import NO_THINKING, render
 from ..decode import check_room, generate
 from ..errors import C2CError
+from ..files import holding
 from ..kv import prefill_prompts
 from ..models.load import LM
 from ..web import MAX_ANSWER, MAX_ERROR, connected, headers, words
@@ -31,7 +30,6 @@ from .data import Example, Messages
 
 KEY_VARIABLE = "C2C_TEACHER_KEY"
 STOP_AFTER = 20  # failures in a row: then it is the teacher and not the rows
-THINKING_OFF = {"enable_thinking": False}  # for chat templates, as in the prompts that are trained on
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _OF_THE_ROW = (400, 413, 422)
 
@@ -85,11 +83,9 @@ def rewrite(
             too long for it not counted.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output.with_name(f".{output.name}.lock"), timeout=0):
-            return _rewrite(found, output, name, teacher, progress)
-    except Timeout as error:
-        raise C2CError(f"another run is writing {output}; wait for it, or choose another file") from error
+    taken = f"another run is writing {output}; wait for it, or choose another file"
+    with holding(output.with_name(f".{output.name}.lock"), taken):
+        return _rewrite(found, output, name, teacher, progress)
 
 
 def _rewrite(
@@ -173,7 +169,7 @@ def local(lm: LM, *, max_new_tokens: int, batch_size: int, temperature: float = 
         rows: list[tuple[int, list[int]]] = []
         for index, chat in enumerate(chats):
             try:
-                ids = render(tokenizer, list(chat), chat_template_kwargs=THINKING_OFF).ids
+                ids = render(tokenizer, list(chat), chat_template_kwargs=NO_THINKING).ids
             except C2CError as error:
                 yield index, error
                 continue

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..alignment.chat import render
+from ..alignment.chat import NO_THINKING, render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
 from ..files import save_tensors
@@ -37,9 +37,7 @@ class Alone:
         self.receiver = receiver
 
     def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds:
-        rendered = render(
-            self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs={"enable_thinking": False}
-        )
+        rendered = render(self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=NO_THINKING)
         return PromptIds(rendered.ids, [], [])
 
 

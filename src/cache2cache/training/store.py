@@ -30,6 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -66,7 +67,7 @@ class Asked(NamedTuple):
 
 def key_of(ids: Sequence[int]) -> str:
     """The name of a prompt in a store: a hash of its token ids."""
-    return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in ids)).hexdigest()[:32]
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()[:32]
 
 
 class Store:
