@@ -33,7 +33,7 @@ Messages = Sequence[Mapping[str, str]]
 ModelSource = str | Path | ModelSpec | PreTrainedModel | LM
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptIds:
     """One prompt as token ids, one list per model, where the models' tokens differ. No tokenizer is needed.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -53,3 +55,11 @@ class Bar(Progress):
         left = task.time_remaining
         ends = "" if left is None else f", {timedelta(seconds=round(left))} left"
         self.console.print(f"{task.description}: {task.completed:.0f}{total} {self.unit}".rstrip() + ends, markup=False)
+
+
+@contextmanager
+def encoding(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """A bar of how many examples are token ids, for `training.loop.prepare`."""
+    with Bar(console) as bar:
+        task = bar.add_task("encoding", total=None)
+        yield lambda done, of: bar.update(task, completed=done, total=of)

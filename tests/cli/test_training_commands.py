@@ -115,9 +115,10 @@ def test_dry_run_of_training(recipe: Path, tmp_path: Path, capsys: pytest.Captur
     before = files(tmp_path)
     assert c2c("train", recipe, "--live", "--dry-run") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed] == ["parameters", "memory", "steps", "time", "disk"]
+    assert [line.split()[0] for line in printed] == ["parameters", "memory", "examples", "steps", "time", "disk"]
     assert re.search(r"memory +\d.* a process: receiver \d.*, sharer \d.*, activations [1-9][\d.]* [kM]B", printed[1])
-    assert printed[2].split()[1] == "12," and "0:00:" in printed[3]
+    assert re.search(r"examples +22, \d+\.\d kB of main memory a process", printed[2])
+    assert printed[3].split()[1] == "12," and "0:00:" in printed[4]
     assert files(tmp_path) == before
 
 

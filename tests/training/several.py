@@ -9,9 +9,12 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from cache2cache.errors import C2CError
+from cache2cache.training import loop
 from cache2cache.training.loop import Trainer, batches, prepare, response_loss
 from cache2cache.training.plan import plan
 from cache2cache.training.sharding import is_sharded, shard
@@ -30,6 +33,33 @@ class Cut(Exception):
 def cut(record: dict[str, Any]) -> None:
     if record["step"] == 3:
         raise Cut
+
+
+def encoded(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    """What all processes have of the data of which each encodes a part, how many that were, and what is said of an
+    example that only the last process meets."""
+    config, pair, counts = config_of(folder, output=folder / name / "data", **changes), pair_of(), []
+    data = prepare(pair, config, lambda done, of: counts.append((done, of)))
+    items = [*data.holdout, *data.train]
+    numbers = [[*i.prompt.receiver, *i.prompt.sharers[0], *i.prompt.maps[0], *i.response] for i in items]
+    fit_tokens = loop.fit_tokens
+
+    def refuse(pair: Any, example: Any, config: Any) -> Any:
+        if example.id == items[-1].id:
+            raise C2CError(f"refused {example.id}")
+        return fit_tokens(pair, example, config)
+
+    with patch.object(loop, "fit_tokens", refuse):
+        try:
+            prepare(pair, config)
+            said = ""
+        except C2CError as error:
+            said = str(error)
+    return {
+        "data": torch.tensor([number for row in numbers for number in row]),
+        "encoded here": torch.tensor(counts[-1]),
+        "refused": torch.tensor([ord(letter) for letter in said]),
+    }
 
 
 def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -94,6 +124,7 @@ def measure(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
         trainer.run()
         found[f"noise{again}"] = torch.rand(4)
         found[f"weights{again}"] = torch.cat([p.detach().flatten() for p in trainer.trained.parameters()])
+    found |= encoded(folder, name, **changes)
     found["process"] = torch.tensor([trainer.accelerator.process_index, trainer.accelerator.num_processes])
     return found
 

@@ -1200,6 +1200,10 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(first[key], alone[key], rtol=1e-3, atol=0)  # AdamW blows small gradients up
         elif "bytes" in key:  # each process holds half of the weights; a tied LM head counts as one of its own
             assert 0.5 <= first[key] / alone[key] < 0.65
+    # Each encodes a part, and both have all, in the order of one process. An error of one is said by both.
+    assert [one["encoded here"].tolist() for one in (first, second, alone)] == [[11, 11], [11, 11], [22, 22]]
+    for key in ("data", "refused"):
+        assert len(alone[key]) and all(torch.equal(one[key], alone[key]) for one in (first, second)), key
     assert alone["token1 losses"].shape == (4,)
     pair = pair_of(dropout=0.1)
     config = config_of(tmp_path, output=tmp_path / "two" / "noise", epochs=1, save_every=2)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import make_fuser
 from cache2cache.training.loop import FuserObjective, Trainer, prepare
-from cache2cache.training.plan import Plan, plan
+from cache2cache.training.plan import Plan, _memory, plan
 from training.runs import config_of, pair_of, write_rows
 
 
@@ -76,6 +78,40 @@ def test_what_is_read_before_the_first_step_counts(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(FuserObjective, "inputs", slow)
     assert plan(trainer).seconds > 1
+
+
+def test_a_sample_will_do(tmp_path: Path) -> None:
+    """Of many examples every n-th is encoded; what depends on how many there are is that of all."""
+    write_rows(tmp_path / "rows.jsonl", 220)
+    config, pair, counts = config_of(tmp_path, holdout=20, evaluate_every=1000), pair_of(normalize=True), []
+    sample = prepare(pair, config, lambda done, of: counts.append((done, of)), most=50)
+    assert counts[-1] == (44, 44) and sample.share == 0.2
+    assert len(sample.holdout) == 4 and len(sample.train) == 40
+    whole = prepare(pair, config)
+    assert whole.share == 1.0
+    ids = [[item.id for item in data.train] for data in (sample, whole)]
+    assert set(ids[0]) <= set(ids[1])
+    found, exact = (plan(Trainer(pair, config, None, data)) for data in (sample, whole))
+    assert (found.steps, found.examples) == (exact.steps, exact.examples) == (150, 220)
+    assert found.data == pytest.approx(exact.data, rel=0.1)
+    assert found.checkpoint == exact.checkpoint
+    slow = plan(Trainer(pair, config, None, replace(sample, seconds=100.0)))
+    assert 500 < slow.seconds < 560  # what encoding all of them takes, and the steps
+
+
+def test_memory_of_examples(tmp_path: Path) -> None:
+    """Numbers take four bytes each and what goes with an example at most a kilobyte, however long it is."""
+    write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "water " * 4000, "response": "iron " * 1000}))
+    pair = pair_of()
+    for name in ("rows", "long"):
+        config = config_of(tmp_path, data=[{"jsonl": str(tmp_path / f"{name}.jsonl")}], holdout=0, max_tokens=10**6)
+        trainer = Trainer(pair, config, None, prepare(pair, config))
+        items = trainer.data.train
+        numbers = sum(len(i.response) + 2 * len(i.prompt.receiver) + len(i.prompt.sharers[0]) for i in items)
+        taken = sum(map(_memory, items))
+        assert 4 * numbers < taken < 4 * numbers + 1000 * len(items)
+        assert all(i.prompt.text is None and not i.prompt.content for i in items)
 
 
 # Layers, KV heads, head size and billions of parameters, as their model cards say.

@@ -63,10 +63,10 @@ def train(
     from cache2cache.errors import C2CError
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
-    from cache2cache.progress import EVERY, Bar
+    from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.fit import Fitted, fit
-    from cache2cache.training.loop import Trainer, in_half, prepare
-    from cache2cache.training.plan import plan
+    from cache2cache.training.loop import Encoder, Trainer, in_half, prepare
+    from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
     from cache2cache.training.single import Alone, SingleObjective
@@ -88,11 +88,12 @@ def train(
     receiver = load_lm(config.receiver, None, **where, **(as_set if config.receiver.dtype == "auto" else {}))
     torch.manual_seed(config.seed)  # the first weights
     what: C2C | SingleObjective
+    encoder: Encoder
     stores: list[Store] = []
     receiver_store = None
     if config.method == "single":
         what = SingleObjective(receiver, config.lora)
-        data, trained = prepare(Alone(receiver), config), what.trained
+        encoder, trained = Alone(receiver), what.trained
     else:
         sharers = [
             receiver
@@ -105,7 +106,9 @@ def train(
         what = C2C.from_models(receiver, sharers, config.fuser)
         stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
-        data, trained = prepare(what, config), what.fusers
+        encoder, trained = what, what.fusers
+    with encoding(console) as progress:
+        data = prepare(encoder, config, progress, SAMPLE if dry_run else None)
     parameters = sum(p.numel() for p in trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
     if isinstance(what, C2C) and isinstance(what.fusers[0], Fitted):
@@ -198,8 +201,9 @@ def print_plan(found: Plan) -> None:
         f"what is trained with gradients and optimizer {size(found.fuser)}, activations {size(found.activations)} "
         "(measured)"
     )
+    print(f"examples    {found.examples:,}, {size(found.data)} of main memory a process")
     print(f"steps       {found.steps}, about {found.seconds_per_step:.2f} s each")
-    print(f"time        about {timedelta(seconds=round(found.seconds))} with calibration and evaluations")
+    print(f"time        about {timedelta(seconds=round(found.seconds))} with encoding, calibration and evaluations")
     print(
         f"disk        {size(found.checkpoint + found.weights)}: checkpoint {size(found.checkpoint)} (twice that for a "
         f"moment), result {size(found.weights)}; {size(found.free)} are free"

@@ -6,12 +6,15 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sys import getsizeof
 
 import torch
 from torch import Tensor, nn
 
 from .loop import FuserObjective, Item, Trainer, batches, evaluate, parts_of
 from .sharding import local
+
+SAMPLE = 10_000  # examples that are enough to plan by
 
 
 @dataclass(frozen=True)
@@ -20,16 +23,20 @@ class Plan:
 
     Attributes:
         parameters: of what is trained.
+        examples, data: how many there are with the hold-out, and what their token ids take in memory.
         steps: of the whole run.
         receiver, sharers: the weights of the frozen models.
         fuser: what is trained: weights, gradients and AdamW's two moments.
         activations: what the largest part of a batch keeps for its backward pass, measured.
-        seconds_per_step, seconds: of a step on average, and of all steps and evaluations with what is read before them.
+        seconds_per_step, seconds: of a step on average, and of all steps and evaluations with what is encoded and read
+            before them.
         checkpoint, weights: what will be written, the checkpoint and the fuser.
         free: on the disk of the output folder.
     """
 
     parameters: int
+    examples: int
+    data: int
     steps: int
     receiver: int
     sharers: int
@@ -47,7 +54,10 @@ class Plan:
 
 
 def plan(trainer: Trainer) -> Plan:
-    """Measure one part of a batch, forward and backward, and scale it to the run by numbers of tokens."""
+    """Measure one part of a batch, forward and backward, and scale it to the run by numbers of tokens.
+
+    A sample of the examples will do (`Prepared.share`).
+    """
     config, trained = trainer.config, trainer.trained
     accelerator, frozen = trainer.accelerator, trainer.objective.frozen
     epoch = [
@@ -66,7 +76,8 @@ def plan(trainer: Trainer) -> Plan:
     watching = time.perf_counter() - began
     calibrating = _calibrating(trainer)
     epoch_seconds = learning * sum(map(padded, epoch)) / padded(largest)
-    step = epoch_seconds / trainer.per_epoch
+    share, items = trainer.data.share, [*trainer.data.train, *trainer.data.holdout]
+    step = epoch_seconds / share / trainer.per_epoch
     mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
     evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
     held = [mine[begin : begin + config.batch_size] for begin in range(0, len(mine), config.batch_size)]
@@ -75,13 +86,18 @@ def plan(trainer: Trainer) -> Plan:
     output = next(p for p in (config.output, *config.output.absolute().parents) if p.exists())
     return Plan(
         parameters=parameters,
+        examples=round(len(items) / share),
+        data=round(sum(map(_memory, {id(item): item for item in items}.values())) / share),
         steps=trainer.steps,
         receiver=_bytes(frozen["receiver"]),
         sharers=_bytes(frozen["sharers"]) if "sharers" in frozen else 0,
         fuser=16 * parameters,
         activations=activations,
         seconds_per_step=step,
-        seconds=calibrating + step * trainer.steps + evaluations * watching * sum(map(padded, held)) / padded(largest),
+        seconds=trainer.data.seconds / share
+        + calibrating
+        + step * trainer.steps
+        + evaluations * watching * sum(map(padded, held)) / share / padded(largest),
         checkpoint=state + 8 * parameters + (state if config.keep == "best" else 0),
         weights=state // 4 * getattr(torch, config.weights_on_disk).itemsize,
         free=shutil.disk_usage(output).free,
@@ -105,6 +121,13 @@ def _calibrating(trainer: Trainer) -> float:
 def padded(items: Sequence[Item]) -> int:
     """How many positions a batch takes: all prompts are as long as the longest one, and so are the responses."""
     return len(items) * (max(len(i.prompt.receiver) for i in items) + max(len(i.response) for i in items))
+
+
+def _memory(item: Item) -> int:
+    """Bytes of an example."""
+    prompt, response = item.prompt, item.response
+    parts = [item, item.id, prompt, prompt.receiver, prompt.sharers, prompt.maps, response]
+    return sum(map(getsizeof, [*parts, *prompt.sharers, *prompt.maps]))
 
 
 def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import accumulate
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from ..models.load import LM, load_lm
 from ..models.packed import pack
 from ..packing import dequantize, quantize
 from ..pair import C2C
-from ..progress import Bar
+from ..progress import Bar, encoding
 from .loop import prepare
 from .store import Store, check_room
 
@@ -32,17 +33,18 @@ def precompute(
     # A receiver that is a sharer too reads nothing here, so that its dtype doesn't matter.
     same = [lm for spec, lm in zip(config.sharers, sharers, strict=True) if spec == config.receiver]
     pair = C2C.from_models(same[0] if same else load_lm(config.receiver), sharers, config.fuser)
-    data = prepare(pair, config)
+    with encoding(console) as progress:
+        data = prepare(pair, config, progress)
     # An example that weights repeat counts once.
     prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())
     console.print(f"{len(prompts)} prompts, {data.truncation}")
     work = [
-        (store, sharer, [list(p.sharers[j]) for p in prompts])
+        (store, sharer, [p.sharers[j] for p in prompts])
         for j, (store, sharer) in enumerate(zip(stores, sharers, strict=True))
     ]
     if config.receiver_store is not None:
         own = Store(config.receiver_store, pair.receiver, precision)
-        work.append((own, pair.receiver, [list(p.receiver) for p in prompts]))
+        work.append((own, pair.receiver, [p.receiver for p in prompts]))
     for place, lm, rows in work:
         todo = place.missing(rows)
         console.print(
@@ -59,7 +61,7 @@ def _fill(
     console: Console,
     store: Store,
     lm: LM,
-    prompts: list[list[int]],
+    prompts: list[Sequence[int]],
     *,
     max_bytes: int,
     batch_tokens: int,
@@ -83,7 +85,7 @@ def _fill(
     console.print(f"store {store.folder}: {len(store.index)} prompts")
 
 
-def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float, float]:
+def _probe(sharer: LM, todo: list[Sequence[int]], batch_tokens: int) -> tuple[float, float]:
     """Tokens per second on a few typical prompts, and the relative error of int8 on them."""
     middle = _typical(todo, batch_tokens)
     ids, mask = pad_left(middle, sharer.pad_token_id, sharer.device)
@@ -99,7 +101,7 @@ def _probe(sharer: LM, todo: list[list[int]], batch_tokens: int) -> tuple[float,
     return speed, max(errors)
 
 
-def _typical(todo: list[list[int]], batch_tokens: int) -> list[list[int]]:
+def _typical(todo: list[Sequence[int]], batch_tokens: int) -> list[Sequence[int]]:
     """A batch of the length at which half of the tokens are in longer prompts; `todo` comes longest first. The median
     prompt would be a short one where few long prompts have most of the tokens, and those take longer a token."""
     passed = list(accumulate(map(len, todo)))

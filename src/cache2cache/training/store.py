@@ -275,9 +275,9 @@ class Store:
     def bytes_per_token(self) -> int:
         return math.prod(self._width) * (2 if self.config["precision"] == "bfloat16" else 1)
 
-    def missing(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def missing(self, prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """The prompts that have still to be computed, each once, longest first."""
-        todo = {key_of(ids): list(ids) for ids in prompts if len(ids)}
+        todo = {key_of(ids): ids for ids in prompts if len(ids)}
         return sorted((ids for key, ids in todo.items() if key not in self.index), key=len, reverse=True)
 
     def estimate(self, prompts: Sequence[Sequence[int]]) -> int:
@@ -374,11 +374,11 @@ class Store:
                 if time.time() - stale.stat().st_mtime > 3600:
                     stale.unlink()
 
-    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
         """The prompts that share a shard, longest first; the same in every process and after every stop."""
-        unique = {key_of(ids): list(ids) for ids in prompts if len(ids)}
+        unique = {key_of(ids): ids for ids in prompts if len(ids)}
         order = [ids for _, ids in sorted(unique.items(), key=lambda item: (-len(item[1]), item[0]))]
-        groups: list[list[list[int]]] = []
+        groups: list[list[Sequence[int]]] = []
         tokens = 0
         for ids in order:
             if not groups or len(groups[-1]) == PROMPTS_PER_SHARD or tokens + len(ids) > TOKENS_PER_SHARD:
@@ -393,7 +393,7 @@ class Store:
         lock: IO[bytes],
         wait: bool,
         sharer: LM,
-        group: list[list[int]],
+        group: list[Sequence[int]],
         batch_tokens: int,
         progress: Callable[[int], None],
     ) -> bool:
@@ -411,7 +411,7 @@ class Store:
         return True
 
     def _write_shard(
-        self, sharer: LM, prompts: list[list[int]], batch_tokens: int, progress: Callable[[int], None]
+        self, sharer: LM, prompts: list[Sequence[int]], batch_tokens: int, progress: Callable[[int], None]
     ) -> None:
         width, int8 = self._width, self.config["precision"] == "int8"
         tensors = {"kv": torch.empty(sum(map(len, prompts)), *width, dtype=torch.int8 if int8 else torch.bfloat16)}
