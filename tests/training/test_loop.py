@@ -26,6 +26,7 @@ from cache2cache import C2C, C2CError, FuserConfig, kv
 from cache2cache.fuser import c2c
 from cache2cache.kv import CACHE, KV, Prefilled
 from cache2cache.models import LM
+from cache2cache.pair import PromptIds
 from cache2cache.training import loop
 from cache2cache.training.data import Example
 from cache2cache.training.loop import (
@@ -566,8 +567,12 @@ def test_every_token_of_every_turn_is_learned_once(receiver: str, tmp_path: Path
             response = Example(name, (), "", chat[i]["content"].strip())
             expected.append((name, pair.encode(chat[:i]), loop.response_ids(tokenizer, response)))
     items = data.train + data.holdout
-    assert sorted((i.id, i.response) for i in items) == sorted((name, ids) for name, _, ids in expected)
-    assert {i.id: i.prompt for i in items} == {name: prompt for name, prompt, _ in expected}
+
+    def numbers(prompt: PromptIds, response: Sequence[int]) -> list[list[int]]:
+        return [list(row) for row in (prompt.receiver, *prompt.sharers, *prompt.maps, response)]
+
+    assert len(items) == len(expected)
+    assert {i.id: numbers(i.prompt, i.response) for i in items} == {name: numbers(*rest) for name, *rest in expected}
     total = sum(len(ids) for _, _, ids in expected)
     assert sum(len(i.response) for i in items) == total and data.cut == data.too_long == 0
 
