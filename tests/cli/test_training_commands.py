@@ -287,18 +287,21 @@ def test_bad_recipes(recipe: Path, tmp_path: Path, refused: Refused) -> None:
         for content, words in (("", "no rows are left"), ("{half", "cannot be read as JSON"), ("[]", "is list")):
             (tmp_path / "bad.jsonl").write_text(content)
             assert words in refused(command, recipe, *more, "--set", f"data=[{{jsonl: {tmp_path / 'bad.jsonl'}}}]")
-        assert "none.jsonl cannot be read" in refused(command, recipe, *more, "--set", "data=[{jsonl: none.jsonl}]")
+        # Before any model is loaded, which can take long: this one is nowhere.
+        nowhere = ("--set", "data=[{jsonl: none.jsonl}]", "--set", "sharer.source=nowhere/at-all")
+        assert "none.jsonl cannot be read" in refused(command, recipe, *more, *nowhere)
+    assert "is no prefill store" in refused("train", recipe, "--set", "sharer.source=nowhere/at-all")
     (tmp_path / "bad.jsonl").unlink()
     assert files(tmp_path) == before
 
 
 def test_bad_models(recipe: Path, tmp_path: Path, refused: Refused) -> None:
     before = files(tmp_path)
-    for command in ("precompute", "train"):
-        line = refused(command, recipe, "--set", "receiver.source=smollm2-135m")
+    for command in (["precompute"], ["train", "--live"]):
+        line = refused(*command, recipe, "--set", "receiver.source=smollm2-135m")
         assert "did you mean smollm2-135m-instruct" in line
-        assert str(tmp_path / "none") in refused(command, recipe, "--set", f"sharer.source={tmp_path / 'none'}")
-        line = refused(command, recipe, "--set", "fuser.variant=c3c")
+        assert str(tmp_path / "none") in refused(*command, recipe, "--set", f"sharer.source={tmp_path / 'none'}")
+        line = refused(*command, recipe, "--set", "fuser.variant=c3c")
         assert "unknown fuser variant 'c3c'; expected one of c2c, c2c-c" in line
     assert files(tmp_path) == before
 

@@ -39,7 +39,7 @@ def encoded(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     """What all processes have of the data of which each encodes a part, how many that were, and what is said of an
     example that only the last process meets."""
     config, pair, counts = config_of(folder, output=folder / name / "data", **changes), pair_of(), []
-    data = prepare(pair, config, lambda done, of: counts.append((done, of)))
+    data = prepare(pair, config, progress=lambda done, of: counts.append((done, of)))
     items = [*data.holdout, *data.train]
     numbers = [[*i.prompt.receiver, *i.prompt.sharers[0], *i.prompt.maps[0], *i.response] for i in items]
     fit_tokens = loop.fit_tokens

@@ -84,7 +84,7 @@ def test_a_sample_will_do(tmp_path: Path) -> None:
     """Of many examples every n-th is encoded; what depends on how many there are is that of all."""
     write_rows(tmp_path / "rows.jsonl", 220)
     config, pair, counts = config_of(tmp_path, holdout=20, evaluate_every=1000), pair_of(normalize=True), []
-    sample = prepare(pair, config, lambda done, of: counts.append((done, of)), most=50)
+    sample = prepare(pair, config, progress=lambda done, of: counts.append((done, of)), most=50)
     assert counts[-1] == (44, 44) and sample.share == 0.2
     assert len(sample.holdout) == 4 and len(sample.train) == 40
     whole = prepare(pair, config)

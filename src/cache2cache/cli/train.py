@@ -64,13 +64,14 @@ def train(
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
     from cache2cache.progress import EVERY, Bar, encoding
+    from cache2cache.training.data import examples
     from cache2cache.training.fit import Fitted, fit
     from cache2cache.training.loop import Encoder, Trainer, in_half, prepare
     from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
     from cache2cache.training.single import Alone, SingleObjective
-    from cache2cache.training.store import Store
+    from cache2cache.training.store import Store, read_settings
 
     heap.keep()
     config = read_recipe(recipe, settings or [])
@@ -79,6 +80,11 @@ def train(
     # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
     processes = PartialState(cpu=not torch.cuda.is_available())
     console = Console(stderr=True, quiet=not processes.is_main_process)
+    # First: what is wrong with stores and data shows before models are loaded.
+    if config.method != "single":
+        for folder in (*config.stores, *filter(None, [config.receiver_store])):
+            read_settings(folder)
+    read = examples(config)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
     as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store and not config.distill else {}
     as_set = {} if config.precision == "auto" else {"dtype": config.precision}
@@ -108,7 +114,8 @@ def train(
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
         encoder, trained = what, what.fusers
     with encoding(console) as progress:
-        data = prepare(encoder, config, progress, SAMPLE if dry_run else None)
+        data = prepare(encoder, config, read, progress, SAMPLE if dry_run else None)
+    del read
     parameters = sum(p.numel() for p in trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
     if isinstance(what, C2C) and isinstance(what.fusers[0], Fitted):

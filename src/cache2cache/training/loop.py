@@ -102,6 +102,7 @@ class Encoder(Protocol):
 def prepare(
     pair: Encoder,
     config: TrainConfig,
+    found: Sequence[Example] | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
     most: int | None = None,
 ) -> Prepared:
@@ -111,11 +112,12 @@ def prepare(
     processes encodes a part of the examples, and all of them have all in the end.
 
     Args:
+        found: the recipe's `examples`, where they are read already.
         progress: called with how many of how many examples were encoded here.
         most: encode every n-th example only, so that there are about as many; None: all.
     """
     began = time.perf_counter()
-    learned, watched = split(examples(config), config.holdout)
+    learned, watched = split(examples(config) if found is None else found, config.holdout)
     every = 1 if most is None else max(1, math.ceil((len(learned) + len(watched)) / most))
     asked = [*watched[::every], *learned[::every]]
     share = len(asked) / (len(learned) + len(watched))
@@ -139,13 +141,13 @@ def prepare(
     holdout: list[Item] = []
     sources: list[list[Item]] = [[] for _ in config.data]
     counts, bad = Counter(too_long=0, shortened=0, cut=0), []
-    for number, (example, found) in enumerate(zip(asked, made, strict=True)):
-        if isinstance(found, C2CError):
+    for number, (example, result) in enumerate(zip(asked, made, strict=True)):
+        if isinstance(result, C2CError):
             if config.data[example.source].on_bad_rows == "error":
-                raise found
-            bad.append(str(found))
+                raise result
+            bad.append(str(result))
             continue
-        item, changes = found
+        item, changes = result
         counts.update(changes)
         if item is not None and number < held:
             holdout.append(item)

@@ -17,6 +17,7 @@ from ..models.packed import pack
 from ..packing import dequantize, quantize
 from ..pair import C2C
 from ..progress import Bar, encoding
+from .data import examples
 from .loop import prepare
 from .store import Store, check_room
 
@@ -28,13 +29,14 @@ def precompute(
     if config.method == "single":
         raise C2CError("method single has no sharer, so there is nothing to precompute; train at once")
     console = Console(stderr=True)
+    found = examples(config)  # first: what is wrong with them shows before models are loaded
     sharers = [load_lm(spec, None, **({} if dtype == "auto" else {"dtype": dtype})) for spec in config.sharers]
     stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]
     # A receiver that is a sharer too reads nothing here, so that its dtype doesn't matter.
     same = [lm for spec, lm in zip(config.sharers, sharers, strict=True) if spec == config.receiver]
     pair = C2C.from_models(same[0] if same else load_lm(config.receiver), sharers, config.fuser)
     with encoding(console) as progress:
-        data = prepare(pair, config, progress)
+        data = prepare(pair, config, found, progress)
     # An example that weights repeat counts once.
     prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())
     console.print(f"{len(prompts)} prompts, {data.truncation}")

@@ -92,25 +92,15 @@ class Store:
 
     def _settings(self, sharer: LM, precision: str | None) -> dict[str, Any]:
         """What `store.json` says, or will say of a new store; refused where it is not of this sharer and precision."""
-        try:
-            config: dict[str, Any] = json.loads((self.folder / "store.json").read_text())
-        except (OSError, ValueError) as error:
-            if precision is None or not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                raise C2CError(
-                    f"{self.folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
-                ) from error
-            config = {
+        if precision is not None and not os.path.lexists(self.folder / "store.json"):
+            return {
                 "format_version": FORMAT_VERSION,
                 "sharer": identity(sharer).model_dump(),
                 "precision": precision,
                 "computed_in": _name(sharer.dtype),
                 "tokenizer": sharer.tokenizer_fingerprint,
             }
-        if config.get("format_version") != FORMAT_VERSION:
-            raise C2CError(
-                f"{self.folder} has store format {config.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}; make it again with c2c precompute"
-            )
+        config = read_settings(self.folder)
         made_for = config["sharer"]
         if made_for["fingerprint"] != sharer.fingerprint:
             raise C2CError(
@@ -449,6 +439,26 @@ class Store:
         finally:
             partial.unlink(missing_ok=True)
         self._read_index(path)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the `store.json` of a store says.
+
+    Raises:
+        C2CError: a folder that is no store, or one of another version.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "store.json").read_text())
+    except (OSError, ValueError) as error:
+        raise C2CError(
+            f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
+        ) from error
+    if config.get("format_version") != FORMAT_VERSION:
+        raise C2CError(
+            f"{folder} has store format {config.get('format_version')}, this version reads {FORMAT_VERSION}; make it "
+            "again with c2c precompute"
+        )
+    return config
 
 
 def check_room(fills: Sequence[tuple[Store, Sequence[Sequence[int]]]], max_bytes: int) -> None:
