@@ -25,13 +25,14 @@ bench: .venv/.test
 	.venv/bin/python benchmarks/first_token.py
 
 # What README.md's table comes from: hours on a CPU. Stopped in any way, it goes on where it was.
-DATA ?= data
+# DATA: a local mirror of the data sets; without one they come from the hub.
+DATA ?= $(wildcard data)
 reproduce-small: .venv/.core
-	.venv/bin/c2c evaluate recipes/reproduce-small.yaml --data-dir $(DATA)
+	.venv/bin/c2c evaluate recipes/reproduce-small.yaml $(if $(DATA),--data-dir $(DATA))
 
 # Prompts of 1,000, 2,000 and 4,000 tokens, with the fuser that was trained for them.
 reproduce-small-long: .venv/.core
-	.venv/bin/c2c evaluate recipes/reproduce-small-long.yaml --data-dir $(DATA)
+	.venv/bin/c2c evaluate recipes/reproduce-small-long.yaml $(if $(DATA),--data-dir $(DATA))
 
 clean:
 	rm -rf .venv
