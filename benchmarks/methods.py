@@ -149,11 +149,13 @@ class Run:
         write(self.said, {"settings": self.settings(about.get("steps")), **kept, **answers(asked)})
 
     def settings(self, steps: int | None) -> list[str]:
-        """Over the recipe; what is fitted takes no steps."""
-        known = {"steps": str(steps), "receiver_store": str(read_recipe(self.options.recipe).receiver_store)}
+        """Over the recipe; what is fitted takes no steps. Every seed has the recipe's rows, those of its stores."""
+        recipe = read_recipe(self.options.recipe)
+        known = {"steps": str(steps), "receiver_store": str(recipe.receiver_store)}
         given = [setting.format(**known) for setting in self.method.settings]
         ends = [] if self.method.fitted else [f"max_steps={steps}", f"epochs={steps}"]
-        return [*given, *ends, *self.options.set, f"seed={self.seed}"]
+        rows = [] if self.seed == recipe.seed else [f"data_seed={recipe.seed}"]
+        return [*given, *ends, *self.options.set, *rows, f"seed={self.seed}"]
 
     def steps(self) -> int:
         """As many as were asked for, or as the budget allows; that is measured once for all seeds."""

@@ -268,6 +268,9 @@ class TrainConfig(BaseModel):
     save_every: int = Field(50, gt=0, description="steps between checkpoints")
     trackers: list[Literal["tensorboard"]] = Field([], description="who else gets the log, under output")
     seed: int = Field(42, description="of draws, order, first weights and noise")
+    data_seed: int | None = Field(
+        None, description="draws and mixes rows in place of seed, so that runs of several seeds read one store"
+    )
     weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
 
     @property
@@ -280,6 +283,11 @@ class TrainConfig(BaseModel):
         if self.store is None:
             return []
         return self.store if isinstance(self.store, list) else [self.store]
+
+    @property
+    def drawn_by(self) -> int:
+        """The seed that rows are drawn with."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @model_validator(mode="before")
     @classmethod

@@ -244,6 +244,18 @@ def test_ridge_fitted_in_pieces_is_fitted_in_one_go() -> None:
     assert [r["r2"] for r in other] == pytest.approx([r["r2"] for r in one], abs=1e-9)
 
 
+def test_sums_of_scaled_numbers_follow_from_those_of_the_plain_ones() -> None:
+    """Also for key channels whose mean is a hundred times their deviation."""
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 50, 4, dtype=torch.double) + 100, 5 * torch.randn(3, 50, 2, dtype=torch.double) - 20
+    by_x, by_y = ((z.mean(1, keepdim=True) + 0.1, z.std(1, keepdim=True) + 0.2) for z in (x, y))
+    scaled = [((z - mean) / std) for z, (mean, std) in ((x, by_x), (y, by_y))]
+    found, expected = Moments.of([(x, y)]).scaled(by_x, by_y), Moments.of([(scaled[0], scaled[1])])
+    assert found.n == expected.n
+    for name in ("x", "y", "xx", "xy", "yy"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-8, rtol=1e-8)
+
+
 def test_ridge_says_what_it_cannot_do() -> None:
     for settings in ({"gating": True}, {"weighting": True}, {"normalize": True}):
         with pytest.raises(C2CError, match=f"plain linear map .* leave out {next(iter(settings))}"):

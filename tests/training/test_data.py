@@ -22,6 +22,7 @@ from cache2cache.training import data
 from cache2cache.training.data import (
     HELD_OUT,
     Example,
+    cut,
     examples,
     mix,
     question_example,
@@ -30,8 +31,9 @@ from cache2cache.training.data import (
     split,
     without_held_out,
 )
+from cache2cache.training.loop import prepare
 from cache2cache.training.recipe import read_recipe
-from training.runs import config_of, write_rows
+from training.runs import config_of, pair_of, write_rows
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("arc-easy", "arc-challenge", "openbookqa")
@@ -318,6 +320,34 @@ def test_the_first_rows_where_asked(tmp_path: Path) -> None:
     assert sorted(numbers(limit=12, max_prompt_chars=2)) == [n for n in range(18) if n % 3 < 2]  # of those that fit
     assert sorted(numbers(limit=99)) == sorted(numbers()) == list(range(30))
     assert sorted(numbers(limit=12, take="random")) != list(range(12))
+    # What stands behind them is not even read.
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write("{no json\n")
+    assert sorted(numbers(limit=30)) == list(range(30))
+    with pytest.raises(C2CError, match="row 30 cannot be read as JSON"):
+        numbers(limit=31)
+
+
+def test_a_seed_of_its_own_for_the_data(tmp_path: Path) -> None:
+    """Runs of several seeds read one store: the same rows in the same order of a mixture."""
+    sources = []
+    for name, weight in (("a", 1.0), ("b", 3.0)):
+        rows = [{"prompt": f"{name} {n}", "completion": "x"} for n in range(40)]
+        sources.append({"jsonl": str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), "limit": 20, "weight": weight})
+
+    def drawn(**seeds: int) -> list[str]:
+        return [i.id for i in prepare(pair_of(), config_of(tmp_path, data=sources, holdout=5, **seeds)).train]
+
+    assert drawn(seed=1, data_seed=42) == drawn(seed=42) == drawn(seed=2, data_seed=42)
+    assert set(drawn(seed=1)) != set(drawn(seed=42)) and drawn(seed=42, data_seed=1) == drawn(seed=1)
+
+
+def test_long_responses_are_cut_behind_a_word() -> None:
+    assert cut("one two three", 10) == "one two"
+    # Not far back: in a script without blanks that would leave next to nothing.
+    long = "好的：\n" + "水" * 300
+    assert cut(long, 200) == long[:200]
+    assert cut("water " * 50, 200).endswith(" water")
 
 
 def test_the_part_of_longbench_that_is_measured_on(tmp_path: Path) -> None:

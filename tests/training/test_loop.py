@@ -55,7 +55,7 @@ from training.runs import (
     write_recipe,
     write_rows,
 )
-from training.several import Cut, measure
+from training.several import Cut, cut, measure
 
 SHARER_OF = dict(zip(FAMILIES, [*FAMILIES[1:], FAMILIES[0]], strict=True))
 
@@ -850,6 +850,34 @@ def test_the_end_may_lie_within_an_epoch(runs: Run, tmp_path: Path) -> None:
     assert seen["cut"] == seen["whole"][:6] and len(seen["whole"]) == 8
     assert records[-1]["rate"] == 1e-2 * rate(5, 6, 0.1) > 0 and "holdout_loss" in records[-1]
     assert runs.trainer(max_steps=100).steps == 12
+
+
+def test_a_run_goes_on_in_smaller_parts(runs: Run) -> None:
+    """As is advised where memory has run out; checkpoints may come more often too."""
+    with pytest.raises(Cut):
+        runs.trainer(save_every=2).run(cut)
+    trainer = runs.trainer(accumulate=2, save_every=1)
+    records: list[dict[str, Any]] = []
+    trainer.run(records.append)
+    assert [r["step"] for r in records] == list(range(3, 13))
+
+
+def test_the_hold_out_is_looked_at_in_parts_of_like_length(runs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows at once as training takes, whatever the batch: what fits in one fits in the other."""
+    seen: list[list[int]] = []
+    trainer = runs.trainer(accumulate=2)
+    forward = trainer.objective.forward
+
+    def look(items: Sequence[Item], per: str) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append([item.length for item in items])
+        return forward(items, per)
+
+    monkeypatch.setattr(trainer.objective, "forward", look)
+    holdout = trainer.data.holdout
+    found = loop.evaluate(trainer.objective, holdout, trainer.rows)
+    assert trainer.rows == 2 and [len(rows) for rows in seen] == [2, 2, 2]
+    assert [n for rows in seen for n in rows] == sorted(item.length for item in holdout)
+    torch.testing.assert_close(found, loop.evaluate(trainer.objective, holdout, len(holdout)), rtol=1e-5, atol=1e-5)
 
 
 def test_another_recipe_or_other_data_in_the_same_folder(runs: Run, tmp_path: Path) -> None:

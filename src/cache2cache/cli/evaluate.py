@@ -29,7 +29,9 @@ def evaluate(
     subfolder: Annotated[
         list[str] | None, typer.Option(help="Where in the folder or repository the fuser is; once for each of several.")
     ] = None,
-    fuser: Annotated[list[str] | None, typer.Option(help="Instead of the argument; or a fuser for each further sharer; repeatable.")] = None,
+    fuser: Annotated[
+        list[str] | None, typer.Option(help="In place of the argument, or a fuser for each further sharer; repeatable.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE over recipe and options, see --keys; repeatable.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -55,7 +56,6 @@ def train(
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
     import torch
-    from accelerate import PartialState
     from rich.console import Console
     from rich.live import Live
 
@@ -66,7 +66,7 @@ def train(
     from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.data import examples
     from cache2cache.training.fit import Fitted, fit
-    from cache2cache.training.loop import Encoder, Trainer, in_half, prepare
+    from cache2cache.training.loop import Encoder, Trainer, in_half, prepare, this_process
     from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
@@ -78,8 +78,10 @@ def train(
     changes: dict[str, Any] = {"data_dir": data_dir or config.data_dir, "output": output or config.output}
     config = config.model_copy(update=changes | ({"store": None, "receiver_store": None} if live else {}))
     # With several processes this also chooses each one's GPU, so it comes before anything is loaded.
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes = this_process()
     console = Console(stderr=True, quiet=not processes.is_main_process)
+    if not processes.is_main_process:
+        warnings.simplefilter("ignore")  # the first one says the same
     # First: what is wrong with stores and data shows before models are loaded.
     if config.method != "single":
         for folder in (*config.stores, *filter(None, [config.receiver_store])):

@@ -84,7 +84,7 @@ class Moments:
 
     Attributes:
         n: positions.
-        x (G, 1, S), y (G, 1, T): sums. xx (G, S, S), xy (G, S, T): sums of products. yy (G,): the sum of squares.
+        x (G, 1, S), y (G, 1, T): sums. xx (G, S, S), xy (G, S, T): sums of products. yy (G, 1, T): sums of squares.
     """
 
     n: int
@@ -100,7 +100,7 @@ class Moments:
         total: Moments | None = None
         for x, y in pairs:
             x, y = x.double(), y.double()
-            part = (x.sum(1, True), y.sum(1, True), x.mT @ x, x.mT @ y, y.square().sum((1, 2)))
+            part = (x.sum(1, True), y.sum(1, True), x.mT @ x, x.mT @ y, y.square().sum(1, True))
             if total is None:
                 total = cls(x.shape[1], *part)
             else:
@@ -119,8 +119,18 @@ class Moments:
         return (
             self.xx - self.x.mT @ self.x / self.n,
             self.xy - self.x.mT @ self.y / self.n,
-            self.yy - self.y.square().sum((1, 2)) / self.n,
+            (self.yy - self.y.square() / self.n).sum((1, 2)),
         )
+
+    def scaled(self, x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> Moments:
+        """The sums of (x - mean) / std and (y - mean) / std, whose means and deviations are given, (G, 1, S) and
+        (G, 1, T)."""
+        (p, s), (q, t) = ((mean.double(), std.double()) for mean, std in (x, y))
+        n = self.n
+        xx = self.xx - p.mT @ self.x - self.x.mT @ p + n * p.mT @ p
+        xy = self.xy - p.mT @ self.y - self.x.mT @ q + n * p.mT @ q
+        yy = self.yy - 2 * q * self.y + n * q.square()
+        return Moments(n, (self.x - n * p) / s, (self.y - n * q) / t, xx / (s.mT * s), xy / (s.mT * t), yy / t.square())
 
 
 def solve(train: Moments, holdout: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -153,7 +163,7 @@ def solve(train: Moments, holdout: Moments) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 @torch.no_grad()
-def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs, share: float = 1.0) -> None:
+def start_from_ridge(fuser: C2CFuser, train: Moments, holdout: Moments, share: float = 1.0) -> None:
     """Let an untrained fuser's projection start as the best linear map of its hidden size.
 
     In the units that the fuser computes in, projected = blend * (W x + c - y), with W and c the ridge regression of the
@@ -163,19 +173,13 @@ def start_from_ridge(fuser: C2CFuser, train: Pairs, holdout: Pairs, share: float
 
     Args:
         fuser: with in_sharer, in_receiver, proj_out and residual blocks, as `C2CFuser` and the bottleneck have them.
-        train, holdout: as for `RidgeFuser.fit`.
+        train, holdout: of what `inputs` gives, as for `RidgeFuser.fit`.
         share: of the way that `blend` says; less than all where several fusers' changes are summed.
     """
-    normal = fuser.config.normalize
-
-    def own_units(pairs: Pairs) -> Pairs:
-        for x, y in pairs:
-            if normal:
-                x = (x - fuser.sharer_mean) / fuser.sharer_std
-                y = (y - fuser.receiver_mean) / fuser.receiver_std
-            yield x, y
-
-    weight, bias, _, _ = solve(Moments.of(own_units(train)), Moments.of(own_units(holdout)))
+    if fuser.config.normalize:
+        units = (fuser.sharer_mean, fuser.sharer_std), (fuser.receiver_mean, fuser.receiver_std)
+        train, holdout = train.scaled(*units), holdout.scaled(*units)
+    weight, bias, _, _ = solve(train, holdout)
     minus = -torch.eye(weight.shape[2], dtype=weight.dtype, device=weight.device).expand(len(weight), -1, -1)
     left, size, right = torch.linalg.svd(torch.cat([weight, minus], dim=1), full_matrices=False)
     rank = min(size.shape[1], fuser.config.hidden_dim)

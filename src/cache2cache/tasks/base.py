@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,13 +75,19 @@ class OpenQuestion:
 
 
 def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) -> list[dict[str, Any]]:
-    """The rows of one split of a hub data set, with the fields it has there.
+    """The rows of one split of a hub data set, see `iterate_rows`."""
+    return list(iterate_rows(repo, config, split, data_dir))
+
+
+def iterate_rows(repo: str, config: str, split: str, data_dir: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of one split of a hub data set, with the fields it has there, one by one.
 
     With `data_dir` they are read from `<data_dir>/<owner>/<name>/<config>/<split>.jsonl.gz`, and nothing else is
     touched; without it from the hub, through `datasets`. Raises C2CError where they cannot be had.
     """
     if data_dir is None:
-        return _from_hub(repo, config, split)
+        yield from _from_hub(repo, config, split)
+        return
     path = data_dir / repo / config / f"{split}.jsonl.gz"
     if not path.is_file():
         there = sorted(file.name.removesuffix(".jsonl.gz") for file in path.parent.glob("*.jsonl.gz"))
@@ -91,7 +97,7 @@ def read_rows(repo: str, config: str, split: str, data_dir: Path | None = None) 
         )
     try:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+            yield from (json.loads(line) for line in lines if line.strip())
     except (OSError, EOFError, ValueError) as error:
         raise C2CError(f"{path} cannot be read ({error}); expected gzipped JSON lines; fetch it again") from error
 
@@ -108,7 +114,7 @@ def configs_there(repo: str, configs: Sequence[str], split: str, data_dir: Path 
     return with_split or there[:1] or configs[:1]
 
 
-def _from_hub(repo: str, config: str, split: str) -> list[dict[str, Any]]:
+def _from_hub(repo: str, config: str, split: str) -> Iterator[dict[str, Any]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -117,7 +123,8 @@ def _from_hub(repo: str, config: str, split: str) -> list[dict[str, Any]]:
             "install it with: pip install 'cache2cache[data]', or give a local mirror as data folder"
         ) from error
     try:
-        return [dict(row) for row in load_dataset(repo, config, split=split)]
+        for row in load_dataset(repo, config, split=split):
+            yield dict(row)
     except Exception as error:  # datasets raises its own kinds and plain ones; for an unknown split it says what exists
         reason = " ".join(str(error).split())[:300]
         raise C2CError(

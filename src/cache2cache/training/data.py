@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from ..config import DataSource, TrainConfig
 from ..errors import C2CError
 from ..tasks import Question, load
-from ..tasks.base import read_rows
+from ..tasks.base import iterate_rows
 from ..tasks.longbench import measured_on
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
 
@@ -74,17 +74,19 @@ class Example:
 
 
 def examples(config: TrainConfig) -> list[Example]:
-    """All examples of a recipe, each source drawn with the run's seed, in an order that depends on nothing else.
+    """All examples of a recipe, each source drawn with `drawn_by`, in an order that depends on nothing else.
 
     Rows of `HELD_OUT` are dropped at the end, so a `limit` can give a few rows less.
 
     Raises:
         C2CError: a source that is empty, unreadable or holds rows without a response (`DataSource.on_bad_rows`).
     """
-    found = [e for index, source in enumerate(config.data) for e in draw(source, config.seed, config.data_dir, index)]
+    found = [
+        e for index, source in enumerate(config.data) for e in draw(source, config.drawn_by, config.data_dir, index)
+    ]
     if len({(same_row(e.row), e.turn) for e in found}) != len(found):
         raise C2CError("two sources of the recipe give the same rows; name each source once")
-    random.Random(config.seed).shuffle(found)
+    random.Random(config.drawn_by).shuffle(found)
     return without_held_out(found)
 
 
@@ -103,20 +105,18 @@ def same_row(row: str) -> str:
 def draw(source: DataSource, seed: int, data_dir: Path | None, index: int = 0) -> list[Example]:
     """The examples of one source, those of a chat together, `limit` rows of it at most."""
     rows = _questions(source, data_dir, index) if source.task else _instructions(source, data_dir, index)
-    if source.max_prompt_chars:
-        rows = [[e for e in row if _chars(e.messages) <= source.max_prompt_chars] for row in rows]
-        rows = [row for row in rows if row]
     if not rows:
         raise C2CError(f"no rows are left of {source.name}; check split and limits")
-    if source.limit and source.take == "first":
-        rows = rows[: source.limit]
-    elif source.limit and source.limit < len(rows):
-        rows = random.Random(f"{seed}:{source.name}").sample(rows, source.limit)
+    if source.limit and source.limit < len(rows):
+        first = source.take == "first"
+        rows = rows[: source.limit] if first else random.Random(f"{seed}:{source.name}").sample(rows, source.limit)
     return [example for row in rows for example in row]
 
 
-def _chars(messages: Messages) -> int:
-    return sum(len(m["content"]) for m in messages)
+def _short(row: list[Example], source: DataSource) -> list[Example]:
+    """Those of a row's examples whose prompts are no longer than the source takes."""
+    most = source.max_prompt_chars
+    return row if most is None else [e for e in row if sum(len(m["content"]) for m in e.messages) <= most]
 
 
 def shortened(messages: Messages) -> Iterator[Messages]:
@@ -193,7 +193,7 @@ def _questions(source: DataSource, data_dir: Path | None, index: int) -> list[li
             stacklevel=2,
         )
     made = (question_example(source.task, q) for q in load(source.task, source.split, data_dir))
-    return [[replace(example, source=index)] for example in made]
+    return [row for example in made if (row := _short([replace(example, source=index)], source))]
 
 
 def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list[list[Example]]:
@@ -205,11 +205,16 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
         try:
             if isinstance(read, C2CError):
                 raise read
-            made.append(_examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}"))
+            row = _examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}")
         except C2CError as error:
             if source.on_bad_rows == "error":
                 raise
             bad.append(str(error))
+            continue
+        if row := _short(row, source):
+            made.append(row)
+            if source.take == "first" and len(made) == source.limit:
+                break  # the rest is not even read
     if bad:
         warnings.warn(
             f"{len(bad)} of {len(made) + len(bad)} rows of {source.name} are left out; the first: {bad[0]}",
@@ -229,11 +234,19 @@ def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int,
     made = []
     for turn, ((messages, response), ends) in enumerate(zip(responses, whole, strict=True), 1):
         if source.max_response_chars and len(response) > source.max_response_chars:
-            response, ends = response[: source.max_response_chars].rsplit(maxsplit=1)[0], False
+            response, ends = cut(response, source.max_response_chars), False
         made.append(Example(f"{name}#{turn}", messages, "", response, ends, turn, index))
     if source.supervise == "last" or len(made) == 1:
         return [replace(made[-1], id=name, turn=0)]
     return made
+
+
+def cut(text: str, most: int, back: int = 40) -> str:
+    """The first characters of a text, up to the last blank among its last few, so that no word is cut; in a script
+    without blanks as many as there may be."""
+    head = text[:most]
+    whole = head.rsplit(maxsplit=1)[0]
+    return whole if len(head) - len(whole) <= back else head
 
 
 def _rows(source: DataSource, data_dir: Path | None) -> Iterable[Any]:
@@ -242,7 +255,7 @@ def _rows(source: DataSource, data_dir: Path | None) -> Iterable[Any]:
         return _read_jsonl(source.jsonl)
     assert source.rows is not None
     owner, repo, *rest = source.rows.split("/")
-    return read_rows(f"{owner}/{repo}", rest[0] if rest else "default", source.split, data_dir)
+    return iterate_rows(f"{owner}/{repo}", rest[0] if rest else "default", source.split, data_dir)
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:

@@ -19,9 +19,10 @@ import sys
 import time
 import warnings
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +39,7 @@ from ..config import TrainConfig
 from ..errors import C2CError
 from ..files import holding, remove_partials, replace_text, replacing, save_state
 from ..fuser import C2CFuser, checkpoint
-from ..fuser.ridge import start_from_ridge
+from ..fuser.ridge import Moments, start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
@@ -124,7 +125,7 @@ def prepare(
     held = len(watched[::every])
     del learned, watched
     made: list[tuple[Item | None, list[str]] | C2CError] = []
-    process = PartialState(cpu=not torch.cuda.is_available())
+    process = this_process()
     parts = [len(asked) * i // process.num_processes for i in range(process.num_processes + 1)]
     mine = asked[parts[process.process_index] : parts[process.process_index + 1]]
     for number, example in enumerate(mine, 1):
@@ -164,7 +165,7 @@ def prepare(
         )
     weights = [source.weight for source in config.data if source.weight is not None]
     return Prepared(
-        mix(sources, weights, config.seed) if weights else train,
+        mix(sources, weights, config.drawn_by) if weights else train,
         holdout,
         **counts,
         share=share,
@@ -379,26 +380,33 @@ def fused_inputs(
         yield fuser.inputs(clean.kv, known, where.to(pair.receiver.device))
 
 
-@torch.no_grad()
-def calibrate(fuser: C2CFuser, *pieces: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Set a normalising fuser's statistics: mean and deviation of each channel over what `fused_inputs` gives."""
-    moments: dict[str, tuple[int, Tensor, Tensor]] = {}  # positions so far, their mean, their sum of squared deviations
-    for inputs in chain(*pieces):
-        for name, x in zip(("sharer", "receiver"), inputs, strict=True):
-            var, mean = (y.double() for y in torch.var_mean(x.float(), 1, correction=0, keepdim=True))
-            count, squares = x.shape[1], var * x.shape[1]
-            if name in moments:  # two parts' moments into those of both
-                before, old, sum_before = moments[name]
-                shift, whole = mean - old, before + count
-                squares = sum_before + squares + shift.square() * before * count / whole
-                count, mean = whole, old + shift * count / whole
-            moments[name] = count, mean, squares
-    for name, (count, mean, squares) in moments.items():
-        std = (squares / (count - 1)).sqrt()
-        # A channel that hardly moves would be blown up beyond all others.
-        std = std.clamp(min=0.01 * std.mean(-1, keepdim=True).clamp(min=1e-6))
-        getattr(fuser, f"{name}_mean").copy_(mean)
-        getattr(fuser, f"{name}_std").copy_(std)
+class Channels:
+    """Mean and deviation of each channel over what `fused_inputs` gives, for a normalising fuser."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, tuple[int, Tensor, Tensor]] = {}  # positions, their mean, sum of squared deviations
+
+    def of(self, pieces: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pieces as they come, each of which counts."""
+        for inputs in pieces:
+            for name, x in zip(("sharer", "receiver"), inputs, strict=True):
+                var, mean = (y.double() for y in torch.var_mean(x.float(), 1, correction=0, keepdim=True))
+                count, squares = x.shape[1], var * x.shape[1]
+                if name in self.moments:  # two parts' moments into those of both
+                    before, old, sum_before = self.moments[name]
+                    shift, whole = mean - old, before + count
+                    squares = sum_before + squares + shift.square() * before * count / whole
+                    count, mean = whole, old + shift * count / whole
+                self.moments[name] = count, mean, squares
+            yield inputs
+
+    def put_into(self, fuser: C2CFuser) -> None:
+        for name, (count, mean, squares) in self.moments.items():
+            std = (squares / (count - 1)).sqrt()
+            # A channel that hardly moves would be blown up beyond all others.
+            std = std.clamp(min=0.01 * std.mean(-1, keepdim=True).clamp(min=1e-6))
+            getattr(fuser, f"{name}_mean").copy_(mean)
+            getattr(fuser, f"{name}_std").copy_(std)
 
 
 def batches(items: Sequence[Item], batch_size: int, seed: int, epoch: int) -> list[list[Item]]:
@@ -602,16 +610,19 @@ class FuserObjective(Objective):
                 progress(len(piece))
 
         for j, fuser in enumerate(self.fusers):
-            groups = [read(j, pieces) for pieces in self._groups(config, data, j)]
-            if fuser.config.projection_init != "ridge":
-                if groups:
-                    calibrate(fuser, *groups)
-                continue
-            kept = [list(group) for group in groups]
+            channels = Channels()
+            groups = [channels.of(read(j, pieces)) for pieces in self._groups(config, data, j)]
+            # Read once, piece by piece: all that is kept are sums.
+            moments = []
+            if fuser.config.projection_init == "ridge":
+                moments = [Moments.of(group) for group in groups]
+            else:
+                deque(chain(*groups), maxlen=0)
             if fuser.config.normalize:
-                calibrate(fuser, *kept)
-            # Each predicts the receiver's cache, so each goes its part of the way there.
-            start_from_ridge(fuser, kept[0], kept[1], share=1 / len(self.fusers))
+                channels.put_into(fuser)
+            if moments:
+                # Each predicts the receiver's cache, so each goes its part of the way there.
+                start_from_ridge(fuser, moments[0], moments[1], share=1 / len(self.fusers))
 
     def set_progress(self, step: int) -> None:
         for fuser in self.fusers:
@@ -646,22 +657,25 @@ class FuserObjective(Objective):
 
 
 @torch.no_grad()
-def evaluate(
-    objective: nn.Module, items: Sequence[Item], batch_size: int, process: int = 0, processes: int = 1
-) -> Tensor:
+def evaluate(objective: nn.Module, items: Sequence[Item], rows: int, process: int = 0, processes: int = 1) -> Tensor:
     """Sums over one process's share of the items, (2,) float64: the loss per example, and how many responses greedy
-    decoding would write."""
+    decoding would write. So many `rows` are computed at once, of like length."""
     sums = torch.zeros(2, dtype=torch.float64)
-    mine, most = items[process::processes], len(items[::processes])
+    mine, most = by_length(items[process::processes]), len(items[::processes])
     objective.eval()
-    for begin in range(0, most, batch_size):
-        batch = mine[begin : begin + batch_size]
+    for begin in range(0, most, rows):
+        batch = mine[begin : begin + rows]
         # Sharded models are run by all processes equally often, so one that has no more runs what isn't counted.
         loss, greedy = objective(batch or items[:1], "example")
         if batch:
             sums += torch.tensor([loss.item() * len(batch), greedy.sum().item()], dtype=torch.float64)
     objective.train()
     return sums
+
+
+def by_length(items: Sequence[Item]) -> list[Item]:
+    """The shortest first."""
+    return sorted(items, key=lambda item: item.length)
 
 
 @dataclass
@@ -814,10 +828,15 @@ class Trainer:
             loss += value.detach()
         return self._sum(loss)
 
+    @property
+    def rows(self) -> int:
+        """How many rows a process computes at once, the most that a part of a batch has."""
+        return math.ceil(self.config.batch_size / (self.config.accumulate * self.accelerator.num_processes))
+
     def _evaluate(self) -> dict[str, Any]:
         """Look at the hold-out, each process at its share, and note whether it was never better."""
         holdout, count = self.data.holdout, self.accelerator.num_processes
-        sums = evaluate(self.objective, holdout, self.config.batch_size, self.accelerator.process_index, count)
+        sums = evaluate(self.objective, holdout, self.rows, self.accelerator.process_index, count)
         loss, exact = (self._sum(sums) / len(holdout)).tolist()
         if not math.isfinite(loss):
             raise C2CError(
@@ -872,7 +891,7 @@ class Trainer:
         if processes > 1 and self.accelerator.device.type != self.device.type:
             raise C2CError(
                 f"{processes} processes train on {self.accelerator.device.type}, the receiver is on "
-                f"{self.device.type}; leave the recipe's device out, or set ACCELERATE_USE_CPU=true to train on CPUs"
+                f"{self.device.type}; leave the recipe's device out, or set CUDA_VISIBLE_DEVICES= to train on CPUs"
             )
         if processes * self.config.accumulate > self.config.batch_size:
             raise C2CError(
@@ -950,7 +969,8 @@ class Trainer:
         if not path.exists():
             return
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            # Mapped: in every process of a machine the whole file would be much.
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             data, models, processes = state["data"], state["models"], len(state["rng"])
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
@@ -969,6 +989,8 @@ class Trainer:
         _set_rng(state["rng"][self.accelerator.process_index], self.device)
         self.step, self.seconds, self.last_evaluation = state["step"], state["seconds"], state["evaluation"]
         self.best = None if state["best"] is None else Best(**state["best"])
+        if self.best is not None and self.best.weights is not None:
+            self.best.weights = {name: tensor.clone() for name, tensor in self.best.weights.items()}
 
     def _cut_log(self) -> None:
         """Drop the lines of steps that were done after the checkpoint and will be done again."""
@@ -991,6 +1013,14 @@ class Trainer:
         return self.output / self.objective.folder
 
 
+def this_process() -> PartialState:
+    """Which of a launcher's processes this is, alone unless one started several; it has a GPU of its own from now on.
+
+    They wait for each other for hours before that is an error: one may still fetch models and data that others have.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
+
+
 def _accelerator(config: TrainConfig) -> Accelerator:
     """This process's part of a run; alone unless a launcher started several."""
     if config.trackers and not all(importlib.util.find_spec(name) for name in config.trackers):
@@ -1001,6 +1031,7 @@ def _accelerator(config: TrainConfig) -> Accelerator:
         device_placement=False,  # models are where they were loaded
         mixed_precision="no",  # `precision` decides, not the launcher
         cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of gradients
         log_with=list(config.trackers) or None,
         project_dir=config.output,
     )
@@ -1027,6 +1058,9 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
 
 
+HOW = ("accumulate", "save_every")  # with others a run goes on: the steps are the same but for what noise is drawn
+
+
 def only_run(output: Path) -> contextlib.AbstractContextManager[None]:
     """Hold a run's folder: a second process that trains in it is refused."""
     output.mkdir(parents=True, exist_ok=True)
@@ -1038,7 +1072,9 @@ def start_run(config: TrainConfig) -> bool:
     config.output.mkdir(parents=True, exist_ok=True)
     path = config.output / "recipe.json"
     if path.exists():
-        if json.loads(path.read_text()) != recipe_of(config):
+        both = json.loads(path.read_text()), recipe_of(config)
+        known, asked = ({key: value for key, value in r.items() if key not in HOW} for r in both)
+        if known != asked:
             raise C2CError(f"{config.output} holds a run of another recipe; choose another output, or remove it")
         return True
     replace_text(path, json.dumps(recipe_of(config), indent=2) + "\n")

@@ -11,7 +11,7 @@ from sys import getsizeof
 import torch
 from torch import Tensor, nn
 
-from .loop import FuserObjective, Item, Trainer, batches, evaluate, parts_of
+from .loop import FuserObjective, Item, Trainer, batches, by_length, evaluate, parts_of
 from .sharding import local
 
 SAMPLE = 10_000  # examples that are enough to plan by
@@ -80,7 +80,8 @@ def plan(trainer: Trainer) -> Plan:
     step = epoch_seconds / share / trainer.per_epoch
     mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
     evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
-    held = [mine[begin : begin + config.batch_size] for begin in range(0, len(mine), config.batch_size)]
+    mine = by_length(mine)
+    held = [mine[begin : begin + trainer.rows] for begin in range(0, len(mine), trainer.rows)]
     parameters = sum(p.numel() for p in trained.parameters())
     state = 4 * sum(tensor.numel() for tensor in trained.state_dict().values())
     output = next(p for p in (config.output, *config.output.absolute().parents) if p.exists())
