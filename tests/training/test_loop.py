@@ -791,7 +791,9 @@ def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
     pair, fuser, items = trainer.objective.pair, trainer.trained, trainer.data.train[:5]
-    loop.calibrate(fuser, loop.fused_inputs(pair, loop.in_pieces(items, 2), None))
+    channels = loop.Channels()
+    assert len(list(channels.of(loop.fused_inputs(pair, loop.in_pieces(items, 2), None)))) == 3
+    channels.put_into(fuser)
     keys: list[torch.Tensor] = []
     for item in items:
         mine, other, index = item.prompt.receiver[:-1], item.prompt.sharers[0], item.prompt.maps[0][:-1]
