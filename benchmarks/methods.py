@@ -8,7 +8,8 @@ A method is some settings over recipes/compare.yaml. How many steps the budget a
 --dry-run` measures, with one thread, or is given with `--steps`, as for a GPU; `--jobs` methods are trained at a time,
 each on a core of its own. Then `c2c
 evaluate` asks each one by option likelihood. Everything stays in the output folder, and a run that was stopped goes on.
-What a run came to, a small file each, goes to `--results`: whoever has these need not train again for the table.
+What a run came to, a small file each, goes to `--results`: whoever has these need not train again for the table, and
+`--known` makes it of those that are there.
 
 Printed, and written to `methods.md` there, per method the mean over its seeds: steps, the minutes that they took, loss
 and exact answers on the hold-out, accuracy with the sharer's caches and with those of another question, the share of
@@ -319,10 +320,21 @@ def main() -> None:
     parser.add_argument("--fuser", help="of the pair, for the receiver and the sharer alone; the packaged one without")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="over the recipe, for all methods")
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--known", action="store_true", help="train nothing: what --results holds, of whichever seeds")
     parser.add_argument("--results", type=Path, help="what runs came to; the output folder without it")
     options = parser.parse_args()
     options.results = options.results or options.output
-    runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
+
+    def by_name(run: Run) -> tuple[int, int]:
+        return options.only.index(run.name), run.seed
+
+    if options.known:
+        found = [(name, path) for name in options.only for path in options.results.glob(f"{name}-[0-9]*.json")]
+        runs = sorted((Run(name, int(path.stem.rpartition("-")[2]), options) for name, path in found), key=by_name)
+    else:
+        runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
+    if not runs:
+        sys.exit(f"methods.py: {options.results} holds no results of {', '.join(options.only)}")
     try:
         slots = Semaphore(options.jobs)
         with ThreadPoolExecutor(1 + len(runs)) as pool:

@@ -306,6 +306,20 @@ def test_methods(measure: ModuleType, tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.rmtree(tmp_path / "methods")
     methods.main()
     assert len(done) == 20 and (tmp_path / "results" / "methods.md").read_text() == table
+    # What is known, of whichever seeds: one run of `recipe` is not.
+    (tmp_path / "results" / "recipe-1.json").rename(tmp_path / "results" / "kept")
+    monkeypatch.setattr(sys, "argv", [*map(str, line), "--known"])
+    methods.main()
+    (tmp_path / "results" / "kept").rename(tmp_path / "results" / "recipe-1.json")
+    known = {
+        row.split(" | ")[0][2:]: row.split(" | ")
+        for row in (tmp_path / "results" / "methods.md").read_text().splitlines()[2:]
+    }
+    assert [known[name][1] for name in names] == ["1", "2", "2", "2"] and known["identical"][2:9] == rows["identical"][
+        2:9
+    ]
+    assert len(done) == 20
+    (tmp_path / "results" / "methods.md").write_text(table)
     monkeypatch.setattr(sys, "argv", [*map(str, line), "--set", "fuser.dropout=0.2"])
     with pytest.raises(SystemExit, match="other settings"):
         methods.main()
