@@ -324,15 +324,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="what runs came to; the output folder without it")
     options = parser.parse_args()
     options.results = options.results or options.output
-
-    def by_name(run: Run) -> tuple[int, int]:
-        return options.only.index(run.name), run.seed
-
+    runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
     if options.known:
-        found = [(name, path) for name in options.only for path in options.results.glob(f"{name}-[0-9]*.json")]
-        runs = sorted((Run(name, int(path.stem.rpartition("-")[2]), options) for name, path in found), key=by_name)
-    else:
-        runs = [Run(name, seed, options) for seed in options.seeds for name in options.only]
+        there = {name: options.results.glob(f"{name}-[0-9]*.json") for name in options.only}
+        runs = [Run(name, int(p.stem.rpartition("-")[2]), options) for name in there for p in sorted(there[name])]
     if not runs:
         sys.exit(f"methods.py: {options.results} holds no results of {', '.join(options.only)}")
     try:

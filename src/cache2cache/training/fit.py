@@ -62,5 +62,6 @@ def fit(
 
         rows = fuser.fit(pieces(data.train), pieces(data.holdout))
         replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        measured = {"seconds": round(time.perf_counter() - began, 1), "r2": sum(row["r2"] for row in rows) / len(rows)}  # type: ignore[misc]
+        r2 = sum(float(row["r2"]) for row in rows) / len(rows)
+        measured = {"seconds": round(time.perf_counter() - began, 1), "r2": r2}
         return write_fuser(pair, config, data, measured), rows

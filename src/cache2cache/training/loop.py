@@ -401,6 +401,7 @@ class Channels:
             yield inputs
 
     def put_into(self, fuser: C2CFuser) -> None:
+        """Set the fuser's statistics to what has counted so far."""
         for name, (count, mean, squares) in self.moments.items():
             std = (squares / (count - 1)).sqrt()
             # A channel that hardly moves would be blown up beyond all others.

@@ -78,9 +78,8 @@ def plan(trainer: Trainer) -> Plan:
     epoch_seconds = learning * sum(map(padded, epoch)) / padded(largest)
     share, items = trainer.data.share, [*trainer.data.train, *trainer.data.holdout]
     step = epoch_seconds / share / trainer.per_epoch
-    mine = trainer.data.holdout[accelerator.process_index :: accelerator.num_processes]
+    mine = by_length(trainer.data.holdout[accelerator.process_index :: accelerator.num_processes])
     evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
-    mine = by_length(mine)
     held = [mine[begin : begin + trainer.rows] for begin in range(0, len(mine), trainer.rows)]
     parameters = sum(p.numel() for p in trained.parameters())
     state = 4 * sum(tensor.numel() for tensor in trained.state_dict().values())

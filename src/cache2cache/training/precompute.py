@@ -37,6 +37,7 @@ def precompute(
     pair = C2C.from_models(same[0] if same else load_lm(config.receiver), sharers, config.fuser)
     with encoding(console) as progress:
         data = prepare(pair, config, found, progress)
+    del found  # the texts of all rows
     # An example that weights repeat counts once.
     prompts = list({i.id: i.prompt for i in data.train + data.holdout}.values())
     console.print(f"{len(prompts)} prompts, {data.truncation}")
