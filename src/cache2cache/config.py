@@ -195,6 +195,11 @@ class TrainConfig(BaseModel):
         "its own, trained together on the sum of their changes"
     )
     fuser: FuserConfig = Field(FuserConfig(), description="what is trained, for each of several sharers")
+    start_from: OneOrSeveral[str | None] = Field(
+        None,
+        description="a fuser to go on from in place of new weights: a folder, a hub id or one that comes packaged; "
+        "for several sharers a list, null for a new one",
+    )
     data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     method: Literal["c2c", "single", "identical"] = Field(
         "c2c",
@@ -278,6 +283,13 @@ class TrainConfig(BaseModel):
         return self.sharer if isinstance(self.sharer, list) else [self.sharer]
 
     @property
+    def starts(self) -> list[str | None]:
+        """For each sharer the fuser to go on from, or none."""
+        if self.start_from is None:
+            return [None] * len(self.sharers)
+        return self.start_from if isinstance(self.start_from, list) else [self.start_from]
+
+    @property
     def stores(self) -> list[Path]:
         """One for each sharer, or none."""
         if self.store is None:
@@ -316,6 +328,13 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"store names {len(self.stores)} folders for {several} sharers; give each sharer one, in the same order"
             )
+        if len(self.starts) != several:
+            raise ValueError(
+                f"start_from names {len(self.starts)} fusers for {several} sharers; give each sharer one, or null, in "
+                "the same order"
+            )
+        if self.start_from is not None and self.method == "single":
+            raise ValueError("start_from is a fuser, and method: single trains none; leave it out")
         if several > 1 and self.distill:
             raise ValueError(f"distill is towards one sharer, {several} are given; leave it out")
         if several > 1 and not self.fuser.residual:

@@ -134,8 +134,7 @@ class C2C:
             if not isinstance(lm, RemoteSharer):  # whoever serves it has checked
                 check_fusable(lm.text_config, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
-            _check_fit("receiver", fuser.config.receiver, receiver, int(fuser.receiver_layers.max()))
-            _check_fit("sharer", fuser.config.sharer, sharer, int(fuser.sharer_layers.max()))
+            check_fit(fuser, receiver, sharer)
         self.receiver = receiver
         self.sharers = list(sharers)
         self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
@@ -716,6 +715,12 @@ def identity(lm: LM) -> ModelIdentity:
     )
 
 
+def check_fit(fuser: C2CFuser, receiver: LM, sharer: LM) -> None:
+    """Refuse models whose caches the fuser doesn't take; warn of other weights than those it was trained for."""
+    _check_fit("receiver", fuser.config.receiver, receiver, int(fuser.receiver_layers.max()))
+    _check_fit("sharer", fuser.config.sharer, sharer, int(fuser.sharer_layers.max()))
+
+
 def _check_fit(role: str, trained_for: ModelIdentity | None, lm: LM, top: int) -> None:
     """`top` is the highest layer that the fuser names."""
     assert trained_for is not None  # make_fuser has checked
@@ -734,7 +739,7 @@ def _check_fit(role: str, trained_for: ModelIdentity | None, lm: LM, top: int) -
             f"the fuser was trained for {role} {trained_for.name} with weights {trained_for.fingerprint[:12]}, but "
             f"{lm.name} has weights "
             f"{lm.fingerprint[:12]}; answers may be worse",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -221,6 +221,11 @@ def test_two_sharers_from_end_to_end(models: Path, tmp_path: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out)["sharers"] == [spec["source"] for spec in sharers]
     before = files(tmp_path)
     assert c2c("precompute", recipe) == 0 and c2c("train", recipe) == 0 and files(tmp_path) == before
+    # From the first one's fuser on, beside a new second one.
+    further = ("--set", f"start_from=[{fusers / '0'}, null]", "--set", "epochs=1", "--output", tmp_path / "further")
+    assert c2c("train", recipe, *further) == 0
+    training = [json.loads((tmp_path / f"further/fuser/{j}/config.json").read_text())["training"] for j in (0, 1)]
+    assert training[0]["started_from"]["steps"] == 12 and "started_from" not in training[1]
     # The stores may be named on the command line, once each.
     more = ("--store", tmp_path / "third")
     capsys.readouterr()

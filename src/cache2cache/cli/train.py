@@ -71,6 +71,7 @@ def train(
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
     from cache2cache.training.single import Alone, SingleObjective
+    from cache2cache.training.start import pair_to_train
     from cache2cache.training.store import Store, read_settings
 
     heap.keep()
@@ -111,7 +112,7 @@ def train(
         ]
         if config.shard:
             shard([receiver, *([] if as_small else sharers)], processes.device)
-        what = C2C.from_models(receiver, sharers, config.fuser)
+        what = pair_to_train(receiver, sharers, config)
         stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
         encoder, trained = what, what.fusers

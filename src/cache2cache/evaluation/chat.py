@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
 from ..progress import Bar
 from ..response import Answering, chosen
-from ..training.data import Example, draw, examples, split
+from ..training.data import Example, draw, examples, row_name, split
 from ..training.loop import response_ids
 from ..training.store import Store, check_room
 from .asking import plain
@@ -192,11 +191,8 @@ def held_out(
         found = [e for e in held if not source.data[e.source].task]
     else:
         found = draw(source, 0, data_dir)
-    path = fuser / "training_ids.txt"
-    learned = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    # By the name without a folder, as the split goes, and without the turn.
-    known = {PurePath(re.sub(r"#\d+$", "", row)).name for row in learned}
-    kept = [e for e in found if PurePath(e.row).name not in known]
+    known = set(map(row_name, checkpoint.training_ids(fuser)))
+    kept = [e for e in found if row_name(e.id) not in known]
     if not kept:
         raise C2CError(
             f"no instruction rows are left of {len(found)}, {len(found) - len(kept)} of which the fuser was trained "

@@ -244,6 +244,12 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
     return config, tensors, record if isinstance(record, dict) else {}
 
 
+def training_ids(folder: Path) -> set[str]:
+    """The ids of the examples that a fuser was trained on, as far as its folder says."""
+    path = folder / "training_ids.txt"
+    return set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a fuser's numbers."""
     if _layout(folder) == "published":

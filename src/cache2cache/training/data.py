@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -142,12 +143,17 @@ def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[E
         sizes[example.row] = sizes.get(example.row, 0) + 1
     kept: set[str] = set()
     held = 0
-    for row in sorted(sizes, key=lambda row: (hashlib.sha256(PurePath(row).name.encode()).digest(), row)):
+    for row in sorted(sizes, key=lambda row: (hashlib.sha256(row_name(row).encode()).digest(), row)):
         if held >= holdout:
             break
         kept.add(row)
         held += sizes[row]
     return [e for e in found if e.row not in kept], [e for e in found if e.row in kept]
+
+
+def row_name(example: str) -> str:
+    """Of an example's id the row that it is of, by the name that the split goes by: no folder of a file, no turn."""
+    return PurePath(re.sub(r"#\d+$", "", example)).name
 
 
 def mix(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> list[T]:

@@ -43,7 +43,7 @@ from ..fuser.ridge import Moments, start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
 from ..models.load import LM
 from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
-from .data import Example, examples, mix, shortened, split
+from .data import Example, examples, mix, row_name, shortened, split
 from .loss import expected, loss_of, response_losses, token_losses
 from .sharding import is_sharded
 from .store import Asked, Store
@@ -591,6 +591,8 @@ class FuserObjective(Objective):
     def _groups(self, config: TrainConfig, data: Prepared, j: int) -> list[list[list[Item]]]:
         """The pieces that fuser j is started from; ridge regression chooses its penalty on a second group of them."""
         fuser, prompts = self.fusers[j].config, data.train[: config.calibration_prompts]
+        if config.starts[j] is not None:  # it has statistics and weights
+            return []
         if fuser.projection_init == "ridge":
             return [in_pieces(p for i, p in enumerate(prompts) if i % 5), in_pieces(prompts[::5])]
         return [in_pieces(prompts)] if fuser.normalize else []
@@ -610,6 +612,13 @@ class FuserObjective(Objective):
                 yield inputs
                 progress(len(piece))
 
+        before = set(map(row_name, trained_on_before(config)))
+        if seen := sum(row_name(item.id) in before for item in data.holdout):
+            warnings.warn(
+                f"{seen} of the hold-out's {len(data.holdout)} examples are among those that what start_from "
+                "names was trained on, so the loss there will look too good",
+                stacklevel=2,
+            )
         for j, fuser in enumerate(self.fusers):
             channels = Channels()
             groups = [channels.of(read(j, pieces)) for pieces in self._groups(config, data, j)]
@@ -1087,18 +1096,24 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
     with what they were made from and the ids of the examples."""
     folder = config.output / "fuser"
     training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
+    ids = {item.id for item in data.train} | trained_on_before(config)
     for j, fuser in enumerate(pair.fusers):
         assert isinstance(fuser, C2CFuser)
         place = folder / str(j) if len(pair.fusers) > 1 else folder
-        checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training)
-        write_ids(place, data)
+        before = {} if config.starts[j] is None else {"started_from": fuser.record}
+        checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training | before)
+        write_ids(place, ids)
     return folder
 
 
-def write_ids(folder: Path, data: Prepared) -> None:
+def trained_on_before(config: TrainConfig) -> set[str]:
+    """The ids of the examples that the fusers gone on from were trained on, as far as their folders say."""
+    return set().union(*(checkpoint.training_ids(checkpoint.resolve(start)) for start in config.starts if start))
+
+
+def write_ids(folder: Path, ids: Iterable[str]) -> None:
     """Put the ids of the examples trained on into `training_ids.txt`."""
-    rows = "".join(f"{item.id}\n" for item in sorted(data.train, key=lambda i: i.id))
-    replace_text(folder / "training_ids.txt", rows)
+    replace_text(folder / "training_ids.txt", "".join(f"{name}\n" for name in sorted(ids)))
 
 
 def _is_up_to(line: str, step: int) -> bool:

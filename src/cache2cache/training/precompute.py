@@ -15,10 +15,10 @@ from ..kv import pad_left, prefill
 from ..models.load import LM, load_lm
 from ..models.packed import pack
 from ..packing import dequantize, quantize
-from ..pair import C2C
 from ..progress import Bar, encoding
 from .data import examples
 from .loop import prepare
+from .start import pair_to_train
 from .store import Store, check_room
 
 
@@ -34,7 +34,7 @@ def precompute(
     stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]
     # A receiver that is a sharer too reads nothing here, so that its dtype doesn't matter.
     same = [lm for spec, lm in zip(config.sharers, sharers, strict=True) if spec == config.receiver]
-    pair = C2C.from_models(same[0] if same else load_lm(config.receiver), sharers, config.fuser)
+    pair = pair_to_train(same[0] if same else load_lm(config.receiver), sharers, config)
     with encoding(console) as progress:
         data = prepare(pair, config, found, progress)
     del found  # the texts of all rows

@@ -114,7 +114,7 @@ class SingleObjective(Objective):
             for path in sorted(Path(partial).iterdir()):
                 path.chmod(0o644)  # safetensors lets only the owner read
                 os.replace(path, folder / path.name)
-        write_ids(folder, data)
+        write_ids(folder, {item.id for item in data.train})
         return folder
 
 

@@ -1,0 +1,207 @@
+"""Going on from a fuser of an earlier run (`start_from`): what it keeps, what the recipe says, what is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache2cache import C2C, C2CError
+from cache2cache.fuser import C2CFuser
+from cache2cache.fuser.c2c import STATISTICS
+from cache2cache.training.loop import Trainer, prepare, response_loss
+from cache2cache.training.start import pair_to_train
+from training.runs import CHATS, config_of, lm_of, pair_of, write_rows
+from training.several import Cut
+
+SMALL = {"hidden_dim": 8, "intermediate_dim": 6}
+
+
+def started(folder: Path, sharers: Sequence[str] = ("qwen3",), **changes: Any) -> Trainer:
+    """A run of the tiny pair, `start_from` among the changes."""
+    config = config_of(folder, **changes)
+    torch.manual_seed(config.seed)
+    pair = pair_to_train(lm_of("llama"), [lm_of(name, 7) for name in sharers], config)
+    return Trainer(pair, config, None, prepare(pair, config))
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose fuser is gone on from."""
+    folder = tmp_path_factory.mktemp("earlier")
+    write_rows(folder / "rows.jsonl")
+    settings = {**SMALL, "normalize": True, "dropout": 0.3, "anneal_steps": 7, "gate_init": 0.5}
+    started(folder, fuser=settings, weights_on_disk="float32").run()
+    return folder / "run" / "fuser"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_rows(tmp_path / "rows.jsonl", 22)
+    return tmp_path
+
+
+def test_goes_on_where_the_other_run_ended(earlier: Path, folder: Path) -> None:
+    """The same weights and statistics, so the same loss; then it learns, and says what it went on from."""
+    rows = write_rows(folder / "more.jsonl", 30)  # names and so ids of their own
+    trainer = started(
+        folder, start_from=str(earlier), fuser={"dropout": 0.0, "anneal_steps": 50}, data=[{"jsonl": str(rows)}]
+    )
+    fuser = trainer.objective.pair.fusers[0]
+    config = fuser.config
+    assert (config.hidden_dim, config.dropout, config.anneal_steps, config.normalize) == (8, 0.0, 50, True)
+    assert fuser.mlp1.dropout == 0.0  # and not only in the configuration
+    before = load_file(earlier / "fuser.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in fuser.state_dict().items())
+    models = {"receiver": trainer.objective.pair.receiver, "sharers": trainer.objective.pair.sharers}
+    again = C2C.from_pretrained(earlier, **models)
+    fuser.eval()
+    first, same = (response_loss(pair, trainer.data.holdout, None)[0] for pair in (trainer.objective.pair, again))
+    assert first.item() == same.item()
+
+    read: list[tuple[int, int]] = []
+    result = trainer.run(on_calibration=lambda done, of: read.append((done, of)))
+    assert not read  # its statistics are there
+    after = load_file(result / "fuser.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in STATISTICS)
+    assert not torch.equal(before["mlp1.w1.weight"], after["mlp1.w1.weight"].float())
+    record = json.loads((result / "config.json").read_text())["training"]
+    assert record["recipe"]["start_from"] == str(earlier)
+    assert record["started_from"] == json.loads((earlier / "config.json").read_text())["training"]
+    ids = [set((place / "training_ids.txt").read_text().split()) for place in (earlier, result)]
+    assert ids[1] == ids[0] | {item.id for item in trainer.data.train} and ids[0] < ids[1]
+
+
+def test_interrupted_it_ends_with_the_same_bytes(earlier: Path, folder: Path) -> None:
+    def cut(record: dict[str, Any]) -> None:
+        if record["step"] == 4:  # behind a checkpoint
+            raise Cut
+
+    settings = {"start_from": str(earlier), "seed": 3}
+    expected = started(folder, output=str(folder / "whole"), **settings).run()
+    with pytest.raises(Cut):
+        started(folder, **settings).run(cut)
+    got = started(folder, **settings).run()
+    assert (got / "fuser.safetensors").read_bytes() == (expected / "fuser.safetensors").read_bytes()
+
+
+def test_a_hold_out_that_was_trained_on_is_named(earlier: Path, folder: Path) -> None:
+    """With the same rows and one as large none of it was; of one twice as large the rest was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        started(folder, start_from=str(earlier), max_steps=1).run()
+    with pytest.warns(match="6 of the hold-out's 12 examples are among those that what start_from names was trained"):
+        started(folder, start_from=str(earlier), max_steps=1, holdout=12, output=str(folder / "other")).run()
+
+
+def test_a_second_sharer_beside_a_trained_one(earlier: Path, folder: Path) -> None:
+    """Before training the pair answers as with the first fuser alone, where the second one begins at zero."""
+    sharers = [{"source": "first"}, {"source": "second"}]
+    settings = {"fuser": {"hidden_dim": 12, "intermediate_dim": 4, "gating": False, "zero_init": True}}
+    trainer = started(
+        folder, ("qwen3", "gemma3"), sharer=sharers, start_from=[str(earlier), None], **settings, epochs=1
+    )
+    pair = trainer.objective.pair
+    assert [fuser.config.hidden_dim for fuser in pair.fusers if isinstance(fuser, C2CFuser)] == [8, 12]
+    alone = C2C.from_pretrained(earlier, receiver=pair.receiver, sharers=pair.sharers[:1])
+    pair.fusers.eval()
+    torch.testing.assert_close(pair.prefill(CHATS[1]).kv.keys, alone.prefill(CHATS[1]).kv.keys, rtol=0, atol=1e-6)
+    fusers = trainer.run()
+    records = [json.loads((fusers / str(j) / "config.json").read_text())["training"] for j in (0, 1)]
+    assert "started_from" in records[0] and "started_from" not in records[1]
+    ids = [(fusers / str(j) / "training_ids.txt").read_text() for j in (0, 1)]
+    assert ids[0] == ids[1] and set((earlier / "training_ids.txt").read_text().split()) <= set(ids[0].split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start_from": "nowhere"}, "no fuser at 'nowhere'; expected a folder"),
+        ({"fuser": {"hidden_dim": 9}}, r"fuser.hidden_dim 8, the recipe asks for 9; leave fuser.hidden_dim out"),
+        ({"fuser": {"variant": "bottleneck"}}, "fuser.variant 'c2c', the recipe asks for 'bottleneck'"),
+        ({"fuser": {"layer_map": [[0, 0]]}}, r"fuser.layer_map .*, the recipe asks for \[\(0, 0\)\]"),
+        ({"fuser": {"gating": False}}, "fuser.gating True, the recipe asks for False"),
+    ],
+)
+def test_what_is_not_there_or_another_fuser_is_refused(
+    earlier: Path, folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(C2CError, match=said):
+        started(folder, **{"start_from": str(earlier), "fuser": {}} | changes)
+
+
+def test_what_says_where_weights_begin_may_stay_in_the_recipe(earlier: Path, folder: Path) -> None:
+    settings = {**SMALL, "layer_map": "terminal", "zero_init": True, "projection_init": "ridge", "gate_init": -1.0}
+    config = started(folder, start_from=str(earlier), fuser=settings).objective.pair.fusers[0].config
+    assert (config.gate_init, config.zero_init, config.projection_init) == (0.5, False, "random")
+
+
+def test_a_fitted_fuser_is_refused(folder: Path) -> None:
+    pair_of(variant="ridge").save_pretrained(folder / "fuser")
+    with pytest.raises(C2CError, match=r"start_from .* is of the variant ridge, which is fitted and not trained"):
+        started(folder, start_from=str(folder / "fuser"), fuser={})
+
+
+@pytest.mark.filterwarnings("ignore:.*include_response")
+def test_one_from_another_token_map_goes_on_with_that_of_training(folder: Path) -> None:
+    pair_of(token_map="first", fuse_response=True).save_pretrained(folder / "fuser")
+    with pytest.warns() as said:
+        config = started(folder, start_from=str(folder / "fuser"), fuser={}).objective.pair.fusers[0].config
+    assert (config.token_map, config.fuse_response) == ("span", False)
+    assert [str(w.message).partition(" has ")[2] for w in said if "has" in str(w.message)] == [
+        "token_map 'first'; what is trained has 'span'",
+        "fuse_response True; what is trained has False",
+    ]
+
+
+def test_one_that_replaces_the_cache_has_no_second_beside_it(folder: Path) -> None:
+    pair_of(gating=False, residual=False).save_pretrained(folder / "fuser")
+    sharers = [{"source": "first"}, {"source": "second"}]
+    with pytest.raises(C2CError, match="several sharers' changes are summed"):
+        started(folder, ("qwen3", "qwen2"), sharer=sharers, start_from=[str(folder / "fuser"), None], fuser=SMALL)
+
+
+def test_a_fitted_fuser_beside_a_trained_one_is_refused(earlier: Path, folder: Path) -> None:
+    sharers = [{"source": "first"}, {"source": "second"}]
+    with pytest.raises(C2CError, match=r"fuser\.variant ridge is fitted and not trained; leave start_from out"):
+        started(folder, ("qwen3", "qwen2"), sharer=sharers, start_from=[str(earlier), None], fuser={"variant": "ridge"})
+
+
+def test_models_of_other_shapes_are_refused_and_others_of_one_shape_named(earlier: Path, folder: Path) -> None:
+    with pytest.raises(C2CError, match=r"the fuser is for sharer .*train a fuser for this pair"):
+        started(folder, ("qwen2",), start_from=str(earlier), fuser={})
+    config = config_of(folder, start_from=str(earlier), fuser={})
+    with pytest.warns(match="the fuser was trained for receiver"):
+        pair = pair_to_train(lm_of("llama", 5), [lm_of("qwen3", 7)], config)
+    mine = pair.fusers[0].config.receiver
+    assert mine is not None and mine.fingerprint == pair.receiver.fingerprint  # from now on it is for this one
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start_from": ["a", "b"]}, "start_from names 2 fusers for 1 sharers; give each sharer one, or null"),
+        ({"start_from": "a", "sharer": [{"source": "x"}, {"source": "y"}]}, "start_from names 1 fusers for 2 sharers"),
+        ({"start_from": "a", "method": "single"}, "start_from is a fuser, and method: single trains none"),
+    ],
+)
+def test_bad_recipes(folder: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config_of(folder, **changes)
+
+
+def test_without_it_new_fusers_are_those_of_from_models(folder: Path) -> None:
+    config = config_of(folder)
+    pairs = []
+    for make in (lambda r, s: pair_to_train(r, s, config), lambda r, s: C2C.from_models(r, s, config.fuser)):
+        torch.manual_seed(0)
+        pairs.append(make(lm_of("llama"), [lm_of("qwen3", 7)]))
+    states = [pair.fusers[0].state_dict() for pair in pairs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert pairs[0].fusers[0].config == pairs[1].fusers[0].config
