@@ -36,7 +36,7 @@ PUBLIC: dict[str, list[str]] = {
     "cache2cache.training.loop": ["Trainer"],
     "cache2cache.training.single": ["load_single"],
     "cache2cache.evaluation.lm_eval": ["HarnessLM", "task_of"],
-    "cache2cache.config": ["TrainConfig", "LoraSpec", "DataSource", "ModelIdentity"],
+    "cache2cache.config": ["TrainConfig", "FuserSource", "LoraSpec", "DataSource", "ModelIdentity"],
 }
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises")
 BOUNDS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}

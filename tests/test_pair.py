@@ -128,6 +128,15 @@ def test_stream_equals_generate(receiver: str, sharer: str) -> None:
             assert "".join(c.text for c in chunks) == text
 
 
+def test_a_text_is_what_a_user_says() -> None:
+    """To `chat`; `generate` goes on with it."""
+    pair = pair_of("llama", "qwen3")
+    texts = ["What is water?", "Why?"]
+    said = [pair.chat([{"role": "user", "content": text}], **OPTIONS) for text in texts]
+    assert pair.chat(texts[0], **OPTIONS) == said[0] and pair.chat(texts, **OPTIONS) == said
+    assert pair.generate(texts[0], **OPTIONS).shape[1] < pair.generate([CHATS[0]], **OPTIONS).shape[1]
+
+
 def test_characters_of_several_tokens_are_streamed_whole() -> None:
     pair = pair_of("qwen3", "llama", gate_init=0.0)
     script = iter("水 é🙂".encode())

@@ -176,6 +176,21 @@ class LoraSpec(BaseModel):
     )
 
 
+class FuserSource(BaseModel):
+    """Where a trained fuser is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(description="a folder, a hub id or the name of one that comes packaged")
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
+    subfolder: str | None = Field(None, description="where in the folder or repository the fuser is")
+
+    @property
+    def named(self) -> str:
+        """What an error calls it."""
+        return self.source if self.subfolder is None else f"{self.source}, {self.subfolder}"
+
+
 T = TypeVar("T")
 COUNTS: Final = ("one", "several")  # which an error's place names
 OneOrSeveral = Annotated[
@@ -195,10 +210,10 @@ class TrainConfig(BaseModel):
         "its own, trained together on the sum of their changes"
     )
     fuser: FuserConfig = Field(FuserConfig(), description="what is trained, for each of several sharers")
-    start_from: OneOrSeveral[str | None] = Field(
+    start_from: OneOrSeveral[str | FuserSource | None] = Field(
         None,
-        description="a fuser to go on from in place of new weights: a folder, a hub id or one that comes packaged; "
-        "for several sharers a list, null for a new one",
+        description="a fuser to go on from in place of new weights: a folder, a hub id or one that comes packaged, or "
+        "{source, revision, subfolder}; for several sharers a list, null for a new one",
     )
     data: list[DataSource] = Field(min_length=1, description="sources of examples, counted from 0")
     method: Literal["c2c", "single", "identical"] = Field(
@@ -283,11 +298,12 @@ class TrainConfig(BaseModel):
         return self.sharer if isinstance(self.sharer, list) else [self.sharer]
 
     @property
-    def starts(self) -> list[str | None]:
+    def starts(self) -> list[FuserSource | None]:
         """For each sharer the fuser to go on from, or none."""
         if self.start_from is None:
             return [None] * len(self.sharers)
-        return self.start_from if isinstance(self.start_from, list) else [self.start_from]
+        given = self.start_from if isinstance(self.start_from, list) else [self.start_from]
+        return [FuserSource(source=start) if isinstance(start, str) else start for start in given]
 
     @property
     def stores(self) -> list[Path]:
@@ -333,6 +349,8 @@ class TrainConfig(BaseModel):
                 f"start_from names {len(self.starts)} fusers for {several} sharers; give each sharer one, or null, in "
                 "the same order"
             )
+        if any(start is not None and not start.source for start in self.starts):
+            raise ValueError("start_from is empty; name a fuser, or leave it out (null) for a new one")
         if self.start_from is not None and self.method == "single":
             raise ValueError("start_from is a fuser, and method: single trains none; leave it out")
         if several > 1 and self.distill:
@@ -407,7 +425,7 @@ class EvalConfig(BaseModel):
     tasks: list[EvalTask] = Field(
         [EvalTask(task="arc-easy"), EvalTask(task="openbookqa")], min_length=1, description="what is asked"
     )
-    split: str = Field("validation", description="of the question sets")
+    split: str = Field("validation", description="of the question sets; without it, of those that lack it, their own")
     data_dir: Path | None = Field(None, description="local mirror of the data sets; the hub without it")
     prompt: str = Field("paper", description="how a question with options is put: paper, short, chinese, cot")
     methods: list[str] = Field(

@@ -537,15 +537,18 @@ class C2C:
         fused = self._answering(prompt, prefix, kwargs)
         return decode.stream(self.receiver, fused, **kwargs)
 
-    def chat(self, messages: Messages | Sequence[Messages], *, prefix: str = "", **kwargs: Any) -> str | list[str]:
-        """Answer a chat, or each chat of a list, as text. `kwargs` as for `generate`."""
-        batch = as_batch(messages)
+    def chat(
+        self, messages: str | Messages | Sequence[str | Messages], *, prefix: str = "", **kwargs: Any
+    ) -> str | list[str]:
+        """Answer a chat, or each chat of a list, as text; a text alone is a user's. `kwargs` as for `generate`."""
+        given = as_batch(messages)
+        batch = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in given]
         fused = self._answering(batch, prefix, kwargs)
         sequences = decode.generate(self.receiver, fused, **kwargs)
         texts = self.receiver.need_tokenizer().batch_decode(
             sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
         )
-        return texts[0] if batch is not messages else texts
+        return texts[0] if given is not messages else texts
 
     def score(
         self,

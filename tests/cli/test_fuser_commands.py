@@ -116,14 +116,26 @@ def test_push(hub: Path, tiny_pair_folder: Path, published: Path, capsys: pytest
     assert "expected owner/name" in capsys.readouterr().err
 
 
+def test_rows_that_were_trained_on_come_along(hub: Path, tiny_pair_folder: Path) -> None:
+    mine = hub / "mine"
+    shutil.copytree(tiny_pair_folder, mine)
+    (mine / "training_ids.txt").write_text("rows:1\nrows:2\n")
+    assert c2c("fuser", "push", mine, "me/listed") == 0
+    assert checkpoint.training_ids(checkpoint.resolve("me/listed")) == {"rows:1", "rows:2"}
+    assert checkpoint.training_ids(checkpoint.resolve(tiny_pair_folder)) == set()
+
+
 def test_push_a_pair_with_its_record(hub: Path, tiny_pair_folder: Path) -> None:
     pair = C2C.from_pretrained(tiny_pair_folder)
     recipe = {"data": [{"task": "arc-easy", "split": "train", "limit": 5}], "epochs": 2}
+    before = {"recipe": {"data": [{"rows": "o/n", "split": "train"}]}, "holdout_loss": 7.5}
     pair.fusers[0].record = {"recipe": recipe, "seconds": 1.5, "holdout_loss": 0.9, "licence": "apache-2.0"}
+    pair.fusers[0].record["started_from"] = before
     pair.push_to_hub("me/pair")
     text = (hub / "me" / "pair" / "README.md").read_text()
     for part in ("arc-easy (train, at most 5 rows)", "epochs 2", "1.5 s", "holdout_loss 0.9", "| Licence | apache-2.0"):
         assert part in text
+    assert "| Before that | trained on o/n (train, at most all rows) |" in text and "7.5" not in text
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert checkpoint.load("me/pair").record == pair.fusers[0].record
 

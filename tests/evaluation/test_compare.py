@@ -77,6 +77,20 @@ def test_by_hand(tmp_path: Path) -> None:
     assert rows["identical"][0] == "12.5 (–)" and rows["2 / identical"] == ["4:0  0.12", "0:1  1", "4:1  0.38"]
 
 
+def test_published_results_are_runs_too(tmp_path: Path) -> None:
+    """A folder of --results, which has the settings in its summary."""
+    first, second = (run_of(tmp_path / name, {"one": {"c2c": "110", **ALL_WRONG}}) for name in ("first", "second"))
+    expected = compare([first, second])
+    for folder in (first, second):
+        settings = json.loads((folder / "settings.json").read_text())
+        (folder / "settings.json").unlink()
+        (folder / "summary.json").write_text(json.dumps({"settings": settings}))
+    assert compare([first, second]) == expected
+
+
+ALL_WRONG = {"receiver": "000", "sharer": "111"}
+
+
 def test_runs_that_do_not_go_together(tmp_path: Path) -> None:
     first = run_of(tmp_path / "first", {"one": {"c2c": "110"}})
     fewer = run_of(tmp_path / "fewer", {"one": {"c2c": "11"}})

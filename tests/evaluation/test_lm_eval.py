@@ -383,6 +383,11 @@ def test_the_command(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert 0 <= results["results"]["mine"]["acc,none"] <= 1 and results["config"]["method"] == "c2c"
     assert "samples" not in results
     assert len((tmp_path / "out" / "samples_mine.jsonl").read_text().splitlines()) == 4
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    assert c2c(*common, "--tasks", "mine", "--method", "receiver") == 1
+    assert "out holds results already; choose another --output" in capsys.readouterr().err.replace("\n", "")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    common[-1] = tmp_path / "other"
     assert c2c(*common, "--tasks", "nothing") == 1
     assert "the harness has no task 'nothing'" in capsys.readouterr().err
 

@@ -771,3 +771,21 @@ def test_the_recipes_that_come_along(path: Path) -> None:
     config = running.named(checked(EvalConfig, read_yaml(path), path.name))
     names = [t.task for t in [*config.tasks, *config.router.tasks]] + [t.shots_task or t.task for t in config.tasks]
     assert {name.split("/")[0] for name in names} <= {*TASKS, *OPEN_TASKS} and config.output.parts[0] == "runs"
+
+
+def test_a_set_without_the_usual_split_is_asked_in_its_own() -> None:
+    tasks = [
+        {"task": "arc-easy"},
+        {"task": "mmlu-redux/virology"},
+        {"task": "gsm8k"},
+        {"task": "mmlu", "split": "test"},
+    ]
+    found = running.named(EvalConfig.model_validate({"tasks": tasks}))
+    assert [task.split for task in found.tasks] == [None, "test", "test", "test"]  # None: validation
+    found = running.named(EvalConfig.model_validate({"tasks": tasks, "split": "validation"}))
+    assert [task.split for task in found.tasks] == [None, None, None, "test"]  # as it was said
+
+
+def test_a_served_sharer_is_not_evaluated(tiny_pair_folder: Path) -> None:
+    with pytest.raises(C2CError, match=r"loaded here, and http://.* is a served sharer; give the model"):
+        running.load_pair([str(tiny_pair_folder)], [None], (None, "auto"), (["http://127.0.0.1:8600"], "auto"))

@@ -141,7 +141,9 @@ def test_runs_that_do_not_go_together(runs: tuple[Path, Path], tmp_path: Path) -
     first, second = runs
     with pytest.raises(C2CError, match=r"9 questions of .*first are in .*first too; check on other questions"):
         calibration(first, first)
-    with pytest.raises(C2CError, match="holds no evaluation; expected the output folder of c2c evaluate"):
+    with pytest.raises(
+        C2CError, match="holds no evaluation; expected the output folder of c2c evaluate, or its --results"
+    ):
         calibration(tmp_path)
     made = json.loads((second / "settings.json").read_text())
     made["receiver"]["dtype"] = "torch.bfloat16"

@@ -24,7 +24,7 @@ from cache2cache.cli import main
 from cache2cache.decode import generate
 from cache2cache.kv import prefill_prompts
 from cache2cache.training import rewrite as module
-from cache2cache.training.data import Example, Messages, examples, read_chat
+from cache2cache.training.data import Example, Messages, examples, read_chat, split
 from cache2cache.training.rewrite import Answers, Response, Server, local, rewrite, served
 from serving.wire import listening
 from training.runs import config_of, lm_of, write_models, write_recipe, write_rows
@@ -372,18 +372,20 @@ def test_the_command_and_training_on_what_it_wrote(tmp_path: Path, capsys: pytes
     assert len({row["id"] for row in rows}) == len(rows) and f"{len(rows) - there} rows written" in said.err
     before = (tmp_path / "out.jsonl").read_bytes()
     assert c2c(*command) == 0 and (tmp_path / "out.jsonl").read_bytes() == before
-    # A row's prompt is that of the example, its own last turn the teacher's answer.
-    made = {e.id: e for e in examples(config_of(tmp_path, data=[{"jsonl": str(tmp_path / "out.jsonl")}]))}
-    wanted = {
-        e.id: e
-        for e in examples(config_of(tmp_path, data=[{"jsonl": str(tmp_path / "rows.jsonl"), "supervise": "all"}]))
-    }
-    for number, row in enumerate(rows):
+    # A row's prompt is that of the example, its own last turn the teacher's answer; each turn is learned once, and all
+    # of a chat on the side of the split that the chat itself is on.
+    data = [[{"jsonl": str(tmp_path / name), "supervise": "all"}] for name in ("out.jsonl", "rows.jsonl")]
+    found, asked = (examples(config_of(tmp_path, data=source)) for source in data)
+    made, wanted = ({e.id: e for e in each} for each in (found, asked))
+    assert len(found) == len(rows) and made.keys() == wanted.keys()
+    for row in rows:
         ((messages, response),) = read_chat(row, "row")[-1:]
-        example = made[f"{tmp_path / 'out.jsonl'}:{number}"]
+        example = made[row["id"]]
         assert (example.messages, example.response, example.ends) == (messages, response, row["ends"])
-        assert list(messages) == list(wanted[row["id"]].messages)
+        assert (list(messages), example.turn) == (list(wanted[row["id"]].messages), wanted[row["id"]].turn)
     assert not all(row["ends"] for row in rows)
+    held = [{e.id for e in split(each, 6)[1]} for each in (found, asked)]
+    assert held[0] == held[1] and any(len([e for e in found if e.row == made[name].row]) > 1 for name in held[0])
 
 
 def test_rows_from_a_server_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

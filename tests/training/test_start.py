@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,10 @@ from safetensors.torch import load_file
 from cache2cache import C2C, C2CError
 from cache2cache.fuser import C2CFuser
 from cache2cache.fuser.c2c import STATISTICS
-from cache2cache.training.loop import Trainer, prepare, response_loss
-from cache2cache.training.start import pair_to_train
+from cache2cache.training import loop
+from cache2cache.training.loop import Prepared, Trainer, prepare, response_loss
+from cache2cache.training.start import is_begun, pair_to_train, start_run
+from cache2cache.training.store import Store
 from training.runs import CHATS, config_of, lm_of, pair_of, write_rows
 from training.several import Cut
 
@@ -33,10 +37,10 @@ def started(folder: Path, sharers: Sequence[str] = ("qwen3",), **changes: Any) -
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose fuser is gone on from."""
+    """A run whose fuser is gone on from: as the packaged one begun from ridge, with statistics."""
     folder = tmp_path_factory.mktemp("earlier")
     write_rows(folder / "rows.jsonl")
-    settings = {**SMALL, "normalize": True, "dropout": 0.3, "anneal_steps": 7, "gate_init": 0.5}
+    settings = {**SMALL, "normalize": True, "projection_init": "ridge", "dropout": 0.3, "anneal_steps": 7}
     started(folder, fuser=settings, weights_on_disk="float32").run()
     return folder / "run" / "fuser"
 
@@ -66,8 +70,15 @@ def test_goes_on_where_the_other_run_ended(earlier: Path, folder: Path) -> None:
     assert first.item() == same.item()
 
     read: list[tuple[int, int]] = []
-    result = trainer.run(on_calibration=lambda done, of: read.append((done, of)))
+    records: list[dict[str, Any]] = []
+    result = trainer.run(records.append, lambda done, of: read.append((done, of)))
     assert not read  # its statistics are there
+    # What there was before the first step is looked at too.
+    assert records[0].keys() == {"step", "holdout_loss", "holdout_exact", "best_step", "seconds"}
+    expected = response_loss(again, trainer.data.holdout, None, "example")[0].item()
+    assert records[0]["step"] == 0 and records[0]["holdout_loss"] == pytest.approx(expected, rel=1e-5)
+    log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert log == records and [row["step"] for row in log] == list(range(len(log)))
     after = load_file(result / "fuser.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in STATISTICS)
     assert not torch.equal(before["mlp1.w1.weight"], after["mlp1.w1.weight"].float())
@@ -78,17 +89,83 @@ def test_goes_on_where_the_other_run_ended(earlier: Path, folder: Path) -> None:
     assert ids[1] == ids[0] | {item.id for item in trainer.data.train} and ids[0] < ids[1]
 
 
-def test_interrupted_it_ends_with_the_same_bytes(earlier: Path, folder: Path) -> None:
+def copy_of(earlier: Path, folder: Path) -> Path:
+    """One that may be lost."""
+    return Path(shutil.copytree(earlier, folder / "there"))
+
+
+@pytest.mark.parametrize("step", [1, 4])  # before the first checkpoint and behind it
+def test_interrupted_it_ends_with_the_same_bytes(earlier: Path, folder: Path, step: int) -> None:
+    """Whatever became of what it goes on from: the run has kept that."""
+
     def cut(record: dict[str, Any]) -> None:
-        if record["step"] == 4:  # behind a checkpoint
+        if record["step"] == step:
             raise Cut
 
-    settings = {"start_from": str(earlier), "seed": 3}
+    there = copy_of(earlier, folder)
+    settings = {"start_from": str(there), "seed": 3, "fuser": {"dropout": 0.2}}
     expected = started(folder, output=str(folder / "whole"), **settings).run()
     with pytest.raises(Cut):
         started(folder, **settings).run(cut)
+    shutil.rmtree(there)
     got = started(folder, **settings).run()
-    assert (got / "fuser.safetensors").read_bytes() == (expected / "fuser.safetensors").read_bytes()
+    for name in ("fuser.safetensors", "config.json", "training_ids.txt"):
+        texts = [re.sub(rb'"seconds": [\d.]+', b"", (place / name).read_bytes()) for place in (got, expected)]
+        assert texts[0] == texts[1], name
+    steps = [json.loads(line)["step"] for line in (folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(len(steps)))
+    with pytest.raises(C2CError, match="no fuser at "):
+        started(folder, **settings, output=str(folder / "new"))
+    with pytest.raises(C2CError, match=r"holds a run of another recipe \(other fuser\)"):
+        is_begun(config_of(folder, **settings | {"fuser": {}}))  # what isn't set is the other fuser's own
+
+
+def test_a_run_that_makes_it_worse_leaves_what_there_was(
+    earlier: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([6.0, 7.0, 8.0, 9.0])  # at steps 0, 5, 10, 12
+    monkeypatch.setattr(loop, "evaluate", lambda *_: torch.tensor([next(losses), 0.0], dtype=torch.float64))
+    settings = {"start_from": str(earlier), "keep": "best", "weights_on_disk": "float32"}
+    result = started(folder, **settings).run()
+    before, after = (load_file(place / "fuser.safetensors") for place in (earlier, result))
+    assert json.loads((result / "config.json").read_text())["training"]["best_step"] == 0
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "temperature")
+
+
+def test_several_processes_go_on_alike(earlier: Path, folder: Path) -> None:
+    """Each has loaded the fuser, and one has kept it for the run."""
+    trainers = [started(folder, start_from=str(earlier), max_steps=1) for _ in range(2)]
+    trainers[0].run()
+    again = started(folder, start_from=str(earlier), max_steps=1)
+    assert sorted(p.name for p in (folder / "run" / "start" / "0").iterdir()) == [
+        "config.json", "fuser.safetensors", "training_ids.txt",
+    ]  # fmt: skip
+    states = [t.objective.pair.fusers[0].state_dict() for t in (trainers[1], again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_pair_with_a_new_fuser_is_refused(earlier: Path, folder: Path) -> None:
+    config = config_of(folder, start_from=str(earlier), fuser={})
+    with pytest.raises(C2CError, match="the pair's fuser is a new one; make the pair with"):
+        Trainer(pair_of(), config, None, Prepared([], [], 0))
+
+
+def test_a_loaded_pair_goes_on_without_the_key(earlier: Path, folder: Path) -> None:
+    """In Python: it isn't calibrated or begun from ridge again."""
+    pair = C2C.from_pretrained(earlier, receiver=lm_of("llama"), sharers=[lm_of("qwen3", 7)])
+    before = {name: tensor.clone() for name, tensor in pair.fusers[0].state_dict().items()}
+    config = config_of(folder)
+    trainer = Trainer(pair, config, None, prepare(pair, config))
+    trainer._start()
+    assert all(torch.equal(before[name], tensor) for name, tensor in pair.fusers[0].state_dict().items())
+
+
+def test_one_of_several_in_a_folder(earlier: Path, folder: Path) -> None:
+    shutil.copytree(earlier, folder / "both" / "1")
+    with pytest.raises(C2CError, match=r"holds no fuser itself, but both/1 does; name that"):
+        started(folder, start_from=str(folder / "both"), fuser={})
+    source = {"source": str(folder / "both"), "subfolder": "1"}
+    assert started(folder, start_from=source, fuser={}).objective.pair.fusers[0].loaded
 
 
 def test_a_hold_out_that_was_trained_on_is_named(earlier: Path, folder: Path) -> None:
@@ -103,7 +180,8 @@ def test_a_hold_out_that_was_trained_on_is_named(earlier: Path, folder: Path) ->
 def test_a_second_sharer_beside_a_trained_one(earlier: Path, folder: Path) -> None:
     """Before training the pair answers as with the first fuser alone, where the second one begins at zero."""
     sharers = [{"source": "first"}, {"source": "second"}]
-    settings = {"fuser": {"hidden_dim": 12, "intermediate_dim": 4, "gating": False, "zero_init": True}}
+    new = {"hidden_dim": 12, "intermediate_dim": 4, "gating": False, "zero_init": True, "normalize": True}
+    settings: dict[str, Any] = {"fuser": new}
     trainer = started(
         folder, ("qwen3", "gemma3"), sharer=sharers, start_from=[str(earlier), None], **settings, epochs=1
     )
@@ -112,7 +190,12 @@ def test_a_second_sharer_beside_a_trained_one(earlier: Path, folder: Path) -> No
     alone = C2C.from_pretrained(earlier, receiver=pair.receiver, sharers=pair.sharers[:1])
     pair.fusers.eval()
     torch.testing.assert_close(pair.prefill(CHATS[1]).kv.keys, alone.prefill(CHATS[1]).kv.keys, rtol=0, atol=1e-6)
-    fusers = trainer.run()
+    read: list[tuple[int, int]] = []
+    fusers = trainer.run(on_calibration=lambda done, of: read.append((done, of)))
+    assert read[-1] == (8, 8)  # for the new one
+    mine, new_one = (load_file(fusers / str(j) / "fuser.safetensors") for j in (0, 1))
+    assert torch.equal(mine["sharer_mean"], load_file(earlier / "fuser.safetensors")["sharer_mean"])
+    assert new_one["sharer_mean"].abs().max() > 0
     records = [json.loads((fusers / str(j) / "config.json").read_text())["training"] for j in (0, 1)]
     assert "started_from" in records[0] and "started_from" not in records[1]
     ids = [(fusers / str(j) / "training_ids.txt").read_text() for j in (0, 1)]
@@ -137,9 +220,9 @@ def test_what_is_not_there_or_another_fuser_is_refused(
 
 
 def test_what_says_where_weights_begin_may_stay_in_the_recipe(earlier: Path, folder: Path) -> None:
-    settings = {**SMALL, "layer_map": "terminal", "zero_init": True, "projection_init": "ridge", "gate_init": -1.0}
+    settings = {**SMALL, "layer_map": "terminal", "zero_init": True, "projection_init": "random", "gate_init": -1.0}
     config = started(folder, start_from=str(earlier), fuser=settings).objective.pair.fusers[0].config
-    assert (config.gate_init, config.zero_init, config.projection_init) == (0.5, False, "random")
+    assert (config.gate_init, config.zero_init, config.projection_init) == (0.0, False, "ridge")
 
 
 def test_a_fitted_fuser_is_refused(folder: Path) -> None:
@@ -160,11 +243,24 @@ def test_one_from_another_token_map_goes_on_with_that_of_training(folder: Path) 
     ]
 
 
+def test_temperatures_that_would_rise_are_refused(folder: Path) -> None:
+    pair_of(final_temperature=0.1).save_pretrained(folder / "fuser")
+    with pytest.raises(C2CError, match=r"the recipe's fuser don't go together: .*annealed downwards"):
+        started(folder, start_from=str(folder / "fuser"), fuser={"initial_temperature": 0.05})
+
+
 def test_one_that_replaces_the_cache_has_no_second_beside_it(folder: Path) -> None:
     pair_of(gating=False, residual=False).save_pretrained(folder / "fuser")
     sharers = [{"source": "first"}, {"source": "second"}]
     with pytest.raises(C2CError, match="several sharers' changes are summed"):
         started(folder, ("qwen3", "qwen2"), sharer=sharers, start_from=[str(folder / "fuser"), None], fuser=SMALL)
+
+
+def test_a_new_one_from_ridge_beside_a_trained_one_is_refused(earlier: Path, folder: Path) -> None:
+    sharers = [{"source": "first"}, {"source": "second"}]
+    settings = {**SMALL, "projection_init": "ridge"}
+    with pytest.raises(C2CError, match="begins a new fuser with the whole change"):
+        started(folder, ("qwen3", "qwen2"), sharer=sharers, start_from=[str(earlier), None], fuser=settings)
 
 
 def test_a_fitted_fuser_beside_a_trained_one_is_refused(earlier: Path, folder: Path) -> None:
@@ -205,3 +301,48 @@ def test_without_it_new_fusers_are_those_of_from_models(folder: Path) -> None:
     states = [pair.fusers[0].state_dict() for pair in pairs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert pairs[0].fusers[0].config == pairs[1].fusers[0].config
+
+
+# ---- the run's folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_the_same_by_what_it_means(folder: Path) -> None:
+    """Keys that an earlier version hadn't, and defaults that are written down, make no other recipe."""
+    config = config_of(folder, fuser={"variant": "bottleneck"})
+    assert start_run(config) is False and is_begun(config)
+    path = folder / "run" / "recipe.json"
+    known = json.loads(path.read_text())
+    assert known["fuser"] == {"variant": "bottleneck"}  # and not sizes that this variant hasn't
+    del known["start_from"], known["data_seed"]
+    path.write_text(json.dumps(known))
+    assert is_begun(config) and is_begun(config_of(folder, fuser={"variant": "bottleneck", "hidden_dim": 128}))
+    assert is_begun(config_of(folder, fuser={"variant": "bottleneck"}, accumulate=2, save_every=7))
+    with pytest.raises(C2CError, match=r"holds a run of another recipe \(other epochs, fuser\); choose another output"):
+        is_begun(config_of(folder, fuser={"variant": "bottleneck", "hidden_dim": 1024}, epochs=2))
+    path.write_text(json.dumps({**known, "key_of_the_future": 1}))
+    with pytest.raises(C2CError, match=r"another recipe .*key_of_the_future"):
+        is_begun(config)
+
+
+def test_an_ended_run_writes_its_weights_as_another_type(folder: Path) -> None:
+    trainer = started(folder)
+    small = load_file(trainer.run() / "fuser.safetensors")
+    again = started(folder, weights_on_disk="float32")
+    whole = load_file(again.run() / "fuser.safetensors")
+    assert again.step == trainer.step and small["mlp1.w1.weight"].dtype == torch.bfloat16
+    assert torch.equal(whole["mlp1.w1.weight"], trainer.objective.pair.fusers[0].state_dict()["mlp1.w1.weight"])
+
+
+def test_prefills_from_elsewhere_behind_an_interruption_are_warned_of(folder: Path) -> None:
+    def cut(record: dict[str, Any]) -> None:
+        if record["step"] == 4:
+            raise Cut
+
+    trainer = started(folder)
+    with pytest.raises(Cut):
+        trainer.run(cut)
+    pair, data = trainer.objective.pair, trainer.data
+    store = Store(folder / "store", pair.sharers[0], "int8")
+    store.fill(pair.sharers[0], [list(item.prompt.sharers[0]) for item in [*data.train, *data.holdout]])
+    with pytest.warns(match=r"from computed, computed .* goes on from computed, float32 kept as int8"):
+        Trainer(pair, trainer.config, store, data).run()

@@ -45,7 +45,9 @@ def evaluate(
         list[str] | None,
         typer.Option(help=f"{', '.join([*TASKS, *OPEN_TASKS])} or a .jsonl; of a recipe, one of its sets. Repeatable."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the question sets.  [default: validation]")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the question sets.  [default: validation, or a set's own]")
+    ] = None,
     data_dir: options.DataDir = None,
     prompt: Annotated[str | None, typer.Option(help="paper, short, chinese or cot.  [default: paper]")] = None,
     method: Annotated[
@@ -56,7 +58,8 @@ def evaluate(
         ),
     ] = None,
     answers: Annotated[
-        str | None, typer.Option(help="likelihood, generation (in words, which takes longer) or both.")
+        str | None,
+        typer.Option(help="likelihood, generation (in words, which takes longer) or both.  [default: likelihood]"),
     ] = None,
     skip: options.Skip = None,
     single: Annotated[
@@ -87,7 +90,9 @@ def evaluate(
         float | None, typer.Option(min=0, help="Refuse to put more than that into the store.  [default: 20]")
     ] = None,
     timing: Annotated[int | None, typer.Option(min=0, help="Also clock so many questions, one by one.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the questions drawn, of noise and resampling.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the questions drawn, of noise and resampling.  [default: 0]")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for samples, summary and report.  [default: runs/evaluation]")
     ] = None,

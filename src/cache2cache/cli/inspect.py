@@ -13,7 +13,7 @@ from cache2cache.cli.analyze import Receiver, ReceiverDtype, Sharer, SharerDtype
 
 def inspect(
     context: typer.Context,
-    fuser: Annotated[str, typer.Argument(help="Fuser: folder, hub id or the name of a packaged one (default).")],
+    fuser: Annotated[str, typer.Argument(help="Fuser: folder, hub id or a packaged one's name ('default').")],
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     prefix: Annotated[str, typer.Option(help="Start of the answer, behind which the next token is looked at.")] = "",
     system: options.System = None,

@@ -54,7 +54,7 @@ def rewrite(
         sources = [DataSource(jsonl=recipe)]
     else:
         config = read_recipe(recipe, settings or [])
-        seed, data_dir = config.seed, data_dir or config.data_dir
+        seed, data_dir = config.drawn_by, data_dir or config.data_dir
         sources = [source for source in config.data if not source.task]
         if tasks := [source.name for source in config.data if source.task]:
             console.print(f"{', '.join(tasks)} stay as they are: questions have their answers")

@@ -61,17 +61,18 @@ def train(
 
     from cache2cache import heap
     from cache2cache.errors import C2CError
+    from cache2cache.fuser.ridge import Fitted
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
     from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.data import examples
-    from cache2cache.training.fit import Fitted, fit
+    from cache2cache.training.fit import fit
     from cache2cache.training.loop import Encoder, Trainer, in_half, prepare, this_process
     from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
     from cache2cache.training.single import Alone, SingleObjective
-    from cache2cache.training.start import pair_to_train
+    from cache2cache.training.start import is_begun, pair_to_train, starts_of
     from cache2cache.training.store import Store, read_settings
 
     heap.keep()
@@ -83,7 +84,10 @@ def train(
     console = Console(stderr=True, quiet=not processes.is_main_process)
     if not processes.is_main_process:
         warnings.simplefilter("ignore")  # the first one says the same
-    # First: what is wrong with stores and data shows before models are loaded.
+    # First: what is wrong with stores, fusers and data shows before models are loaded.
+    if not dry_run:
+        is_begun(config)
+    starts_of(config)
     if config.method != "single":
         for folder in (*config.stores, *filter(None, [config.receiver_store])):
             read_settings(folder)
@@ -148,9 +152,10 @@ def train(
 
         def show(record: dict[str, Any]) -> None:
             nonlocal said
-            recent.append(record)
-            live_table.update(status(recent, trainer.steps))
-            if not console.is_terminal and time.monotonic() - said > EVERY:
+            if "loss" in record:  # else of what there was before the first step
+                recent.append(record)
+                live_table.update(status(recent, trainer.steps))
+            if recent and not console.is_terminal and time.monotonic() - said > EVERY:
                 said = time.monotonic()
                 console.print(status(recent, trainer.steps))
             if "holdout_loss" in record:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from ..errors import C2CError
 from ..tasks.metrics import RIGHT_OR_WRONG
 from .writing import read_rows
 
@@ -17,6 +19,20 @@ WAYS = (LIKELIHOOD, GENERATION)
 # The files of a run's folder.
 SAMPLES, SUMMARY, SETTINGS, QUESTIONS = "samples.jsonl", "summary.json", "settings.json", "questions.jsonl"
 ROUTED_ROWS, ROUTER, ROUTER_ROWS, TIMES = "routed.jsonl", "router.json", "router-samples.jsonl", "timing.jsonl"
+TASK = "task "  # begins the key of settings.json that says what a task's questions are
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What a run's folder, or its published results, were asked with.
+
+    Raises:
+        C2CError: it is neither.
+    """
+    for path in (folder / SETTINGS, folder / SUMMARY):
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return dict(found["settings"] if path.name == SUMMARY else found)
+    raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate, or its --results")
 
 
 @dataclass(frozen=True)

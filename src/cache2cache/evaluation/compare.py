@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -12,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import GENERATION, LIKELIHOOD, Answer, read_answers
+from .answers import GENERATION, LIKELIHOOD, Answer, read_answers, read_settings
 from .asking import METHODS
 from .summary import marks_of, paired, sets_of, summarize_run
 
@@ -41,10 +40,7 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
         raise C2CError("a run was given twice; name each once")
     answers, settings = {}, {}
     for folder in folders:
-        path = folder / "settings.json"
-        if not path.is_file():
-            raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate")
-        settings[folder] = json.loads(path.read_text())
+        settings[folder] = read_settings(folder)
         answers[folder] = read_answers(folder / "samples.jsonl")
     first = folders[0]
     in_words = not all(any(a.answers == LIKELIHOOD for a in rows) for rows in answers.values())

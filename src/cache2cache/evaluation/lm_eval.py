@@ -322,9 +322,14 @@ def run(
         batch_size: prompts at once.
         model_args: further arguments of `HarnessLM.create_from_arg_obj`.
 
+    Raises:
+        C2CError: `output` holds results already.
+
     Returns:
         The harness's results, without the samples.
     """
+    if (output / "results.json").exists():
+        raise C2CError(f"{output} holds results already; choose another --output, or remove it")
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table

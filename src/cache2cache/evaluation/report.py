@@ -19,6 +19,7 @@ from .answers import (
     ROUTED_ROWS,
     SAMPLES,
     SUMMARY,
+    TASK,
     WAYS,
     Answer,
     Asked,
@@ -124,8 +125,17 @@ def columns_of(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def tables(summary: Mapping[str, Any]) -> list[Table]:
     """One for each way to answer."""
     settings = summary["settings"]
-    title = "accuracy {way}, % [95% interval]; {split}, {prompt} prompt"
-    return [table(summary[way], title.format(way=WORDS[way], **settings)) for way in WAYS if way in summary]
+    asked = f"{' and '.join(splits_of(settings))}, {settings['prompt']} prompt"
+    return [table(summary[way], f"accuracy {WORDS[way]}, % [95% interval]; {asked}") for way in WAYS if way in summary]
+
+
+def splits_of(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The splits that were asked, each with its tasks."""
+    asked: dict[str, list[str]] = {}
+    for key, about in settings.items():
+        if key.startswith(TASK):
+            asked.setdefault(about.get("split", settings["split"]), []).append(key.removeprefix(TASK))
+    return asked or {settings["split"]: []}  # of earlier versions
 
 
 def table(found: Mapping[str, Any], title: str) -> Table:
@@ -206,10 +216,11 @@ def markdown(runs: Sequence[Run]) -> str:
 
 def setup_of(run: Run) -> str:
     """A run's setup in one line."""
-    s = run.settings
+    s, splits = run.settings, splits_of(run.settings)
+    asked = [f"{split} split{' of ' + ', '.join(tasks) if len(splits) > 1 else ''}" for split, tasks in splits.items()]
     return (
         f"Receiver {s['receiver']['name']}, sharer {run.sharer}, fuser {s['fuser']} ({s['fuser_hash'][:12]}); "
-        f"{s['split']} split, {s['prompt']} prompt, seed {s.get('seed')}."
+        f"{', '.join(asked)}, {s['prompt']} prompt, seed {s.get('seed')}."
     )
 
 

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from .. import tasks as sets
-from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec
+from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec, is_address
 from ..errors import C2CError
 from ..files import replace_text
 from ..fuser import checkpoint
@@ -37,6 +37,7 @@ from .answers import (
     SAMPLES,
     SETTINGS,
     SUMMARY,
+    TASK,
     TIMES,
     WAYS,
     Answer,
@@ -101,6 +102,12 @@ def named(config: EvalConfig) -> EvalConfig:
     given = ((SKIP, config.skip), (SINGLE, config.single), ("self", config.identical))
     methods = [*config.methods, *(m for m, value in given if value is not None)]
     made = config.model_copy(update={"methods": list(dict.fromkeys(methods))})
+    if "split" not in config.model_fields_set:  # a set that lacks the usual one is asked in its own
+        tasks = [
+            t.model_copy(update={"split": t.split or sets.WITHOUT_VALIDATION.get(t.task.split("/")[0])})
+            for t in made.tasks
+        ]
+        made = made.model_copy(update={"tasks": tasks})
     check_names(made.prompt, made.methods, made.answers)
     asking = [m for m in EVERY if m not in ROUTED]  # a router answers whatever receiver and sharer do
     if unknown := [m for limits in (made.limits, *(t.limits for t in made.tasks)) for m in limits if m not in asking]:
@@ -315,7 +322,7 @@ def load(config: EvalConfig) -> tuple[Setup, dict[str, Any]]:
     }
     for task in config.tasks:
         about = task.model_dump(mode="json", exclude={"name", "limit", "limits"}, exclude_none=True)
-        settings[_TASK + task.label] = about
+        settings[TASK + task.label] = about
     if SKIP in config.methods:
         settings["skip"] = config.skip
     if FEW_SHOT in config.methods:
@@ -377,6 +384,8 @@ def load_pair(
     configs = [checkpoint.read_config(folder)[0] for folder in folders]
 
     def spec(source: str | None, dtype: str, trained_for: ModelIdentity | None) -> ModelSpec:
+        if is_address(source):
+            raise C2CError(f"what is evaluated is loaded here, and {source} is a served sharer; give the model itself")
         if source is not None:
             return ModelSpec(source=source, dtype=dtype)
         assert trained_for is not None  # a saved fuser names its models
@@ -418,7 +427,7 @@ def claim(output: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> N
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     # A folder where nothing was skipped so far takes any threshold, and likewise any adapter or further task; earlier
     # versions knew of no store, drew no questions but took the first, and had no other length of an answer.
-    later = {k: v for k, v in settings.items() if k in _LATER or k.startswith(_TASK)}
+    later = {k: v for k, v in settings.items() if k in _LATER or k.startswith(TASK)}
     seed = settings.get("seed") if before.get("limit") is None else None
     known = {**later, "store": None, "seed": seed, "max_new_tokens": 64, **before}
     if changed := sorted(k for k in settings if k not in free and known.get(k) != settings[k]):
@@ -430,7 +439,6 @@ def claim(output: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> N
 
 
 _LATER = ("skip", "single", "identical", "shots")
-_TASK = "task "
 
 
 def fuser_hash(folder: Path) -> str:

@@ -6,7 +6,6 @@ A question is skipped when the receiver's confidence (`decode.confidence`) reach
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import LIKELIHOOD, Answer, read_answers
+from .answers import LIKELIHOOD, Answer, read_answers, read_settings
 from .statistics import wilson
 
 
@@ -137,11 +136,7 @@ def calibration(run: Path, check: Path | None = None, *, tolerance: float = 0.0)
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Answer]]:
     """Settings and answers of an evaluation run."""
-    path = folder / "settings.json"
-    if not path.is_file():
-        raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate")
-    settings = json.loads(path.read_text())
-    return settings, read_answers(folder / "samples.jsonl")
+    return read_settings(folder), read_answers(folder / "samples.jsonl")
 
 
 def _weights(settings: Mapping[str, Any], part: str) -> Any:

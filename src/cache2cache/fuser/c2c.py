@@ -106,6 +106,7 @@ class C2CFuser(nn.Module):
             and `heads` twice as many.
         receiver_layers, sharer_layers: (n,) int64, the layer map.
         record: how it was trained, as far as the file it was read from says.
+        loaded: whether its weights were read from a file, so that training goes on from them.
         gate_logit: (2n,) the gates of the keys, then of the values; without training noise a gate is open where its
             logit is above 0.
         rotary: of the receiver and of the sharer, which only `key_space: unrotated` needs.
@@ -127,7 +128,8 @@ class C2CFuser(nn.Module):
             )
         pairs = layer_map(config.layer_map, receiver.num_layers, sharer.num_layers)
         self.config = config.model_copy(update={"layer_map": pairs})
-        self.record: dict[str, Any] = {}  # how it was trained, as its file says
+        self.record: dict[str, Any] = {}
+        self.loaded = False
         self.register_buffer("receiver_layers", torch.tensor([t for t, _ in pairs]), persistent=False)
         self.register_buffer("sharer_layers", torch.tensor([s for _, s in pairs]), persistent=False)
         self.receiver_layers: Tensor

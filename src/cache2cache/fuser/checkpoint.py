@@ -24,6 +24,7 @@ from .c2c import STATISTICS, C2CFuser
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent.parent / "fusers"
 DEFAULT = "default"
+IDS = "training_ids.txt"  # the examples that it was trained on, a line each
 
 
 def save(
@@ -97,14 +98,20 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
         if os.path.isdir(folder / inside) and _layout(folder / inside):
             return folder / inside
     if os.path.isdir(name):
+        place = Path(name) / inside
+        below = sorted(p.parent for pattern in ("*", "fuser/*") for p in place.glob(f"{pattern}/config.json"))
+        if there := [f"{place.name}/{p.relative_to(place).as_posix()}" for p in below if _layout(p)]:
+            does = f"{', '.join(there[:20])} do; name each" if len(there) > 1 else f"{there[0]} does; name that"
+            raise C2CError(f"{place} holds no fuser itself, but {does}")
         raise C2CError(
-            f"{Path(name) / inside} holds no fuser: config.json is missing, and there is no {published.NAME}; give a "
-            "folder written by save_pretrained or c2c train, or one as the paper's authors publish them"
+            f"{place} holds no fuser: config.json is missing, and there is no {published.NAME}; give a folder written "
+            "by save_pretrained or c2c train, or one as the paper's authors publish them"
         )
     packaged = ", ".join(sorted(p.parent.name for p in PACKAGED.glob("*/config.json")))
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        where = f"{short(name, 300)}, subfolder {short(inside, 300)}" if inside else short(name, 300)
         raise C2CError(
-            f"no fuser at {short(name, 300)}; expected a folder, a hub id such as owner/name, or one that comes "
+            f"no fuser at {where}; expected a folder, a hub id such as owner/name, or one that comes "
             f"packaged: {packaged}"
         )
     from ..models.load import download
@@ -135,9 +142,8 @@ def _needed(files: list[str], inside: str, repo: str) -> list[str]:
     """Of a repository's files those of the fuser in folder `inside`: never the checkpoints beside a final one."""
     prefix = f"{inside}/" if inside else ""
     own = [file.removeprefix(prefix) for file in files if file.startswith(prefix)]
-    ours = [file for file in ("config.json", "fuser.safetensors") if file in own]
-    if len(ours) == 2:
-        return [prefix + file for file in ours]
+    if {"config.json", "fuser.safetensors"} <= {*own}:
+        return [prefix + file for file in ("config.json", "fuser.safetensors", IDS) if file in own]
     place = published.pick(own)
     if place is None:
         there = sorted({file.split("/final/")[0] for file in files if file.endswith(f"/final/{published.NAME}")})
@@ -199,7 +205,7 @@ def load(source: str | Path | None = None, *, revision: str | None = None, subfo
         )
     fuser = make_fuser(config)
     fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    fuser.record = record
+    fuser.record, fuser.loaded = record, True
     return fuser.eval()
 
 
@@ -246,7 +252,7 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
 
 def training_ids(folder: Path) -> set[str]:
     """The ids of the examples that a fuser was trained on, as far as its folder says."""
-    path = folder / "training_ids.txt"
+    path = folder / IDS
     return set(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else set()
 
 

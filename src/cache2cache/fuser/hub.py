@@ -32,8 +32,8 @@ def push(folders: Sequence[Path], repo_id: str, *, private: bool = False) -> str
         places = [Path(partial) / (str(i) if len(folders) > 1 else "fuser") for i in range(len(folders))]
         for folder, place in zip(folders, places, strict=True):
             checkpoint.convert(folder, place, "ours")
-            if (folder / "training_ids.txt").is_file():
-                shutil.copyfile(folder / "training_ids.txt", place / "training_ids.txt")
+            if (folder / checkpoint.IDS).is_file():
+                shutil.copyfile(folder / checkpoint.IDS, place / checkpoint.IDS)
         root = places[0] if len(places) == 1 else Path(partial)
         readme = folders[0] / "README.md"
         if len(folders) == 1 and readme.is_file():
@@ -86,14 +86,20 @@ def _model(identity: dict[str, Any]) -> str:
     return f"`{identity['name']}` ({shape}; revision {identity['revision'] or UNKNOWN})"
 
 
+def _data(training: dict[str, Any]) -> str:
+    """What a fuser was trained on, by its record."""
+    sources = [
+        f"{s.get('task') or s.get('rows') or s.get('jsonl')} ({s.get('split')}, at most {s.get('limit') or 'all'} rows)"
+        for s in (training.get("recipe") or {}).get("data", [])
+    ]
+    return "; ".join(sources) or UNKNOWN
+
+
 def _section(about: dict[str, Any], repo_id: str) -> str:
     training = about["training"]
     recipe = training.get("recipe") or {}
-    sources = [
-        f"{s.get('task') or s.get('rows') or s.get('jsonl')} ({s.get('split')}, at most {s.get('limit') or 'all'} rows)"
-        for s in recipe.get("data", [])
-    ]
-    figures = {k: v for k, v in training.items() if k not in ("recipe", "published", "seconds", "command", "licence")}
+    known = ("recipe", "published", "seconds", "command", "licence", "started_from")
+    figures = {k: v for k, v in training.items() if k not in known}
     settings = ("epochs", "batch_size", "learning_rate", "loss", "seed")
     chosen = ", ".join(f"{key} {recipe[key]}" for key in settings if key in recipe)
     seconds = training.get("seconds")
@@ -103,7 +109,12 @@ def _section(about: dict[str, Any], repo_id: str) -> str:
         "Sharer": _model(about["sharer"]),
         "Fuser": f"{about['variant']}, {about['parameters']:,} parameters, {about['fused_layers']} layers, "
         f"token map {about['token_map']}.{origin}",
-        "Data": "; ".join(sources) or UNKNOWN,
+        "Data": _data(training),
+        **(
+            {"Before that": f"trained on {_data(before)}"}
+            if isinstance(before := training.get("started_from"), dict)
+            else {}
+        ),
         "Recipe": chosen or UNKNOWN,
         "Command": f"`{training['command']}`" if training.get("command") else UNKNOWN,
         "Cost": f"{seconds} s of training" if seconds is not None else UNKNOWN,

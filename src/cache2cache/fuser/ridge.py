@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,13 @@ from .c2c import KINDS, C2CFuser, StackedFFN, StackedLinear
 # Penalties tried, in units of the mean variance of a sharer channel.
 PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 Pairs = Iterable[tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class Fitted(Protocol):
+    """A fuser that is fitted and not trained, see `RidgeFuser.fit`."""
+
+    def fit(self, train: Pairs, holdout: Pairs) -> list[dict[str, float | str | int]]: ...
 
 
 class RidgeFuser(C2CFuser):

@@ -462,7 +462,9 @@ def download(repo: str, revision: str | None, anchor: str, choose: Callable[[lis
             return root
     if constants.HF_HUB_OFFLINE:
         raise C2CError(f"{repo} is not in the local hub cache and HF_HUB_OFFLINE is set; give a local folder")
-    info = _ask_hub(ModelSpec(source=repo, revision=revision))
+    info = _ask_hub(
+        ModelSpec(source=repo, revision=revision), "give the fuser's folder (there is none of that name here)"
+    )
     wanted = choose([sibling.rfilename for sibling in info.siblings or []])
     try:
         return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[glob.escape(file) for file in wanted]))
@@ -493,8 +495,9 @@ def _commit_of(path: Path, spec: ModelSpec) -> str:
     return [path, *path.parents][depth].name
 
 
-def _ask_hub(spec: ModelSpec) -> Any:
-    """The hub's description of the model, within HUB_SECONDS however the connection fails to answer."""
+def _ask_hub(spec: ModelSpec, instead: str = "") -> Any:
+    """The hub's description of a repository, within HUB_SECONDS however the connection fails to answer. `instead`: what
+    to do without it; for a model other ways to name one."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -511,6 +514,7 @@ def _ask_hub(spec: ModelSpec) -> Any:
     thread.start()
     thread.join(HUB_SECONDS)
     reply = answer[0] if answer else TimeoutError(f"no answer in {HUB_SECONDS:g} s")
+    instead = instead or _instead(spec.source)
     if isinstance(reply, GatedRepoError):
         raise C2CError(f"{spec.source} needs its licence accepted on the hub and a login (hf auth login)") from reply
     if isinstance(reply, RevisionNotFoundError):
@@ -518,13 +522,9 @@ def _ask_hub(spec: ModelSpec) -> Any:
             f"{spec.source} has no revision {spec.revision!r} on the hub; expected a branch, tag or commit"
         ) from reply
     if isinstance(reply, RepositoryNotFoundError):
-        raise C2CError(
-            f"the hub has no model {spec.source!r} (or it is private: hf auth login); {_instead(spec.source)}"
-        ) from reply
+        raise C2CError(f"the hub has no model {spec.source!r} (or it is private: hf auth login); {instead}") from reply
     if isinstance(reply, Exception):
-        raise C2CError(
-            f"the hub cannot be reached for {spec.source} ({_line(reply)}); {_instead(spec.source)}"
-        ) from reply
+        raise C2CError(f"the hub cannot be reached for {spec.source} ({_line(reply)}); {instead}") from reply
     return reply
 
 

@@ -25,7 +25,17 @@ from cache2cache.tasks import (
 from cache2cache.tasks.base import OpenQuestion, Question
 from cache2cache.tasks.metrics import score
 
-__all__ = ["OPEN_TASKS", "TASKS", "OpenQuestion", "Question", "is_open", "load", "load_open", "score"]
+__all__ = [
+    "OPEN_TASKS",
+    "TASKS",
+    "WITHOUT_VALIDATION",
+    "OpenQuestion",
+    "Question",
+    "is_open",
+    "load",
+    "load_open",
+    "score",
+]
 
 TASKS: dict[str, Callable[[str, Path | None], list[Question]]] = {
     "arc-easy": arc.easy,
@@ -50,6 +60,10 @@ OPEN_TASKS: dict[str, Callable[[str, Path | None], list[OpenQuestion]]] = {
     "math-500": math_500.load,
     "minilongbench": minilongbench.load,
 }
+
+
+# Sets without a split `validation`, and the one that they are measured on.
+WITHOUT_VALIDATION = {"gpqa-diamond": "train", "mmlu-redux": "test", **dict.fromkeys(OPEN_TASKS, "test")}
 
 
 def load(name: str, split: str = "validation", data_dir: str | Path | None = None) -> list[Question]:

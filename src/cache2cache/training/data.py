@@ -51,7 +51,8 @@ class Example:
     """What is learned from one row, or from one assistant turn of it.
 
     Attributes:
-        id: source and row, the same in every run; with "#2" for the second of several assistant turns.
+        id: source and row, the same in every run; with "#2" for the second of several assistant turns. Of a row that
+            `c2c rewrite` wrote that of what was answered.
         messages: the chat up to the response.
         prefix: the start of the answer that counts as prompt ("" mostly).
         response: the text whose tokens carry the loss.
@@ -143,7 +144,7 @@ def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[E
         sizes[example.row] = sizes.get(example.row, 0) + 1
     kept: set[str] = set()
     held = 0
-    for row in sorted(sizes, key=lambda row: (hashlib.sha256(row_name(row).encode()).digest(), row)):
+    for row in sorted(sizes, key=lambda row: (hashlib.sha256(PurePath(row).name.encode()).digest(), row)):
         if held >= holdout:
             break
         kept.add(row)
@@ -152,8 +153,9 @@ def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[E
 
 
 def row_name(example: str) -> str:
-    """Of an example's id the row that it is of, by the name that the split goes by: no folder of a file, no turn."""
-    return PurePath(re.sub(r"#\d+$", "", example)).name
+    """Of an example's id the row that it is of, whatever its turn and wherever its file lies."""
+    row = re.sub(r"#\d+$", "", example)
+    return PurePath(row).name if re.search(r"\.jsonl(\.gz)?:\d+$", row) else row
 
 
 def mix(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> list[T]:
@@ -211,7 +213,10 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
         try:
             if isinstance(read, C2CError):
                 raise read
-            row = _examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}")
+            if is_rewritten(read):
+                row = _rewritten(read, source, index, f"{source.name}, row {number}")
+            else:
+                row = _examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}")
         except C2CError as error:
             if source.on_bad_rows == "error":
                 raise
@@ -245,6 +250,19 @@ def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int,
     if source.supervise == "last" or len(made) == 1:
         return [replace(made[-1], id=name, turn=0)]
     return made
+
+
+def is_rewritten(row: Any) -> bool:
+    """Whether `c2c rewrite` wrote this row."""
+    return isinstance(row, dict) and row.keys() == {"id", "messages", "ends", "teacher"} and isinstance(row["id"], str)
+
+
+def _rewritten(row: Mapping[str, Any], source: DataSource, index: int, where: str) -> list[Example]:
+    """The example that a teacher has answered: by its id, so that it stays on its side of the split, and the last turn
+    alone, as each turn that was asked for has a row of its own."""
+    made = _examples(row, source.model_copy(update={"supervise": "last"}), row["id"], index, where)
+    turn = re.search(r"#(\d+)$", row["id"])
+    return [replace(made[-1], turn=int(turn[1]))] if turn else made
 
 
 def cut(text: str, most: int, back: int = 40) -> str:

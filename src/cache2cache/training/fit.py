@@ -6,24 +6,18 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..files import replace_text
-from ..fuser.ridge import Pairs
+from ..fuser.ridge import Fitted
 from ..pair import C2C
-from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, only_run, start_run, write_fuser
+from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, write_fuser
+from .start import only_run, start_run
 from .store import Store
-
-
-@runtime_checkable
-class Fitted(Protocol):
-    """A fuser that is fitted and not trained, see `RidgeFuser.fit`."""
-
-    def fit(self, train: Pairs, holdout: Pairs) -> list[dict[str, float | str | int]]: ...
 
 
 def fit(

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import holding, remove_partials, replace_text, replacing, save_state
+from ..files import remove_partials, replace_text, replacing, save_state
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import Moments, start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
@@ -46,6 +46,7 @@ from ..pair import C2C, PromptIds, sharer_lengths, where_to_fuse
 from .data import Example, examples, mix, row_name, shortened, split
 from .loss import expected, loss_of, response_losses, token_losses
 from .sharding import is_sharded
+from .start import check_loaded, only_run, recipe_of, start_run, trained_on_before
 from .store import Asked, Store
 
 HELD = 3_500_000_000  # bytes that buffers may take between two steps, of those that are free then
@@ -487,6 +488,10 @@ class Objective(nn.Module):
         """Whose weights a run goes on with."""
         raise NotImplementedError
 
+    def reads(self) -> list[str]:
+        """For each frozen model that prefills how that is had: computed, or from a store of some precision."""
+        return []
+
     def check(self, data: Prepared) -> None:
         """Raise a C2CError for what can't be trained on."""
 
@@ -496,6 +501,11 @@ class Objective(nn.Module):
 
     def start(self, config: TrainConfig, data: Prepared, progress: Callable[[int], None] = lambda n: None) -> None:
         """What comes before the first step of a new run; `progress` is called with the size of each piece read."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what is trained had been trained before."""
+        return False
 
     def set_progress(self, step: int) -> None:
         """Called before each step with the number of those done."""
@@ -568,6 +578,10 @@ class FuserObjective(Objective):
     def models(self) -> list[LM]:
         return [self.pair.receiver, *self.pair.sharers]
 
+    def reads(self) -> list[str]:
+        stores = [self.receiver_store, *self.stores]
+        return ["computed" if s is None else "{computed_in} kept as {precision}".format(**s.config) for s in stores]
+
     def check(self, data: Prepared) -> None:
         items = [*data.train, *data.holdout]
         places = [(self.receiver_store, [item.prompt.receiver for item in items])]
@@ -591,7 +605,7 @@ class FuserObjective(Objective):
     def _groups(self, config: TrainConfig, data: Prepared, j: int) -> list[list[list[Item]]]:
         """The pieces that fuser j is started from; ridge regression chooses its penalty on a second group of them."""
         fuser, prompts = self.fusers[j].config, data.train[: config.calibration_prompts]
-        if config.starts[j] is not None:  # it has statistics and weights
+        if self.fusers[j].loaded:  # it has statistics and weights
             return []
         if fuser.projection_init == "ridge":
             return [in_pieces(p for i, p in enumerate(prompts) if i % 5), in_pieces(prompts[::5])]
@@ -633,6 +647,10 @@ class FuserObjective(Objective):
             if moments:
                 # Each predicts the receiver's cache, so each goes its part of the way there.
                 start_from_ridge(fuser, moments[0], moments[1], share=1 / len(self.fusers))
+
+    @property
+    def goes_on(self) -> bool:
+        return any(fuser.loaded for fuser in self.fusers)
 
     def set_progress(self, step: int) -> None:
         for fuser in self.fusers:
@@ -722,6 +740,7 @@ class Trainer:
                     f"the pair has {len(what.sharers)} sharers, the recipe names {len(config.sharers)}; give both the "
                     "same number"
                 )
+            check_loaded(what, config)
             what = FuserObjective(what, store, in_half(config, what.receiver.device), receiver_store, config.distill)
         self.objective, self.trained, self.config, self.data = what, what.trained, config, data
         self.output = config.output
@@ -749,7 +768,8 @@ class Trainer:
         """Train to the end, or go on from the last checkpoint. Returns the folder of what was trained.
 
         Args:
-            on_step: called with the log's record of each step.
+            on_step: called with the log's record of each step; before the first one of a run that goes on from a fuser
+                with a record of the hold-out alone.
             on_calibration: called with how many of how many prompts were read, before the first step of a new run.
 
         Raises:
@@ -767,6 +787,11 @@ class Trainer:
         remaining, coming = tee(self._remaining())
         parts = self.objective.read_ahead(part for batch in coming for part in self._computed(batch))
         heap.bound(HELD)
+        if self.step == 0 and self.objective.goes_on and self.data.holdout:
+            # What there is already is the first that may be the best.
+            record = {"step": 0, **self._evaluate(), "seconds": round(self.seconds, 2)}
+            self._log(record)
+            on_step(record)
         with interrupted:
             for batch in remaining:
                 record = self._train_step(batch, islice(parts, self.config.accumulate))
@@ -968,6 +993,7 @@ class Trainer:
             "seconds": self.seconds,
             "data": self._data,
             "models": [lm.fingerprint for lm in self.objective.models()],
+            "reads": self.objective.reads(),
             "evaluation": self.last_evaluation,
             "best": None if self.best is None else vars(self.best),
         }
@@ -982,6 +1008,7 @@ class Trainer:
             # Mapped: in every process of a machine the whole file would be much.
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             data, models, processes = state["data"], state["models"], len(state["rng"])
+            before, now = state["reads"], self.objective.reads()
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
         if data != self._data:
@@ -992,6 +1019,12 @@ class Trainer:
             raise C2CError(
                 f"the run in {self.output} has {processes} processes, {self.accelerator.num_processes} were started; "
                 f"start {processes} again, each of which goes on with its own noise, or choose another output"
+            )
+        if before != now:
+            warnings.warn(
+                f"the run in {self.output} had its prefills from {', '.join(before)} (receiver first) and goes on from "
+                f"{', '.join(now)}, so it won't end as if it had not been stopped",
+                stacklevel=2,
             )
         self.trained.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1006,7 +1039,7 @@ class Trainer:
         """Drop the lines of steps that were done after the checkpoint and will be done again."""
         path = self.output / "log.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _is_up_to(line, self.step)]
+            lines = [line for line in path.read_text().splitlines() if self.step and _is_up_to(line, self.step)]
             replace_text(path, "".join(line + "\n" for line in lines))
 
     def save_trained(self) -> Path:
@@ -1063,34 +1096,6 @@ def _set_rng(states: list[Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(states[1], device)
 
 
-def recipe_of(config: TrainConfig) -> dict[str, Any]:
-    """What makes a run: the recipe without the places of its files and who watches."""
-    return config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
-
-
-HOW = ("accumulate", "save_every")  # with others a run goes on: the steps are the same but for what noise is drawn
-
-
-def only_run(output: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold a run's folder: a second process that trains in it is refused."""
-    output.mkdir(parents=True, exist_ok=True)
-    return holding(output / ".lock", f"another process trains in {output}; wait for it, or choose another output")
-
-
-def start_run(config: TrainConfig) -> bool:
-    """Put `recipe.json` into the output folder. True: it is there, of a run with the same recipe."""
-    config.output.mkdir(parents=True, exist_ok=True)
-    path = config.output / "recipe.json"
-    if path.exists():
-        both = json.loads(path.read_text()), recipe_of(config)
-        known, asked = ({key: value for key, value in r.items() if key not in HOW} for r in both)
-        if known != asked:
-            raise C2CError(f"{config.output} holds a run of another recipe; choose another output, or remove it")
-        return True
-    replace_text(path, json.dumps(recipe_of(config), indent=2) + "\n")
-    return False
-
-
 def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
     """Write the pair's fuser into `fuser/` of the run, several into `fuser/0`, `fuser/1`, … as `save_pretrained` does,
     with what they were made from and the ids of the examples."""
@@ -1100,20 +1105,15 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
     for j, fuser in enumerate(pair.fusers):
         assert isinstance(fuser, C2CFuser)
         place = folder / str(j) if len(pair.fusers) > 1 else folder
-        before = {} if config.starts[j] is None else {"started_from": fuser.record}
+        before = {"started_from": fuser.record} if fuser.loaded else {}
         checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training | before)
         write_ids(place, ids)
     return folder
 
 
-def trained_on_before(config: TrainConfig) -> set[str]:
-    """The ids of the examples that the fusers gone on from were trained on, as far as their folders say."""
-    return set().union(*(checkpoint.training_ids(checkpoint.resolve(start)) for start in config.starts if start))
-
-
 def write_ids(folder: Path, ids: Iterable[str]) -> None:
-    """Put the ids of the examples trained on into `training_ids.txt`."""
-    replace_text(folder / "training_ids.txt", "".join(f"{name}\n" for name in sorted(ids)))
+    """Put the ids of the examples trained on beside what was trained."""
+    replace_text(folder / checkpoint.IDS, "".join(f"{name}\n" for name in sorted(ids)))
 
 
 def _is_up_to(line: str, step: int) -> bool:

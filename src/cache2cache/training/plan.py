@@ -79,7 +79,7 @@ def plan(trainer: Trainer) -> Plan:
     share, items = trainer.data.share, [*trainer.data.train, *trainer.data.holdout]
     step = epoch_seconds / share / trainer.per_epoch
     mine = by_length(trainer.data.holdout[accelerator.process_index :: accelerator.num_processes])
-    evaluations = -(-trainer.steps // config.evaluate_every) if mine else 0
+    evaluations = -(-trainer.steps // config.evaluate_every) + trainer.objective.goes_on if mine else 0
     held = [mine[begin : begin + trainer.rows] for begin in range(0, len(mine), trainer.rows)]
     parameters = sum(p.numel() for p in trained.parameters())
     state = 4 * sum(tensor.numel() for tensor in trained.state_dict().values())

@@ -26,8 +26,9 @@ from ..errors import C2CError
 from ..files import save_tensors
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
-from .loop import Item, Objective, Prepared, recipe_of, targets, write_ids
+from .loop import Item, Objective, Prepared, targets, write_ids
 from .loss import loss_of, token_losses
+from .start import recipe_of
 
 
 class Alone:
