@@ -129,7 +129,7 @@ def test_every_published_run_has_a_twin() -> None:
         ("sharer.sauce=2", "unknown key sharer.sauce; did you mean source\\?"),
         ("data=[{task: a, limits: 2}]", "unknown key data.0.limits; did you mean limit\\?"),
         ("fuser.token_map=first", "training is on the token map span, not yet on first; leave token_map out"),
-        ("xyzzy=2", "unknown key xyzzy; expected one of receiver, sharer, fuser, data, "),
+        ("xyzzy=2", "unknown key xyzzy; expected one of receiver, sharer, fuser, start_from, data, "),
         ("epochs=many", "epochs: .*integer.*, given 'many'"),
         ("epochs=0", "epochs: .*greater than 0, given 0"),
         ("epochs=2.5", "epochs: .*given 2.5"),
