@@ -1270,6 +1270,12 @@ def test_two_processes_from_the_command_line(models: Path, tmp_path: Path) -> No
     assert again.returncode == 0 and again.stdout == f"{tmp_path / 'cut' / 'fuser'}\n", again.stderr
     done = launch("-m", "cache2cache", "train", recipe, "--output", tmp_path / "sharded", "--set", "shard=true")
     assert done.returncode == 0, done.stderr
+    further = ["--set", f"start_from={tmp_path / 'cut' / 'fuser'}", "--output", tmp_path / "further"]
+    more = launch("-m", "cache2cache", "train", recipe, *further)
+    assert more.returncode == 0, more.stderr
+    assert not any("warning:" in run.stderr for run in (again, done, more))
+    before, after = log_of(tmp_path / "cut")[-1], log_of(tmp_path / "further")[0]
+    assert after["step"] == 0 and after["holdout_loss"] == pytest.approx(before["holdout_loss"], rel=0.01)  # rounded
     whole, sharded = (log_of(tmp_path / name) for name in ("cut", "sharded"))
     assert [row["step"] for row in whole] == list(range(1, 13))
     assert [row["loss"] for row in sharded] == pytest.approx([row["loss"] for row in whole], rel=1e-3)

@@ -59,7 +59,7 @@ class StackedFFN(nn.Module):
     def fold(self) -> None:
         """Put the norm's weight into the product behind it (inference only)."""
         assert self.norm is not None
-        self.w1.weight = nn.Parameter(self.w1.weight * self.norm.transpose(1, 2), requires_grad=False)
+        self.w1.weight = nn.Parameter(self.w1.weight * self.norm.view(len(self.norm), -1, 1), requires_grad=False)
         self.norm = None
 
     def inner(self, x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class StackedFFN(nn.Module):
         # RMSNorm in two passes over x; torch's own takes five on a CPU.
         scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
         # The norm's weight goes into the product: one pass over x less, and three less backward.
-        w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.transpose(1, 2)
+        w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.view(len(self.norm), -1, 1)
         inner = F.gelu(torch.bmm(x * scale, w1))
         return dropout(inner, self.dropout) if self.training and self.dropout else inner
 
