@@ -96,6 +96,7 @@ _UNFIT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "assistant_model": (operator.not_, _REREADS),
     "assistant_early_exit": (operator.not_, _REREADS),
     "prompt_lookup_num_tokens": (operator.not_, _REREADS),
+    "token_healing": (operator.not_, "it makes other tokens of the prompt's end"),
     "use_cache": (lambda value: value in (None, True), _REREADS),
     # Gemma's settings ask for a hybrid cache, which transformers no longer heeds.
     "cache_implementation": (lambda value: value in (None, "static", "hybrid"), "it is there already, or made static"),
@@ -166,6 +167,8 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
         raise C2CError(
             f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
         )
+    if (_asked(lm, kwargs, "num_return_sequences") or 1) > 1:
+        raise C2CError("stream gives one answer token by token; use generate for num_return_sequences")
     if _asked(lm, kwargs, "cache_implementation") == "static":
         raise C2CError(
             "stream runs the model in a thread of its own, and steps compiled for a static cache belong to the thread "
@@ -223,11 +226,11 @@ def score(lm: LM, prompt: Prefilled, continuations: Sequence[Sequence[Sequence[i
         prompt: B prompts.
         continuations: for each prompt, any number of continuations as token ids, none of them empty.
     """
-    if len(continuations) != len(prompt.input_ids) or any(not ids for group in continuations for ids in group):
+    fits = len(continuations) == len(prompt.input_ids) and any(continuations)
+    if not fits or any(not ids for group in continuations for ids in group):
         raise C2CError(
-            f"{len(prompt.input_ids)} prompts and {len(continuations)} groups of continuations were given; expected "
-            "one "
-            "group per prompt and at least one token per continuation"
+            f"{len(prompt.input_ids)} prompts and {len(continuations)} groups of {sum(map(len, continuations))} "
+            "continuations were given; expected one group per prompt and at least one token per continuation"
         )
     flat = [ids for group in continuations for ids in group]
     check_room(lm, prompt.input_ids.shape[1], max(map(len, flat)))

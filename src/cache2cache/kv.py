@@ -62,6 +62,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def _append(self, name: str, known: Tensor, new: Tensor) -> Tensor:
+        known = known.to(new.device)  # of a layer on another device (device_map), once
         filled, memory = self._memory.get(name, (None, known))
         start, end = known.shape[-2], known.shape[-2] + new.shape[-2]
         if filled is not known or end > memory.shape[-2]:
@@ -199,7 +200,8 @@ class _Slot(DynamicLayer):
             self.owner.on_layer(self.index, self.owner.layer(self.index))
         if self.owner.stops and self.index == len(self.owner.layers) - 1:
             raise _AllRead
-        return keys[self.index, :, :, :end], values[self.index, :, :, :end]
+        # A layer on another device (device_map) reads them there.
+        return tuple(x[self.index, :, :, :end].to(key_states.device) for x in (keys, values))  # type: ignore[return-value]
 
     def get_seq_length(self) -> int:
         return self.filled
@@ -247,6 +249,11 @@ def check_fusable(config: PretrainedConfig, name: str) -> None:
     Raises:
         C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches.
     """
+    if getattr(config, "kv_lora_rank", None):
+        raise C2CError(
+            f"{name} ({config.model_type}) keeps compressed keys and values (multi-head latent attention); fusing "
+            "needs keys and values of one size for every KV head; choose another model"
+        )
     cache = DynamicCache(config=config)
     odd = [
         type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -518,6 +525,8 @@ def _filled(past: Sequence[Read | None], lengths: Sequence[int], length: int, st
 def _lowest_layers(decoder: nn.Module, count: int) -> nn.Module:
     """The decoder with its lowest `count` layers, sharing all weights; the given decoder stays as it is."""
     shallow = copy.copy(decoder)
+    for bound in ("forward", "_hf_hook"):  # of accelerate, to the decoder with all layers
+        shallow.__dict__.pop(bound, None)
     shallow._modules = dict(decoder._modules)
     shallow.layers = nn.ModuleList(list(decoder.layers)[:count])  # type: ignore[arg-type]
     shallow.norm = nn.Identity()  # its output is never read

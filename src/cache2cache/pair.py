@@ -133,6 +133,11 @@ class C2C:
         for lm in (receiver, *sharers):
             if not isinstance(lm, RemoteSharer):  # whoever serves it has checked
                 check_fusable(lm.text_config, lm.name)
+                if not isinstance(getattr(lm.decoder, "layers", None), nn.ModuleList):
+                    raise C2CError(
+                        f"{lm.name} ({lm.text_config.model_type}) has its layers elsewhere than in `layers` of its "
+                        "decoder, where they are run from here; choose a model of another architecture"
+                    )
         for sharer, fuser in zip(sharers, fusers, strict=True):
             check_fit(fuser, receiver, sharer)
         self.receiver = receiver
@@ -351,6 +356,8 @@ class C2C:
         self._check(batch)
         skip = decode.threshold(skip)
         batch = self._selected(batch, sharer_mask, positions)
+        for j, sharer in enumerate(self.sharers):  # what is read of it, which is nothing where it isn't selected
+            decode.check_room(sharer, max(sharer_lengths(batch, j)), 0)
         before = _turns(past, len(batch))
         parallel = _checked(mode or self.mode) == "parallel"
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
@@ -496,8 +503,7 @@ class C2C:
                     f"pair has {len(self.sharers)}"
                 )
             decode.check_room(self.receiver, len(prompt.receiver), 0)
-            for sharer, ids, index in zip(self.sharers, prompt.sharers, prompt.maps, strict=True):
-                decode.check_room(sharer, len(ids), 0)
+            for ids, index in zip(prompt.sharers, prompt.maps, strict=True):
                 if len(index) != len(prompt.receiver) or max(index) >= len(ids) or min(index) < -1:
                     raise C2CError(
                         f"a token map of length {len(index)} with entries from {min(index)} to {max(index)} doesn't "
@@ -539,15 +545,19 @@ class C2C:
 
     def chat(
         self, messages: str | Messages | Sequence[str | Messages], *, prefix: str = "", **kwargs: Any
-    ) -> str | list[str]:
-        """Answer a chat, or each chat of a list, as text; a text alone is a user's. `kwargs` as for `generate`."""
+    ) -> str | list[Any]:
+        """Answer a chat, or each chat of a list, as text; a text alone is a user's. `kwargs` as for `generate`, with
+        `num_return_sequences` a list of answers for each chat."""
         given = as_batch(messages)
         batch = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in given]
         fused = self._answering(batch, prefix, kwargs)
-        sequences = decode.generate(self.receiver, fused, **kwargs)
-        texts = self.receiver.need_tokenizer().batch_decode(
+        made = decode.generate(self.receiver, fused, **kwargs)
+        sequences = getattr(made, "sequences", made)
+        texts: list[Any] = self.receiver.need_tokenizer().batch_decode(
             sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
         )
+        if (each := len(texts) // len(batch)) > 1:
+            texts = [texts[begin : begin + each] for begin in range(0, len(texts), each)]
         return texts[0] if given is not messages else texts
 
     def score(
@@ -573,7 +583,9 @@ class C2C:
             single = False
         else:
             batch = as_batch(prompts)
-            single = batch is not prompts
+            single = (
+                len(batch) == 1 and batch is not prompts and not (isinstance(prompts, Tensor) and prompts.dim() > 1)
+            )
         groups = [continuations] if single else continuations
         ids = [[self.receiver.continuation_ids(c) for c in group] for group in groups]
         fused = self._fused(prompts, prefix, options)

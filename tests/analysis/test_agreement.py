@@ -133,3 +133,11 @@ def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(C2CError, match="1 bins"):
         run([tmp_path], tmp_path / "out", bins=1)
     assert regions([], ["receiver"]) == [{"right": ["receiver"], "questions": 0}, {"right": [], "questions": 0}]
+
+
+def test_failed_questions_are_left_out_and_counted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", ["rsc", "s", "c"])
+    rows = read_answers(folder / "samples.jsonl")
+    rows[1] = replace(rows[1], logprobs=[], error="C2CError")
+    with pytest.warns(match="1 questions of .* are left out, of which an answer failed"):
+        assert [q.id for q in judged(rows, folder)] == ["q1", "q2"]

@@ -123,6 +123,14 @@ def test_a_run(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     other = Setup(str(tiny_pair_folder), tmp_path / "other", batch_size=3, seed=3, store=store)
     positions.run(other, data, [tmp_path / "out"], shares=(0.5,))
     assert "out: from the front" in (tmp_path / "other" / "positions.svg").read_text()
+    text = (tmp_path / "questions.jsonl").read_text()
+    (tmp_path / "questions.jsonl").write_text(text.replace('"answer": "A"', '"answer": "B"'))
+    with pytest.raises(C2CError, match="another rows_hash"):  # the same ids with other answers
+        positions.run(setup, data, shares=(0.5,))
+    (tmp_path / "questions.jsonl").write_text(text + text.splitlines()[0] + "\n")
+    with pytest.raises(C2CError, match="has 1 ids twice, such as q0"):
+        positions.run(Setup(str(tiny_pair_folder), tmp_path / "twice"), data, shares=(0.5,))
+    (tmp_path / "questions.jsonl").write_text(text)
     with pytest.raises(C2CError, match="a share of 1 was given"):
         positions.run(Setup(None, tmp_path / "none"), data, shares=(0.5, 1.0))
     with pytest.raises(C2CError, match=r"another data"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,15 @@ def test_a_stopped_run_goes_on(tiny_pair_folder: Path, tmp_path: Path, monkeypat
     again = rank.run(setup, data)
     assert len(calls) == 4  # the batch it was stopped in, and no earlier one
     assert again == whole
+    # With other batches too, as one is told to go on where memory was too small.
+    setup = Setup(str(tiny_pair_folder), tmp_path / "other", batch_size=2)
+    calls[:] = [1]
+    with pytest.raises(KeyboardInterrupt):
+        rank.run(setup, data)
+    larger = rank.run(replace(setup, batch_size=3), data)
+    assert larger["tokens"] == whole["tokens"]
+    assert larger["fused"]["keys"] == [pytest.approx(layer, rel=1e-3) for layer in whole["fused"]["keys"]]
+    setup = Setup(str(tiny_pair_folder), tmp_path / "cut", batch_size=2, command="c2c …")
     assert json.loads((setup.output / "result.json").read_text()) == again
     about = again["about"]
     assert about["rows"] == 6 and about["seed"] == 0 and about["receiver"]["fingerprint"] and about["fuser_hash"]

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from cache2cache import C2CError
-from cache2cache.evaluation.answers import Answer
+from cache2cache.evaluation.answers import GENERATION, Answer
 from cache2cache.evaluation.compare import compare, tables
 from cache2cache.evaluation.writing import add_rows
 
@@ -131,3 +131,39 @@ def test_runs_on_scores_have_no_test_of_right_and_wrong(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=StringIO())
     console.print(tables(made)[1])
     assert "1:1" in console.export_text()
+
+
+def test_each_set_by_the_way_that_all_have(tmp_path: Path) -> None:
+    """One by likelihood, one in words; and one without C2C, which is no part of it."""
+    folders = [run_of(tmp_path / name, {"one": {"c2c": "110", **ALL_WRONG}}) for name in ("first", "second")]
+    for folder in folders:
+        rows = [Answer("open", "paper", f"o{n}", "c2c", -1, n == 0, [], text="x", answers=GENERATION) for n in range(4)]
+        alone = [Answer("more", "paper", "m", "receiver", 0, True, [0.0])]
+        add_rows(folder / "samples.jsonl", [*alone, *rows])
+    result = compare(folders)
+    assert list(result["mean"]) == ["one", "open", "average", "all"]
+    columns = {name: column["accuracy"] for name, column in result["runs"][0]["columns"].items()}
+    assert columns == {"one": 66.67, "open": 25.0, "average": 45.83, "all": pytest.approx(100 * 3 / 7, abs=0.01)}
+
+
+def test_questions_of_one_id_that_differ_are_refused(tmp_path: Path) -> None:
+    folders = []
+    for name in ("first", "second"):
+        folder = run_of(tmp_path / name, {})
+        rows = [Answer("one", "paper", f"q{n}", "c2c", 0, True, [0.0], asked=f"{name * n}") for n in range(3)]
+        add_rows(folder / "samples.jsonl", rows)
+        folders.append(folder)
+    with pytest.raises(C2CError, match=r"2 questions have one id in .*first and .*second and differ, the first q1"):
+        compare(folders)
+
+
+def test_the_split_is_that_of_each_set(tmp_path: Path) -> None:
+    """A set's own, however it was named."""
+    own = {"task gpqa": {"split": "train"}}
+    first, second, third = (
+        run_of(tmp_path / name, {"gpqa": {"c2c": "11"}}, **settings)
+        for name, settings in (("1", own), ("2", {"split": "train"}), ("3", {}))
+    )
+    assert compare([first, second])["mean"]["gpqa"]["accuracy"] == 100
+    with pytest.raises(C2CError, match=r"3 was made with another split than .*1"):
+        compare([first, third])

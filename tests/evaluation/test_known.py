@@ -153,6 +153,17 @@ def test_the_prompt_in_chinese(tmp_path: Path) -> None:
     assert max(likely.logprobs) > -0.1  # it is what the model says next
 
 
+def test_examples_end_in_english_whatever_the_prompt(tmp_path: Path) -> None:
+    """So the letter behind them has a space."""
+    examples = marked([("B",)] * 5, "BBBBB")
+    examples = [Question(f"e{n}", e.question, e.options, e.answer) for n, e in enumerate(examples)]
+    answers = ask(tmp_path, ["few-shot"], prompt="chinese", examples=examples, shots=3)
+    assert letters(answers, "few-shot") == "B" * 8
+    found = next(a for a in answers if a.method == "few-shot")
+    usual = ask(tmp_path / "usual", ["few-shot"], examples=examples, shots=3)
+    assert found.logprobs == next(a for a in usual if a.id == found.id).logprobs
+
+
 def test_several_sharers(tmp_path: Path) -> None:
     """The stronger of two sharers wins; each is measured alone; the controls replace both."""
     pair = scripted_pair(scripted_lm(SHARER), scripted_lm(SECOND), scales=(5.0, 9.0))

@@ -475,6 +475,15 @@ def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recorded = json.loads((tmp_path / "out" / "settings.json").read_text())["router"]
     assert recorded["hash"] == saved(tmp_path / "out" / "router.json").hash and recorded["examples"] > 20
     assert len((tmp_path / "out" / "routed.jsonl").read_text().splitlines()) == 8
+    # Letters are what it learns from, whatever the prompt.
+    config = config.model_copy(update={"output": tmp_path / "cot", "prompt": "cot", "answers": "generation"})
+    again = run(config)["generation"]["tasks"]["arc-easy"]
+    assert again["route"]["sent"] == 50 and saved(tmp_path / "cot" / "router.json").weight.shape[0] > 1
+    # From questions that are asked themselves there is nothing to learn, which is said before they are.
+    monkeypatch.setattr(running.sets, "load", lambda name, split, data: test)
+    with pytest.raises(C2CError, match="no set of the run has a split train, of other questions than those asked"):
+        run(config.model_copy(update={"output": tmp_path / "same"}))
+    assert not (tmp_path / "same" / "samples.jsonl").exists()
     with pytest.raises(C2CError, match="chooses between receiver and sharer; ask for both"):
         run(config.model_copy(update={"methods": ["receiver", "route"]}))
 
@@ -529,6 +538,18 @@ def test_the_clock(tiny_pair_folder: Path, tmp_path: Path) -> None:
     again = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **options)))["timing"]
     assert again == made  # nothing is timed twice
     assert "| text-to-text |" in (tmp_path / "out" / "report.md").read_text()
+    assert made["task"] == "own"
+
+
+def test_seconds_are_those_of_the_set_that_was_clocked(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    options = {"timing": 2, "methods": ["receiver", "sharer", "c2c"], "answers": "both", "limits": {}}
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **options)))
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    table = [line for line in lines[: lines.index("## Every method")] if "| generation |" in line]
+    assert [" / " in line for line in table] == ["| own (9)" in line for line in table] and len(table) > 2
+    # The figure is of that set, and has all who were clocked on it.
+    html = (tmp_path / "out" / "report.html").read_text().partition("Time against accuracy")[2].partition("</svg>")[0]
+    assert html.count("<circle") == 3 and "own" in html
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -789,3 +810,33 @@ def test_a_set_without_the_usual_split_is_asked_in_its_own() -> None:
 def test_a_served_sharer_is_not_evaluated(tiny_pair_folder: Path) -> None:
     with pytest.raises(C2CError, match=r"loaded here, and http://.* is a served sharer; give the model"):
         running.load_pair([str(tiny_pair_folder)], [None], (None, "auto"), (["http://127.0.0.1:8600"], "auto"))
+
+
+def test_parts_count_the_gap_from_the_receivers_better_way() -> None:
+    """As their task does."""
+
+    def rows(method: str, way: str, marks: str) -> list[Answer]:
+        return [
+            Answer("own", "paper", f"q{n}", method, 0, mark == "1", [0.0], answers=way, subject="xy"[n % 2])
+            for n, mark in enumerate(marks)
+        ]
+
+    answers = [*rows("receiver", "likelihood", "0000"), *rows("receiver", "generation", "1100")]
+    answers += [*rows("sharer", "likelihood", "1111"), *rows("c2c", "likelihood", "1100")]
+    found = summarize_run(answers, ["own"], ["receiver", "sharer", "c2c"])["likelihood"]
+    assert found["tasks"]["own"]["recovered"] == 0 and found["average"]["c2c"]["questions"] == 4
+    assert [part["recovered"] for part in found["tasks"]["own"]["subjects"].values()] == [0, 0]
+
+
+def test_circles_are_of_questions_that_all_were_asked(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    options = {"methods": ["receiver", "sharer", "c2c"], "answers": "likelihood", "limits": {"sharer": 4, "c2c": 3}}
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **options)))
+    assert "own: right, of 3 that all three were asked" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_skipping_fills_no_store_beyond_its_size(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    options = {"methods": ["receiver", "skip"], "skip": 0.5, "answers": "likelihood", "max_gb": 0.0}
+    config = config_of(tiny_pair_folder, tmp_path, **options, store=[str(tmp_path / "store")])
+    with pytest.raises(C2CError, match="--max-gb"):
+        run(EvalConfig.model_validate(config))
+    assert not list((tmp_path / "store").glob("shard-*"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -160,3 +162,25 @@ def test_a_receiver_that_is_never_right_is_never_left_alone() -> None:
     result = {"calibrated": summarize(Path("run"), apply([Case(1.0, False, True)] * 4, None))}
     assert calibrate([Case(1.0, False, True)] * 4) is None
     assert result["calibrated"]["skipped"]["share"] == 0 and result["calibrated"]["skip"] == result["calibrated"]["c2c"]
+
+
+def test_failed_questions_are_left_out_and_counted() -> None:
+    rows = [
+        Answer("own", "paper", f"q{n}", method, 0, True, [0.0], confidence=0.5 if method == "receiver" else None)
+        for method in ("receiver", "c2c")
+        for n in range(4)
+    ]
+    rows[1] = replace(rows[1], confidence=None, logprobs=[], error="C2CError")
+    with pytest.warns(match="1 questions are left out, of which an answer failed"):
+        assert len(cases_of(rows)) == 3
+
+
+def test_questions_of_one_split_however_it_was_named(runs: tuple[Path, Path]) -> None:
+    first, second = runs
+    shutil.copyfile(first / "samples.jsonl", second / "samples.jsonl")
+    about = json.loads((second / "settings.json").read_text())
+    task = read_answers(first / "samples.jsonl")[0].task
+    about["split"] = "train"
+    (second / "settings.json").write_text(json.dumps({**about, f"task {task}": {"split": "validation"}}))
+    with pytest.raises(C2CError, match=r"9 questions of .* are in .* too; check on other questions"):
+        calibration(first, second)

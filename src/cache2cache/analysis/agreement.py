@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import C2CError
-from ..evaluation.answers import LIKELIHOOD, Answer, read_answers
+from ..evaluation.answers import LIKELIHOOD, Answer, read_answers, read_settings
 from ..evaluation.report import LABELS
 from ..evaluation.statistics import accuracy
 from ..evaluation.summary import paired
@@ -82,10 +83,7 @@ def run(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "settings.json"
-    if not (folder / "samples.jsonl").is_file():
-        raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate")
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_settings(folder)
     return {k: found[k] for k in ("receiver", "sharer", "fuser", "fuser_hash", "split", "prompt") if k in found}
 
 
@@ -104,6 +102,10 @@ def judged(answers: Sequence[Answer], folder: Path) -> list[Judged]:
         raise C2CError(f"{folder} holds no answers of {', '.join(absent)}; run c2c evaluate with these methods into it")
     methods = [m for m in METHODS if by_method[m]]
     common = [key for key in by_method["c2c"] if all(key in by_method[m] for m in methods)]
+    failed = {key for key in common if any(by_method[m][key].error is not None for m in methods)}
+    if failed:
+        warnings.warn(f"{len(failed)} questions of {folder} are left out, of which an answer failed", stacklevel=2)
+    common = [key for key in common if key not in failed]
     if not common:
         raise C2CError(f"{folder} has no question that {', '.join(methods)} all answer; let the evaluation end")
     return [

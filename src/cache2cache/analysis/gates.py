@@ -61,7 +61,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     assert isinstance(fuser, C2CFuser)
     items = runs.items_of(pair, examples)
     settings |= {"data": data.record(), "closing": closing}
-    about = runs.begin(setup, settings, "gates", [i.id for i in items])
+    about = runs.begin(setup, settings, "gates", examples)
     if store is not None:
         check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
     state = empty(fuser, len(items), closing)

@@ -60,8 +60,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Seque
     pair, store, settings = runs.open_pair(setup)
     names = choices(shares)
     settings |= {"data": data.record(), "shares": sorted(set(shares))}
-    ids = [f"{task}:{q.id}" for task, rows in questions.items() for q in rows]
-    about = runs.begin(setup, settings, "positions", ids)
+    about = runs.begin(setup, settings, "positions", [(task, q) for task, rows in questions.items() for q in rows])
     asked = encoded(pair, questions, data.prompt)
     if store is not None:
         check_room([(store, [p.sharers[0] for _, _, p in asked])], setup.max_bytes)

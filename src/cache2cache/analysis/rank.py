@@ -40,7 +40,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = ()) -> dict[str, Any
     examples = runs.examples_of(data, setup.seed)
     pair, store, settings = runs.open_pair(setup)
     items = runs.items_of(pair, examples)
-    about = runs.begin(setup, {**settings, "data": data.record()}, "rank", [i.id for i in items])
+    about = runs.begin(setup, {**settings, "data": data.record()}, "rank", examples)
     if store is not None:
         check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
     state = empty(pair)

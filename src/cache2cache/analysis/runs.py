@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,9 @@ def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
     found = {task: load(task, data.split, data.data_dir) for task in data.tasks}
     if empty := [task for task, rows in found.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
+    for task, rows in found.items():
+        if twice := [i for i, count in Counter(q.id for q in rows).items() if count > 1]:
+            raise C2CError(f"{task} has {len(twice)} ids twice, such as {twice[0]}; give every question its own")
     return {task: drawn(rows, data.limit, seed) for task, rows in found.items()}
 
 
@@ -167,13 +171,13 @@ def lengths_of(prompts: Sequence[PromptIds]) -> list[int]:
 # ---- a run's files ---------------------------------------------------------------------------------------------------
 
 
-def begin(setup: Setup, settings: dict[str, Any], kind: str, ids: Sequence[str]) -> dict[str, Any]:
+def begin(setup: Setup, settings: dict[str, Any], kind: str, rows: Sequence[object]) -> dict[str, Any]:
     """Claim the output folder, and return what a result says about its run.
 
-    A folder that holds a run with other settings, or on other rows (`ids`), is refused.
+    A folder that holds a run with other settings, or on other rows (by all that they say), is refused.
     """
-    rows = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    settings = {**settings, "kind": kind, "seed": setup.seed, "rows": len(ids), "rows_hash": rows}
+    digest = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
+    settings = {**settings, "kind": kind, "seed": setup.seed, "rows": len(rows), "rows_hash": digest}
     claim(setup.output, settings)
     versions = {"cache2cache": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {**settings, "command": setup.command, "versions": versions}
@@ -191,15 +195,13 @@ def batches(
     saved = time.monotonic()
     with Bar() as bar:
         task = bar.add_task(label, total=len(items), completed=done)
-        start = 0
-        for batch in batches_of(items, setup.batch_size):
-            if start >= done:
-                yield start, batch
-                bar.advance(task, len(batch))
-                if time.monotonic() - saved > SAVE_EVERY or start + len(batch) == len(items):
-                    _save(path, state, start + len(batch))
-                    saved = time.monotonic()
-            start += len(batch)
+        for batch in batches_of(items[done:], setup.batch_size):
+            yield done, batch
+            done += len(batch)
+            bar.advance(task, len(batch))
+            if time.monotonic() - saved > SAVE_EVERY or done == len(items):
+                _save(path, state, done)
+                saved = time.monotonic()
 
 
 def _save(path: Path, state: dict[str, Tensor], done: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -33,6 +33,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
             found = json.loads(path.read_text(encoding="utf-8"))
             return dict(found["settings"] if path.name == SUMMARY else found)
     raise C2CError(f"{folder} holds no evaluation; expected the output folder of c2c evaluate, or its --results")
+
+
+def split_of(settings: Mapping[str, Any], task: str) -> Any:
+    """The split that a task's questions are of."""
+    return settings.get(TASK + task, {}).get("split", settings.get("split"))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ FEW_SHOT = "few-shot"
 ROUTED = ("route", "route-confidence")  # follow from the answers of receiver and sharer
 IN_WORDS = "receiver-generate"  # the receiver in words, where all else is by likelihood
 EVERY = (*dict.fromkeys([*METHODS, *CONTROLS, *FORMS, FEW_SHOT, SKIP, SINGLE, *ROUTED, IN_WORDS]),)
-READ_SHARER = {"sharer", "c2c", "other", "zeroed", "gaussian"}
+READ_SHARER = {"sharer", "c2c", SKIP, "other", "zeroed", "gaussian"}
 SHOT_PREFIX = "Answer:"
 
 Messages = Mapping[tuple[str, str, str], tuple[str, int]]  # task, form of text-to-text, id: text, number of tokens
@@ -330,7 +330,7 @@ class Batch:
     def answers(self, method: str, way: str) -> list[Answer]:
         """The method's answer to every case."""
         state = self.state(method, way)
-        made = self._likeliest(state) if way == LIKELIHOOD else self._in_words(state)
+        made = self._likeliest(state, method) if way == LIKELIHOOD else self._in_words(state)
         rows = []
         for row, (case, found) in enumerate(zip(self.cases, made, strict=True)):
             message, count = state.messages[row] if state.messages else (None, None)
@@ -349,10 +349,11 @@ class Batch:
             )  # fmt: skip
         return rows
 
-    def _likeliest(self, state: State) -> list[_Found]:
+    def _likeliest(self, state: State, method: str) -> list[_Found]:
         questions = [c.question for c in self.cases]
         assert all(isinstance(q, Question) for q in questions)
-        space = "" if self.setup.prompt == "chinese" else " "
+        # Behind a Chinese colon there is none; few-shot has the English examples' ending whatever the prompt.
+        space = "" if self.setup.prompt == "chinese" and method != FEW_SHOT else " "
         letters = [
             [state.lm.continuation_ids(f"{space}{x}") for x in q.letters] for q in questions if isinstance(q, Question)
         ]

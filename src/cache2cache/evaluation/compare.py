@@ -11,11 +11,12 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import GENERATION, LIKELIHOOD, Answer, read_answers, read_settings
+from .answers import GENERATION, LIKELIHOOD, Answer, read_answers, read_settings, split_of
 from .asking import METHODS
-from .summary import marks_of, paired, sets_of, summarize_run
+from .summary import better_way, marks_of, paired, sets_of, summarize_all
 
 AVERAGE, POOLED = "average", "all"
+_Run = tuple[Path, Mapping[str, Any], Sequence[Answer]]  # folder, settings, C2C's answers that are compared
 
 
 def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any]:
@@ -43,26 +44,20 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
         settings[folder] = read_settings(folder)
         answers[folder] = read_answers(folder / "samples.jsonl")
     first = folders[0]
-    in_words = not all(any(a.answers == LIKELIHOOD for a in rows) for rows in answers.values())
-    way = GENERATION if in_words else LIKELIHOOD
-    of_way = {folder: [a for a in rows if a.answers == way] for folder, rows in answers.items()}
+    c2c = {folder: [a for a in rows if a.method == "c2c"] for folder, rows in answers.items()}
+    # By likelihood where every run has that, else in words.
+    everywhere = set.intersection(*({(a.task, a.answers) for a in rows} for rows in c2c.values()))
+    ways = {a.task: LIKELIHOOD if (a.task, LIKELIHOOD) in everywhere else GENERATION for a in c2c[first]}
+    of_way = {folder: [a for a in rows if a.answers == ways.get(a.task, a.answers)] for folder, rows in c2c.items()}
     for folder in folders:
-        if changed := [k for k in ("split", "prompt") if settings[folder].get(k) != settings[first].get(k)]:
-            raise C2CError(f"{folder} was made with another {', '.join(changed)} than {first}; give runs of the same")
-        mine, theirs = (marks_of(of_way[f], "c2c").keys() for f in (folder, first))
-        if not mine or mine != theirs:
-            raise C2CError(
-                f"{folder} has {len(mine)} answers of C2C and {first} {len(theirs)}, {len(mine ^ theirs)} of them to "
-                "other questions; give runs of the same questions that went to their ends"
-            )
-    tasks = list(dict.fromkeys(a.task for a in of_way[first]))
+        _check_alike((first, settings[first], of_way[first]), (folder, settings[folder], of_way[folder]))
     rows = [
         {
             "run": str(folder),
             "baseline": folder in against,
             "fuser": settings[folder]["fuser"],
             "fuser_hash": settings[folder]["fuser_hash"],
-            "columns": _columns(answers[folder], tasks, way),
+            "columns": _columns(answers[folder], ways),
         }
         for folder in folders
     ]
@@ -75,17 +70,42 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
             mean[column][key] = round(statistics.mean(known), 2) if len(known) == len(values) else None
             mean[column][f"{key}_spread"] = round(statistics.stdev(known), 2) if len(known) == len(values) > 1 else None
     pairs = [
-        {"runs": [str(a), str(b)], "columns": _pairs(of_way[a], of_way[b], tasks)} for a, b in combinations(folders, 2)
+        {"runs": [str(a), str(b)], "columns": _pairs(of_way[a], of_way[b], list(ways))}
+        for a, b in combinations(folders, 2)
     ]
     return {"runs": rows, "mean": mean, "paired": pairs}
 
 
-def _columns(answers: Sequence[Answer], tasks: Sequence[str], way: str) -> dict[str, dict[str, float | None]]:
+def _check_alike(first: _Run, other: _Run) -> None:
+    """Refuse runs of other questions, or that put them otherwise."""
+    (one, about, mine), (two, theirs, found) = first, other
+    changed = ["prompt"] if about.get("prompt") != theirs.get("prompt") else []
+    if any(split_of(about, a.task) != split_of(theirs, a.task) for a in mine):
+        changed.append("split")
+    if changed:
+        raise C2CError(f"{two} was made with another {', '.join(changed)} than {one}; give runs of the same")
+    asked, there = ({(a.task, a.id): a.asked for a in rows} for rows in (mine, found))
+    if not there or asked.keys() != there.keys():
+        raise C2CError(
+            f"{two} has {len(there)} answers of C2C and {one} {len(asked)}, {len(asked.keys() ^ there.keys())} of them "
+            "to other questions; give runs of the same questions that went to their ends"
+        )
+    # Runs of earlier versions don't know what was asked.
+    if differ := [key for key, text in asked.items() if text and there[key] and text != there[key]]:
+        raise C2CError(
+            f"{len(differ)} questions have one id in {one} and {two} and differ, the first {differ[0][1]}; give "
+            "runs of the same questions"
+        )
+
+
+def _columns(answers: Sequence[Answer], ways: Mapping[str, str]) -> dict[str, dict[str, float | None]]:
     """Per task and over all of them, C2C's accuracy and the share of the gap that is recovered."""
-    asked = marks_of([a for a in answers if a.answers == way], "c2c").keys()
     mine = [a for a in answers if a.method in METHODS]
-    methods = [m for m in METHODS if marks_of([a for a in mine if a.answers == way], m).keys() >= asked]
-    summary = summarize_run(mine, tasks, methods)[way]
+    found = {task: [a for a in mine if a.task == task and a.answers == way] for task, way in ways.items()}
+    rows = [a for some in found.values() for a in some]
+    asked = marks_of(rows, "c2c").keys()
+    methods = [m for m in METHODS if marks_of(rows, m).keys() >= asked]
+    summary = summarize_all(found, methods, {task: better_way(mine, task) for task in ways})
     columns = {**summary["tasks"], AVERAGE: summary["average"], POOLED: summary["pooled"]}
     return {name: {"accuracy": c["c2c"]["accuracy"], "recovered": c.get("recovered")} for name, c in columns.items()}
 

@@ -55,14 +55,17 @@ def page(runs: Sequence[Run]) -> str:
                 parts.append(_figure("the gain in points: presence, and content on top of it", split(splits)))
             for task, result in run.summary[way]["tasks"].items():
                 if "subjects" in result:
-                    parts.append(_figure(f"{task} by subject: receiver ○, C2C ●", subjects(result["subjects"])))
+                    alike = {s: r for s, r in result["subjects"].items() if _asked_alike(r)}
+                    parts.append(_figure(f"{task} by subject: receiver ○, C2C ●", subjects(alike)))
                 own = [a for a in run.answers if a.task == task and a.answers == way]
-                sets = {m: {a.id for a in own if a.method == m and a.value == 1} for m in ("receiver", "sharer", "c2c")}
-                if all(any(a.method == m for a in own) for m in sets) and not any(a.graded for a in own):
-                    parts.append(_figure(f"{task}: questions answered right", venn(sets)))
-        if "timing" in run.summary:
+                asked = [{a.id for a in own if a.method == m} for m in ("receiver", "sharer", "c2c")]
+                if (all_three := set.intersection(*asked)) and not any(a.graded for a in own):
+                    right = [a for a in own if a.id in all_three and a.value == 1]
+                    sets = {m: {a.id for a in right if a.method == m} for m in ("receiver", "sharer", "c2c")}
+                    parts.append(_figure(f"{task}: right, of {len(all_three)} that all three were asked", venn(sets)))
+        if task := run.summary.get("timing", {}).get("task"):
             parts.append(f"<h2>Time against accuracy{_of(run, runs)}</h2>")
-            parts.append(_figure("all questions", latency(run)))
+            parts.append(_figure(task, latency(run, task)))
     for title, header, rows, note in sections(runs):
         if rows:
             parts.append(f"<h2>{_e(title)}</h2>{f'<p>{_e(note)}</p>' if note else ''}{grid(header, rows)}")
@@ -156,6 +159,11 @@ def split(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return _svg(left + 640, len(columns) * step + 4, parts)
 
 
+def _asked_alike(result: Mapping[str, Any]) -> bool:
+    """Whether receiver and C2C were asked the same number of questions."""
+    return {"receiver", "c2c"} <= result.keys() and result["receiver"]["questions"] == result["c2c"]["questions"]
+
+
 def subjects(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Receiver and C2C of each subject on one line, those that gain most first."""
     both = {s: r for s, r in found.items() if {"receiver", "c2c"} <= r.keys()}
@@ -196,10 +204,15 @@ def venn(sets: Mapping[str, set[str]]) -> str:
     return _svg(330, 270, parts)
 
 
-def latency(run: Run) -> str:
-    """Accuracy over median seconds, of answers in words of each method's own length, or of 8 tokens."""
-    way = GENERATION if GENERATION in run.summary else LIKELIHOOD
-    result = run.summary[way]["pooled"]
+def _tasks(run: Run, way: str) -> Mapping[str, Any]:
+    return run.summary[way]["tasks"] if way in run.summary else {}
+
+
+def latency(run: Run, task: str) -> str:
+    """Accuracy over median seconds on the set that was clocked, of answers in words of each method's own length, or of
+    8 tokens."""
+    ways = [run.summary[way]["tasks"][task] for way in (GENERATION, LIKELIHOOD) if task in _tasks(run, way)]
+    result = next((found for found in ways if "c2c" in found), ways[0])
     points = {}
     for method in methods_of({"": result}):
         timed = run.summary["timing"].get(method)

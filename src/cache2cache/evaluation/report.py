@@ -24,6 +24,7 @@ from .answers import (
     Answer,
     Asked,
     read_answers,
+    split_of,
 )
 from .summary import AVERAGE, POOLED
 from .timing import LENGTHS, line_of_times
@@ -132,9 +133,8 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 def splits_of(settings: Mapping[str, Any]) -> dict[str, list[str]]:
     """The splits that were asked, each with its tasks."""
     asked: dict[str, list[str]] = {}
-    for key, about in settings.items():
-        if key.startswith(TASK):
-            asked.setdefault(about.get("split", settings["split"]), []).append(key.removeprefix(TASK))
+    for task in [key.removeprefix(TASK) for key in settings if key.startswith(TASK)]:
+        asked.setdefault(split_of(settings, task), []).append(task)
     return asked or {settings["split"]: []}  # of earlier versions
 
 
@@ -240,8 +240,8 @@ def sections(runs: Sequence[Run]) -> Iterator[tuple[str, list[str], Rows, str]]:
     yield (
         "Accuracy",
         ["Sharer", "Task", "Answers", "Receiver", "Sharer alone", "Routing", "Text-to-text", "C2C"],
-        [[run.sharer, _task(task, result), way, *_table_4(run, way, result)] for run, way, task, result in every],
-        "In %, and behind the stroke median seconds of an answer in words where they were measured.",
+        [[run.sharer, _task(task, result), way, *_table_4(run, way, task, result)] for run, way, task, result in every],
+        "In %, and behind the stroke median seconds of an answer in words, of the set that was clocked.",
     )
     yield (
         "Every method",
@@ -346,16 +346,17 @@ def _task(task: str, result: Mapping[str, Any]) -> str:
     return f"{task} ({count})" if count else task
 
 
-def _table_4(run: Run, way: str, result: Mapping[str, Any]) -> list[str]:
+def _table_4(run: Run, way: str, task: str, result: Mapping[str, Any]) -> list[str]:
     router = "route" if "route" in result else "route-confidence"
-    return [_with_seconds(run, way, result, m) for m in ("receiver", "sharer", router, "text", "c2c")]
+    clocked = way == GENERATION and task == run.summary.get("timing", {}).get("task")
+    return [_with_seconds(run, clocked, result, m) for m in ("receiver", "sharer", router, "text", "c2c")]
 
 
-def _with_seconds(run: Run, way: str, result: Mapping[str, Any], method: str) -> str:
+def _with_seconds(run: Run, clocked: bool, result: Mapping[str, Any], method: str) -> str:
     if method not in result:
         return "–"
     cell = _said_of(result[method], 2, most_of(result))
-    seconds = seconds_of(run.summary, method, result) if way == GENERATION else None
+    seconds = seconds_of(run.summary, method, result) if clocked else None
     return cell if seconds is None else f"{cell} / {seconds:.2f}"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -64,16 +65,19 @@ def run(config: EvalConfig) -> dict[str, Any]:
     setup, settings = load(config)
     samples = config.output / SAMPLES
     plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
-    training = router_plans(config, setup) if routing.LEARNED in config.methods else {}
+    # A router learns from letters, for which cot is no prompt.
+    learning = replace(setup, prompt="paper") if setup.prompt == "cot" else setup
+    training = router_plans(config, learning, questions) if routing.LEARNED in config.methods else {}
     timed = bool(config.timing) and processes.is_main_process
     if processes.is_main_process:
         claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
     # The clock comes first: it asks one by one, and what follows lays the weights out for batches.
-    times = clock(config, setup, next(iter(plans.values()))[0], console) if timed else None
+    first = next(iter(plans))
+    times = {"task": first, **clock(config, setup, plans[first][0], console)} if timed else None
     processes.wait_for_everyone()
     if config.batch_size > 1:
         pack_models(setup)
-    do(setup, training, config.output / ROUTER_ROWS, config, processes, console)
+    do(learning, training, config.output / ROUTER_ROWS, config, processes, console)
     answers = do(setup, plans, samples, config, processes, console)
     summary: dict[str, Any] = {}
     if processes.is_main_process:
@@ -207,8 +211,9 @@ def write_questions(path: Path, plans: Plans, questions: Mapping[str, Sequence[A
 # ---- routing ---------------------------------------------------------------------------------------------------------
 
 
-def router_plans(config: EvalConfig, setup: Setup) -> Plans:
-    """What receiver and sharer are asked so that a router can learn from it."""
+def router_plans(config: EvalConfig, setup: Setup, questions: Mapping[str, Sequence[AnyQuestion]]) -> Plans:
+    """What receiver and sharer are asked so that a router can learn from it: none of the `questions` themselves."""
+    asked = {_full(q) for rows in questions.values() for q in rows}
     given = [t.model_copy(update={"split": t.split or "train"}) for t in config.router.tasks]
     own = [EvalTask(task=t.task, name=t.label, split="train") for t in config.tasks]
     found = {}
@@ -221,13 +226,16 @@ def router_plans(config: EvalConfig, setup: Setup) -> Plans:
             if given:
                 raise
             continue
-        chosen = drawn(rows, task.limit or config.router.limit, config.seed)
+        chosen = [q for q in drawn(rows, task.limit or config.router.limit, config.seed) if _full(q) not in asked]
+        if not chosen:
+            continue
         found[task.label] = plan(
             setup, task.label, chosen, methods=["receiver", "sharer"], batch_size=config.batch_size
         )
     if not found:
         raise C2CError(
-            "no set of the run has a split train for the method route to learn from; name some in router.tasks"
+            "no set of the run has a split train, of other questions than those asked, for the method route to learn "
+            "from; name some in router.tasks"
         )
     return found
 
@@ -246,7 +254,7 @@ def route(
     receiver, scores = setup.pair.receiver, {}
     texts = {(label, q.id): _full(q) for label, rows in questions.items() for q in rows}
     if routing.LEARNED in methods:
-        router = _router(config, setup, training, set(texts.values()))
+        router = _router(config, setup, training)
         embedded = routing.embed(receiver, list(texts.values()))
         scores = dict(zip(texts, router.score(embedded), strict=True))
     made = []
@@ -264,13 +272,13 @@ def _full(question: AnyQuestion) -> str:
     return Ask.of(question if isinstance(question, Question) else question.prompt).full
 
 
-def _router(config: EvalConfig, setup: Setup, training: Plans, asked: Set[str]) -> routing.Router:
-    """Fitted on the questions of `training`, but for those that are `asked` themselves."""
+def _router(config: EvalConfig, setup: Setup, training: Plans) -> routing.Router:
+    """Fitted on the questions of `training`."""
     path, settings = config.output / ROUTER, config.output / SETTINGS
     cases = {(c.task, c.id): c for units, _ in training.values() for u in units for c in u.cases}
     rows = [a for a in read_answers(config.output / ROUTER_ROWS) if a.answers == LIKELIHOOD and (a.task, a.id) in cases]
     right = {m: {(a.task, a.id): a.correct for a in rows if a.method == m} for m in ("receiver", "sharer")}
-    keys = [k for k, c in cases.items() if k in right["receiver"] and k in right["sharer"] and c.ask.full not in asked]
+    keys = [k for k, c in cases.items() if k in right["receiver"] and k in right["sharer"]]
     router = routing.fit(
         routing.embed(setup.pair.receiver, [cases[k].ask.full for k in keys]),
         [right["sharer"][k] for k in keys], [right["receiver"][k] for k in keys],

@@ -6,6 +6,7 @@ A question is skipped when the receiver's confidence (`decode.confidence`) reach
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import LIKELIHOOD, Answer, read_answers, read_settings
+from .answers import LIKELIHOOD, Answer, read_answers, read_settings, split_of
 from .statistics import wilson
 
 
@@ -94,7 +95,10 @@ def cases_of(answers: Sequence[Answer]) -> list[Case]:
     Raises:
         C2CError: a question that only one of them has answered; answers without confidences.
     """
-    rows = [a for a in answers if a.answers == LIKELIHOOD]
+    failed = {(a.task, a.prompt, a.id) for a in answers if a.error is not None and a.method in ("receiver", "c2c")}
+    if failed:
+        warnings.warn(f"{len(failed)} questions are left out, of which an answer failed", stacklevel=2)
+    rows = [a for a in answers if a.answers == LIKELIHOOD and (a.task, a.prompt, a.id) not in failed]
     methods = {m: {(a.task, a.prompt, a.id): a for a in rows if a.method == m} for m in ("receiver", "c2c")}
     receiver, c2c = methods["receiver"], methods["c2c"]
     if not receiver or (missing := receiver.keys() ^ c2c.keys()):
@@ -127,8 +131,11 @@ def calibration(run: Path, check: Path | None = None, *, tolerance: float = 0.0)
         others, theirs = _read(check)
         if changed := [k for k in ("receiver", "sharer", "fuser") if _weights(settings, k) != _weights(others, k)]:
             raise C2CError(f"{check} was made with another {', '.join(changed)} than {run}; give runs of one pair")
-        known = {(a.task, a.id) for a in answers} & {(a.task, a.id) for a in theirs}
-        if known and settings.get("split") == others.get("split"):
+        asked = [
+            {(split_of(about, a.task), a.task, a.id) for a in rows}
+            for about, rows in ((settings, answers), (others, theirs))
+        ]
+        if known := asked[0] & asked[1]:
             raise C2CError(f"{len(known)} questions of {check} are in {run} too; check on other questions")
         result["checked"] = summarize(check, apply(cases_of(theirs), threshold))
     return result

@@ -122,7 +122,10 @@ def summarize_all(
 
     average: dict[str, Any] = {}
     for method in everywhere:
-        average[method] = {"accuracy": round(level([method])[method], 2)}
+        average[method] = {
+            "questions": sum(t[method]["questions"] for t in tasks.values()),
+            "accuracy": round(level([method])[method], 2),
+        }
         if failed := sum(t[method].get("failed", 0) for t in tasks.values()):
             average[method]["failed"] = failed
     rows = [a for some in found.values() for a in some]
@@ -201,12 +204,12 @@ def summarize(
     for name in ("subject", "bucket") if breakdown else ():
         parts = dict.fromkeys(getattr(a, name) for a in answers)
         if len(parts) > 1:
-            result[f"{name}s"] = {
-                part or "": summarize(
-                    [a for a in answers if getattr(a, name) == part], methods, None, seed, breakdown=False
-                )
-                for part in sorted(parts, key=str)
-            }
+            result[f"{name}s"] = {}
+            for part in sorted(parts, key=str):
+                rows = [a for a in answers if getattr(a, name) == part]
+                keys = {(a.task, a.id) for a in rows}
+                own = {key: mark for key, mark in (best or {}).items() if key in keys}
+                result[f"{name}s"][part or ""] = summarize(rows, methods, own, seed, breakdown=False)
     return result
 
 

@@ -65,7 +65,9 @@ class StackedFFN(nn.Module):
     def inner(self, x: Tensor) -> Tensor:
         """GELU(W1 RMSNorm(x)), (G, N, inner)."""
         # RMSNorm in two passes over x; torch's own takes five on a CPU.
-        scale = (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1] + 1e-6).rsqrt()
+        whole = torch.promote_types(x.dtype, torch.float32)  # squares of a long vector are beyond float16
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=whole)
+        scale = (norm.square() / x.shape[-1] + 1e-6).rsqrt().to(x.dtype)
         # The norm's weight goes into the product: one pass over x less, and three less backward.
         w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.view(len(self.norm), -1, 1)
         inner = F.gelu(torch.bmm(x * scale, w1))
@@ -417,7 +419,8 @@ class C2CFuser(nn.Module):
 
         Made once and kept until a parameter changes.
         """
-        key = (dtype, tuple(x._version for x in (*self.parameters(), *self.buffers())))
+        every = (*self.parameters(), *self.buffers())
+        key = (dtype, tuple((id(x), x.device, 0 if x.is_inference() else x._version) for x in every))
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._lean_parts(dtype))
         return self._kept[1]

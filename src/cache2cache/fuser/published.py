@@ -524,6 +524,7 @@ def plain(config: FuserConfig, tensors: Mapping[str, Tensor]) -> tuple[FuserConf
     """
     wrong = [f"variant {config.variant}"] * (config.variant != "c2c")
     wrong += [f"{name} off" for name in ("residual", "weighting") if not getattr(config, name)]
+    wrong += [f"key_space {config.key_space}"] * (config.key_space != "rotated")
     if wrong:
         raise C2CError(
             f"the published format can't hold this fuser ({', '.join(wrong)}); keep it in this library's own"

@@ -112,10 +112,14 @@ class LM:
 
     @property
     def pad_token_id(self) -> int:
-        """What fills up short rows of a batch; masked, so any id will do where the model names none."""
-        for source in (self.tokenizer, self.model.generation_config, self.text_config):
-            if isinstance(token := getattr(source, "pad_token_id", None), int) and 0 <= token < self.vocab_size:
-                return token
+        """What fills up short rows of a batch, and rows of answers that have ended: where the model names none, the
+        token that ends a text, as in transformers, so that it is skipped with the special tokens."""
+        for name in ("pad_token_id", "eos_token_id"):
+            for source in (self.tokenizer, self.model.generation_config, self.text_config):
+                token = getattr(source, name, None)
+                first = token[0] if isinstance(token, list) and token else token
+                if isinstance(first, int) and 0 <= first < self.vocab_size:
+                    return first
         return 0
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -241,12 +245,12 @@ def load_lm(
         _need_package("accelerate", "device_map")
         options["device_map"] = spec.device_map
     if spec.quantization is not None:
-        if found.path.suffix == ".gguf":
+        if found.path.suffix.lower() == ".gguf":
             raise C2CError(f"{found.name} is quantised already; quantization is for models with safetensors weights")
         options["quantization_config"] = _quantization(spec, options["dtype"])
         options.setdefault("device_map", {"": device})
     with quiet():
-        read = read_gguf if found.path.suffix == ".gguf" else _read_folder
+        read = read_gguf if found.path.suffix.lower() == ".gguf" else _read_folder
         model, own_tokenizer = read(found.path, trust_remote_code=spec.trust_remote_code, **options)
         if "device_map" not in options:
             model = cast(Any, model).to(device)
@@ -273,7 +277,7 @@ def weight_bytes(source: str | Path | ModelSpec, **overrides: Any) -> int:
     """
     spec = _spec(source, overrides)
     path, itemsize = _find(spec).path, _dtype(spec, _device(spec)).itemsize
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         from gguf import GGUFReader
 
         return itemsize * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
@@ -473,7 +477,7 @@ def download(repo: str, revision: str | None, anchor: str, choose: Callable[[lis
 
 
 def _in_hub_cache(spec: ModelSpec) -> _Found | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     def cached(file: str) -> Path | None:
         found = try_to_load_from_cache(spec.source, file, revision=spec.revision)
@@ -486,7 +490,12 @@ def _in_hub_cache(spec: ModelSpec) -> _Found | None:
     if config is None:
         return None
     files, absent = _weight_files(config.parent)
-    return _Found(config.parent, spec.source, _commit_of(config.parent, spec)) if files and not absent else None
+    # A fetch that was cut short has some files: of shards without their index it is not known how many are missing.
+    named = any((config.parent / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    whole = named and any((config.parent / name).is_file() for name in _TOKENIZER_FILES)
+    if not files or absent or not (whole or constants.HF_HUB_OFFLINE):
+        return None
+    return _Found(config.parent, spec.source, _commit_of(config.parent, spec))
 
 
 def _commit_of(path: Path, spec: ModelSpec) -> str:

@@ -495,7 +495,7 @@ def run(
         "positions": positions,
         "layers": layers,
     }
-    about = study.begin(output, settings, "enrich", [a.question.id for a in asked], seed, command)
+    about = study.begin(output, settings, "enrich", [a.question for a in asked], seed, command)
     with Bar() as bar:
         task = bar.add_task("enrich", total=len(asked))
         rows = ask_all(

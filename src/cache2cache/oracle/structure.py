@@ -300,7 +300,7 @@ def run(
         "forms": {form: FORMS[form] for form in forms},
         "max_message_tokens": max_message_tokens,
     }
-    about = study.begin(output, recorded, "structure", [d.question.id for d in documents], seed, command)
+    about = study.begin(output, recorded, "structure", documents, seed, command)
     with Bar() as bar:
         task = bar.add_task("structure", total=count)
         rows = ask_all(

@@ -28,11 +28,11 @@ def described(lm: LM) -> dict[str, Any]:
 
 
 def begin(
-    output: Path, settings: dict[str, Any], kind: str, ids: Sequence[str], seed: int, command: str
+    output: Path, settings: dict[str, Any], kind: str, rows: Sequence[object], seed: int, command: str
 ) -> dict[str, Any]:
     """Claim the folder for one study of these questions; what its result says of the run."""
     setup = runs.Setup(None, output, seed=seed, command=command)
-    return runs.begin(setup, settings, f"oracle {kind}", ids)
+    return runs.begin(setup, settings, f"oracle {kind}", rows)
 
 
 def finish(output: Path, about: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:

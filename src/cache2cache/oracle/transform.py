@@ -567,7 +567,7 @@ def run(
         "tsne_samples": tsne_samples,
         "perplexity": perplexity,
     }
-    about = study.begin(output, settings, "transform", [q.id for q in (*train, *test)], seed, command)
+    about = study.begin(output, settings, "transform", [*train, *test], seed, command)
     if (output / "result.json").exists():
         return study.earlier([output], "transform")[0][1]
     work, device = output / "work", receiver.device

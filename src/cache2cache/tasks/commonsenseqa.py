@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cache2cache.errors import C2CError
 from cache2cache.tasks.base import Question, read_rows
 
 
 def load(split: str, data_dir: Path | None) -> list[Question]:
     """Train and validation; the test split's answers are not public."""
+    rows = read_rows("tau/commonsense_qa", "default", split, data_dir)
+    if hidden := next((row for row in rows if not row["answerKey"]), None):
+        raise C2CError(f"tau/commonsense_qa ({split}) row {hidden['id']} has no answer; take train or validation")
     return [
         Question(
             id=row["id"],
@@ -16,5 +20,5 @@ def load(split: str, data_dir: Path | None) -> list[Question]:
             options=tuple(row["choices"]["text"]),
             answer=row["choices"]["label"].index(row["answerKey"]),
         )
-        for row in read_rows("tau/commonsense_qa", "default", split, data_dir)
+        for row in rows
     ]
