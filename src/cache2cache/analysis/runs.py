@@ -195,7 +195,7 @@ def batches(
     saved = time.monotonic()
     with Bar() as bar:
         task = bar.add_task(label, total=len(items), completed=done)
-        for batch in batches_of(items[done:], setup.batch_size):
+        for batch in batches_of(items[done:], setup.batch_size) if done < len(items) else []:
             yield done, batch
             done += len(batch)
             bar.advance(task, len(batch))

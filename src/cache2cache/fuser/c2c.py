@@ -58,9 +58,16 @@ class StackedFFN(nn.Module):
 
     def fold(self) -> None:
         """Put the norm's weight into the product behind it (inference only)."""
-        assert self.norm is not None
-        self.w1.weight = nn.Parameter(self.w1.weight * self.norm.view(len(self.norm), -1, 1), requires_grad=False)
+        self.w1.weight = nn.Parameter(self._normed(), requires_grad=False)
         self.norm = None
+
+    def _normed(self) -> Tensor:
+        """W1 with the norm's weight in it: one pass over x less, and three less backward."""
+        if self.norm is None:
+            return self.w1.weight
+        groups, _, dim = self.norm.shape
+        # A view, whose gradient lies as DDP wants it, and not a transpose.
+        return self.w1.weight * self.norm.view(groups, dim, 1)
 
     def inner(self, x: Tensor) -> Tensor:
         """GELU(W1 RMSNorm(x)), (G, N, inner)."""
@@ -68,9 +75,7 @@ class StackedFFN(nn.Module):
         whole = torch.promote_types(x.dtype, torch.float32)  # squares of a long vector are beyond float16
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=whole)
         scale = (norm.square() / x.shape[-1] + 1e-6).rsqrt().to(x.dtype)
-        # The norm's weight goes into the product: one pass over x less, and three less backward.
-        w1 = self.w1.weight if self.norm is None else self.w1.weight * self.norm.view(len(self.norm), -1, 1)
-        inner = F.gelu(torch.bmm(x * scale, w1))
+        inner = F.gelu(torch.bmm(x * scale, self._normed()))
         return dropout(inner, self.dropout) if self.training and self.dropout else inner
 
     def forward(self, x: Tensor) -> Tensor:
