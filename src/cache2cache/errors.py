@@ -8,6 +8,10 @@ class C2CError(Exception):
     """
 
 
+class Unreachable(C2CError):
+    """Something elsewhere that doesn't answer now: no fault of what was asked."""
+
+
 def short(value: object, limit: int = 60) -> str:
     """A value from a file as an error quotes it: on one line, without control characters, of that many characters."""
     text = repr(value)

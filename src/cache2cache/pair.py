@@ -356,8 +356,7 @@ class C2C:
         self._check(batch)
         skip = decode.threshold(skip)
         batch = self._selected(batch, sharer_mask, positions)
-        for j, sharer in enumerate(self.sharers):  # what is read of it, which is nothing where it isn't selected
-            decode.check_room(sharer, max(sharer_lengths(batch, j)), 0)
+        self._check_room(batch)
         before = _turns(past, len(batch))
         parallel = _checked(mode or self.mode) == "parallel"
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
@@ -479,6 +478,11 @@ class C2C:
             ]
             chosen.append(replace(prompt, maps=maps))
         return chosen
+
+    def _check_room(self, batch: Sequence[PromptIds]) -> None:
+        """Of each sharer for what it reads, which is nothing where it isn't selected."""
+        for j, sharer in enumerate(self.sharers):
+            decode.check_room(sharer, max(sharer_lengths(batch, j)), 0)
 
     def _skipped(
         self, batch: Sequence[PromptIds], clean: Prefilled, skip: float | None

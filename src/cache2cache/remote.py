@@ -32,7 +32,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .alignment.chat import Rendered, Segment
-from .errors import C2CError
+from .errors import C2CError, Unreachable
 from .kv import KV, Read
 from .models.load import LM
 from .models.owner import Count, Owner
@@ -114,6 +114,14 @@ class Transfer:
     error: float
 
 
+def key_of(given: str | None) -> str | None:
+    """A server's key without blanks around it; one that no header can hold is refused without being repeated."""
+    key = (given or "").strip()
+    if not key.isascii() or not key.isprintable():
+        raise C2CError(f"the key in {KEY_VARIABLE} has characters that aren't printable ASCII; choose another")
+    return key or None
+
+
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +189,7 @@ class RemoteSharer(LM):
     ) -> None:
         self._secure, self._host, self._port, self._path, numbers = _address(url)
         self.url = url
-        self._key = os.environ.get(KEY_VARIABLE) if key is None else key
+        self._key = key_of(os.environ.get(KEY_VARIABLE) if key is None else key)
         self.timeout, self.deadline, self.attempts = timeout, deadline, attempts
         self.served = self._of(Served, self._ask("GET", "/v1/model"))
         if self.served.protocol != PROTOCOL:
@@ -338,7 +346,9 @@ class RemoteSharer(LM):
         if response.status in (429, 502, 503, 504):
             raise _Failed(f"it said {response.status}: {said}")
         hint = f"; set {KEY_VARIABLE} to its key" if response.status in (401, 403) else ""
-        raise C2CError(f"the sharer at {self.url} refused the request ({response.status}): {said}{hint}")
+        # A key or another model there is between the two machines, and no fault of what is asked.
+        kind = Unreachable if response.status in (401, 403, 409) else C2CError
+        raise kind(f"the sharer at {self.url} refused the request ({response.status}): {said}{hint}")
 
     def _tried(self, once: Callable[[http.client.HTTPConnection], _T]) -> _T:
         """What `once` returns with a connection, after as many attempts as it takes and is allowed."""
@@ -357,7 +367,7 @@ class RemoteSharer(LM):
                 break
             time.sleep(pause)
         reason = str(failed) if isinstance(failed, _Failed) else f"{type(failed).__name__}: {failed}"
-        raise C2CError(
+        raise Unreachable(
             f"no answer from the sharer at {self.url}, attempt {attempt} of {self.attempts}: {reason}; see that "
             "`c2c sharer serve` runs there and can be reached from here"
         ) from failed

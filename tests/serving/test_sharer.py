@@ -18,7 +18,8 @@ from cache2cache import C2C, C2CError, load_lm
 from cache2cache.models.owner import Owner
 from cache2cache.remote import KEY_VARIABLE, RemoteSharer
 from cache2cache.serving import sharer as service
-from serving.wire import ask, message, served
+from cache2cache.serving.http import Patient
+from serving.wire import HEAD, ask, message, served
 from test_pair import CHATS, lm_of, pair_of
 from tiny import tiny_model
 
@@ -168,7 +169,7 @@ def test_a_client_that_does_not_take_its_answer_is_given_up(monkeypatch: pytest.
     body = json.dumps(cache(model=owner, rows=[[4] * 4000], num_layers=40)).encode()  # 40 MB of answer
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as stuck:
-        head = f"POST /v1/prefill HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = f"POST /v1/prefill HTTP/1.1\r\n{HEAD}Content-Length: {len(body)}"
         stuck.sendall(head.encode() + b"\r\n\r\n" + body)
         stuck.recv(100)
         began = time.monotonic()
@@ -191,7 +192,7 @@ def test_a_client_that_leaves_stops_the_computation(monkeypatch: pytest.MonkeyPa
     body = json.dumps(cache(num_layers=4)).encode()
     host, port = address.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        head = f"POST /v1/prefill HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        head = f"POST /v1/prefill HTTP/1.1\r\n{HEAD}Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         client.recv(100)
     time.sleep(0.5)
@@ -262,6 +263,53 @@ def test_hostile_bodies(address: str, path: str, data: st.DataObject) -> None:
     assert status in (200, 400, 409, 413) and len(answer) < 100_000
     if status != 200:
         assert 0 < len(message(answer)) < 1000
+
+
+def test_connections_that_say_nothing_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And keep nobody out meanwhile; nor do those that begin to."""
+    monkeypatch.setattr(Patient, "SECONDS", 0.5)
+    address = served(LM, max_tokens=256)
+    host, port = address.removeprefix("http://").split(":")
+    silent = [socket.create_connection((host, int(port))) for _ in range(80)]
+    silent[0].sendall(b"POST /v1/prefill HTTP/1.1\r\nHost: local")
+    assert post(address, "/v1/prefill", cache())[0] == 200
+    for client in silent:
+        client.settimeout(30)
+        assert client.recv(100) == b""
+        client.close()
+    monkeypatch.setattr(service, "STALL_SECONDS", 30.0)
+    with socket.create_connection((host, int(port))) as client:  # a head in time, and a body after the moment
+        body = json.dumps(cache()).encode()
+        head = f"POST /v1/prefill HTTP/1.1\r\n{HEAD}Content-Length: {len(body)}"
+        client.sendall(f"{head}\r\nConnection: close\r\n\r\n".encode())
+        time.sleep(1.0)
+        client.sendall(body)
+        client.settimeout(30)
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+
+
+def test_a_layer_is_sent_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own time to be taken, and what arrives is the same."""
+    prompt = pair_of("llama", "qwen3").encode(CHATS[1])
+    whole = post(address := served(LM, max_tokens=256), "/v1/prefill", cache(rows=[list(prompt.sharers[0])]))
+    monkeypatch.setattr(service, "PIECE", 100)
+    assert post(address, "/v1/prefill", cache(rows=[list(prompt.sharers[0])])) == whole and whole[0] == 200
+
+
+def test_another_name_is_not_answered_without_a_key(address: str) -> None:
+    assert ask(address, "GET", "/v1/model", Host="evil.example")[0] == 403
+    assert ask(address, "GET", "/v1/model", Host="localhost:1")[0] == 200
+
+
+def test_a_key_that_no_header_holds(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line break around it, as files have, goes; one that is refused is not repeated."""
+    there = served(LM, key="open sesame")
+    assert RemoteSharer(there, key=" open sesame\n").vocab_size == LM.vocab_size
+    for key in ("open\nsesame", "ouvre-toi, sésame"):
+        monkeypatch.setenv(KEY_VARIABLE, key)
+        with pytest.raises(C2CError, match="aren't printable ASCII") as refused:
+            RemoteSharer(there)
+        assert "sesame" not in str(refused.value) and "ouvre" not in str(refused.value)
 
 
 def test_it_can_not_listen_there() -> None:

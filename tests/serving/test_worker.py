@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from cache2cache import C2CError, decode
+from cache2cache.errors import Unreachable
 from cache2cache.kv import KV, Read
 from cache2cache.methods import text_to_text
 from cache2cache.pair import C2C
+from cache2cache.remote import RemoteSharer
 from cache2cache.serving import worker as service
 from cache2cache.serving.engine import WAYS, Failed, Finished, Job, Limits, PairSpec, Piece, Started
 from cache2cache.serving.kept import Kept
 from cache2cache.serving.worker import Worker, draw
+from serving.wire import served
 from test_pair import CHATS, pair_of
 
 LONG = [{"role": "user", "content": "Plants make food from sunlight, water and air. " * 3 + "What do they need?"}]
@@ -425,3 +428,80 @@ def test_the_weights_size_is_what_a_model_takes(tiny_pair_folder: Any) -> None:
     folder = tiny_pair_folder.parent / "llama"
     size = sum(p.nbytes for p in load_lm(folder).model.parameters())
     assert weight_bytes(folder) == size and weight_bytes(folder, dtype="bfloat16") == size // 2
+
+
+# ---- what goes wrong beside others -----------------------------------------------------------------------------------
+
+
+def test_the_token_that_ends_an_answer_has_no_logprob(pair: C2C, desk: Desk) -> None:
+    """As its bytes are none of the text."""
+    prompt = len(pair.encode(CHATS[0]).receiver)
+    ids = pair.generate(CHATS[0], max_new_tokens=4, do_sample=False)[0, prompt:].tolist()
+    desk.worker._ends = {id(pair.receiver): {ids[3]} - set(ids[:3])}
+    (events,) = desk.run(Job(CHATS[0], max_tokens=9, logprobs=0))
+    pieces = [e for e in events if isinstance(e, Piece)]
+    assert pieces[-1].finish == "stop" and events[-1].new_tokens == 4
+    tokens = [token for piece in pieces for token in piece.tokens]
+    assert len(tokens) == 3
+
+
+def test_jobs_that_fit_alone_are_not_refused_together() -> None:
+    """The sharer answers, and has less room than the receiver."""
+    pair = pair_of("llama", "qwen3")
+    short, long = [{"role": "user", "content": "Hi"}], [{"role": "user", "content": "Plants make food. " * 2}]
+    tokens = [len(pair.rendered(pair.sharers[0], chat).ids) for chat in (short, long)]
+    assert tokens[1] <= 2 * tokens[0] + 32
+    pair.sharers[0].model.config.max_position_embeddings = tokens[1] + 6
+    told = Desk(pair).run(
+        Job(short, "sharer", max_tokens=tokens[1] + 6 - tokens[0]),
+        Job(long, "sharer", max_tokens=6),
+        Job(short, "sharer"),
+    )
+    assert [isinstance(events[-1], Finished) for events in told] == [True, True, True]
+
+
+def test_text_to_text_is_as_long_in_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much room is left behind the prompt is that of the receiver's own, which holds the message."""
+    for module in (service, text_to_text):
+        monkeypatch.setattr(module, "MAX_MESSAGE_TOKENS", 1)
+    pair = pair_of("llama", "qwen3")
+    chats = [[{"role": "user", "content": "Hi"}], LONG]
+    read = [len(pair.rendered(pair.receiver, Worker._relayed(Job(chat), "")).ids) + 1 for chat in chats]
+    # A message of random bytes may be more tokens for the receiver than it was for the sharer.
+    pair.receiver.model.config.max_position_embeddings = max(read) + 60
+    most = max(read) - read[0] + 20
+    assert most > 60
+    told = Desk(pair).run(Job(chats[0], "text", max_tokens=most), Job(chats[1], "text", max_tokens=4))
+    assert all(isinstance(events[-1], Finished) for events in told)
+    tokens = [sum(isinstance(e, Piece) and not e.message for e in events) for events in told]
+    assert tokens[0] > 60 and tokens[1] == 4  # 60 is what the other one's prompt leaves
+
+
+def test_only_its_owner_starts_from_an_earlier_turn(pair: C2C, desk: Desk) -> None:
+    known = []
+    for owner in ("a", "b", "a"):
+        (events,) = desk.run(Job(LONG, max_tokens=2, owner=owner))
+        known.append(next(e.reused for e in events if isinstance(e, Started)))
+    assert known[0] == known[1] == 0 < known[2]
+
+
+def test_a_sharer_elsewhere(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers through a pair; where it can't be reached, that is nobody's fault, and nobody learns where it is."""
+    here = pair_of("llama", "qwen3")
+    remote = RemoteSharer(served(here.sharers[0]), attempts=1)
+    pair = C2C(here.receiver, [remote], list(here.fusers))  # type: ignore[arg-type]
+    desk = Desk(pair)
+    (events,) = desk.run(Job(CHATS[0], max_tokens=5))
+    assert text(events) == alone(here, "c2c", CHATS[0], 5)
+
+    def down(*_: Any, **__: Any) -> Any:
+        raise Unreachable(f"no answer from the sharer at {remote.url}")
+
+    monkeypatch.setattr(RemoteSharer, "render", down)
+    (events,) = desk.run(Job(CHATS[1], max_tokens=5))
+    assert events == [Failed("unavailable", "the sharer can't be reached; try again later")]
+    monkeypatch.undo()
+    monkeypatch.setattr(RemoteSharer, "prefill", down)
+    told = desk.run(*(Job(chat, max_tokens=5) for chat in (CHATS[1], CHATS[2])))
+    assert {events[-1].reason for events in told} == {"unavailable"}
+    assert remote.url in capfd.readouterr().err  # whoever runs the server is told

@@ -16,6 +16,8 @@ from typing import Any
 from cache2cache.models import LM
 from cache2cache.serving.sharer import Sharer, serve
 
+HEAD = "Host: localhost\r\nContent-Type: application/json\r\n"  # of a request written by hand
+
 
 def served(lm: LM, key: str | None = None, **options: Any) -> str:
     """The address of a server that runs until the test process ends."""

@@ -47,9 +47,9 @@ def serve(
         ) from error
     from cache2cache import heap
     from cache2cache.models import load_lm
-    from cache2cache.remote import KEY_VARIABLE
+    from cache2cache.remote import KEY_VARIABLE, key_of
 
-    key = os.environ.get(KEY_VARIABLE)
+    key = key_of(os.environ.get(KEY_VARIABLE))
     if not key and not is_loopback(host):
         raise C2CError(
             f"{host} can be reached from other machines, so a key is needed; set {KEY_VARIABLE} here and where the "

@@ -56,6 +56,7 @@ class Job:
         reuse: start from what earlier turns left, and leave something for later ones; without it the clock is a first
             turn's.
         aside: run at once beside whatever runs; the clocks of both then tell less.
+        owner: whose it is: only jobs of the same one start from what its earlier turns left.
     """
 
     prompt: str | list[dict[str, str]] | list[int]
@@ -74,6 +75,7 @@ class Job:
     weights: bool = False
     reuse: bool = True
     aside: bool = False
+    owner: str = ""
 
 
 # ---- what comes out --------------------------------------------------------------------------------------------------
@@ -388,7 +390,7 @@ class PairEngine:
                 turns = waiting / self.limits.max_batch
                 retry = min(60, max(1, round(typical * turns)))
                 raise EngineError("busy", f"{waiting} requests are waiting already; try again in {retry} s", retry)
-            if not self._pending:
+            if all(answering.over for answering in self._pending.values()):
                 self._heard = time.monotonic()
             answers = [_Answering(self, next(self._ids), job.timeout) for job in jobs]
             self._pending.update((answering.number, answering) for answering in answers)
@@ -500,7 +502,9 @@ class PairEngine:
 
     def _stuck(self) -> bool:
         with self._lock:
-            return self._ready and bool(self._pending) and time.monotonic() - self._heard > self.limits.silence
+            # One that is done stays until its client has read it.
+            waits = any(not answering.over for answering in self._pending.values())
+            return self._ready and waits and time.monotonic() - self._heard > self.limits.silence
 
     def _hear(self, kind: str, content: Any) -> None:
         """What a worker says."""

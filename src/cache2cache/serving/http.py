@@ -8,12 +8,13 @@ import math
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import C2CError
 
@@ -143,6 +144,51 @@ class Streamed(StreamingResponse):
                 await self.source.aclose()
             finally:
                 self.done()
+
+
+ELSEWHERE = "without keys only localhost is answered; the Host header names something else"
+
+
+def is_here(host: str) -> bool:
+    """Whether a Host header names this machine. A page elsewhere may have a name of its own lead here (DNS rebinding),
+    and without keys nothing else would tell it apart."""
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    return is_loopback(name.lower())
+
+
+class Patient(H11Protocol):
+    """uvicorn's connections, which it lets be silent for ever: closed where a request's head doesn't come in time."""
+
+    SECONDS: ClassVar[float] = 30.0
+    _watch: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watched()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watched()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatched()
+        super().connection_lost(exc)
+
+    def _watched(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unwatched()
+        elif self._watch is None:
+            self._watch = self.loop.call_later(self.SECONDS, self._give_up)
+
+    def _unwatched(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+
+    def _give_up(self) -> None:
+        self._watch = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
 
 
 def is_loopback(host: str) -> bool:

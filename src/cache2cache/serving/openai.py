@@ -10,6 +10,7 @@ never ignored, unless ignoring it changes no answer.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
 import sys
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import C2CError
 from . import document
 from .engine import Answering, Engine, EngineError, Event, Finished, Job, Piece, Started, Token, Way
-from .http import Bodies, Refused, Streamed, listening, read_json
+from .http import ELSEWHERE, Bodies, Patient, Refused, Streamed, is_here, listening, read_json
 from .metrics import Metrics
 
 MAX_BODY = 8 << 20
@@ -86,9 +87,12 @@ class _Model(BaseModel):
     @classmethod
     def _few(cls, given: Any) -> Any:
         # Every field that isn't known would be an error of its own.
-        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+        if not isinstance(given, dict):
+            return given
+        if len(given) > MAX_FIELDS:
             raise ValueError(f"more than {MAX_FIELDS} fields")
-        return given
+        # What is null says nothing, as in a message that a client has had from here and sends back.
+        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
 
 class Choices(_Model):
@@ -164,6 +168,8 @@ class Said(_Model):
     content: str | Annotated[list[Text], Field(max_length=1000)]
     name: str | None = None
     refusal: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     def plain(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -334,7 +340,7 @@ def _routes(app: FastAPI, api: _Api) -> None:
 
 
 class _Keys:
-    """Answers only who sends one of the keys."""
+    """Answers only who sends one of the keys; without any, who names this machine in the Host header."""
 
     OPEN = ("/health", "/ready", "/favicon.ico", "/ui")  # the page asks for a key itself
 
@@ -342,6 +348,11 @@ class _Keys:
         self.app, self.keys = app, [f"Bearer {key}".encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self.keys:
+            host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+            if not is_here(host.decode("latin-1")):
+                await _error(403, ELSEWHERE)(scope, receive, send)
+                return
         if scope["type"] == "http" and self.keys and not scope["path"].startswith(self.OPEN):
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             if not any(hmac.compare_digest(given, key) for key in self.keys):
@@ -404,7 +415,9 @@ class _Api:
             asked = await read_json(request, kind, STALL_SECONDS)
             record.update(model=asked.model, stream=bool(asked.stream), n=asked.n or 1)
             engine, way = self.find(asked.model)
-            jobs = _jobs(asked, engine, way, self.timeout)
+            # Of several users none can tell by `cached_tokens` what another has asked.
+            sender = hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()[:16]
+            jobs = [replace(job, owner=sender) for job in _jobs(asked, engine, way, self.timeout)]
             if self.log_prompts:
                 record["prompts"] = [job.prompt for job in jobs]
             writer = _Writer(asked, record, began)
@@ -754,6 +767,7 @@ def serve(
                 log_level="warning",
                 access_log=False,
                 server_header=False,
+                http=Patient,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=LAST_SECONDS,
             )

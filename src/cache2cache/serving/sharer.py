@@ -28,12 +28,13 @@ from ..models.owner import Owner
 from ..packing import encode, format_of, pack
 from ..remote import ALIVE, ERROR, LAYER, PROTOCOL, AskedCache, Served, frame, layer_content
 from ..web import MAX_ERROR
-from .http import Bodies, Refused, Streamed, listening, read_json
+from .http import ELSEWHERE, Bodies, Patient, Refused, Streamed, is_here, listening, read_json
 
 STALL_SECONDS = 30.0  # a client may keep the server waiting that long, for its request and for taking the answer
 ALIVE_SECONDS = 5.0  # between two signs of life while a prompt waits for its turn or is read
 MAX_WAITING = 16  # requests for caches at once, of which one computes
 MAX_AHEAD = 4  # layers computed and not yet taken by the client
+PIECE = 1 << 18  # bytes that a client takes at once
 
 _Scalar = bool | int | float | Annotated[str, StringConstraints(max_length=1000)] | None
 
@@ -183,6 +184,8 @@ def make_app(sharer: Sharer, key: str | None = None) -> FastAPI:
 
     @app.middleware("http")
     async def allowed(request: Request, go_on: Callable[[Request], Any]) -> Response:
+        if not key and not is_here(request.headers.get("host", "")):
+            return _error(403, ELSEWHERE)
         given = request.headers.get("authorization", "").encode()
         if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
             return _error(401, "a key is needed")
@@ -256,7 +259,8 @@ async def _computed(sharer: Sharer, asked: AskedCache, worker: ThreadPoolExecuto
                 continue
             if item is None:
                 return
-            yield item
+            for begin in range(0, len(item), PIECE):  # each in time for itself: a layer may be megabytes
+                yield item[begin : begin + PIECE]
     finally:
         gone.set()
         while not ready.empty():  # one `emit` may be waiting for a place
@@ -276,7 +280,7 @@ def serve(sharer: Sharer, host: str, port: int, key: str | None, ready: Callable
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=4 * MAX_WAITING,
+            http=Patient,
             timeout_keep_alive=5,
             timeout_graceful_shutdown=5,
         )

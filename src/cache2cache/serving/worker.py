@@ -32,7 +32,7 @@ from .. import decode, heap
 from ..alignment.chat import least_tokens
 from ..config import is_address
 from ..decode import Words
-from ..errors import C2CError
+from ..errors import C2CError, Unreachable
 from ..fuser import C2CFuser, checkpoint
 from ..kv import Prefilled, Read, prefill_prompts
 from ..methods.text_to_text import BACKGROUND, MAX_MESSAGE_TOKENS
@@ -176,6 +176,8 @@ class _Work:
     Attributes:
         prompt: of the model that starts to answer: for c2c the whole pair's.
         ids: the tokens of that model.
+        read: how many tokens the one that answers reads at most, for text-to-text with the sharer's message.
+        context: how many tokens that one has room for.
         max_new: of each answer.
         key: jobs of one batch have the same.
     """
@@ -184,6 +186,8 @@ class _Work:
     job: Job
     prompt: PromptIds | None
     ids: Sequence[int]
+    read: int
+    context: int
     max_new: int
     key: tuple[Any, ...]
     kind: str
@@ -194,6 +198,11 @@ class _Work:
     @property
     def positions(self) -> Sequence[int] | None:
         return None if self.prompt is None else self.prompt.positions
+
+
+def _answering(work: _Work) -> str:
+    """What the answering model's cache of a prompt is kept under; `kind` is of the model that reads first."""
+    return f"{work.job.owner}receiver" if work.job.way == "text" else work.kind
 
 
 @dataclass(eq=False)
@@ -259,7 +268,9 @@ class Worker:
         self._all: dict[int, _Work | None] = {}  # every job that has not ended; None: not looked at yet
         self._gone: set[int] = set()  # cancelled before they were looked at
         self._arrived = threading.Condition()
-        self._ends = {id(lm): _end_tokens(lm) for lm in (pair.receiver, pair.sharers[0]) if isinstance(lm, LM)}
+        self._ends = {
+            id(lm): _end_tokens(lm) for lm in (pair.receiver, pair.sharers[0]) if not isinstance(lm, RemoteSharer)
+        }
         threading.Thread(target=self._look_at, daemon=True).start()
 
     # ---- coming and going --------------------------------------------------------------------------------------------
@@ -301,7 +312,7 @@ class Worker:
             try:
                 work = None if number in self._gone else self._checked(number, job)
             except C2CError as error:
-                self._end(number, Failed("invalid", str(error)))
+                self._end(number, _refusal(error))
                 continue
             except Exception as error:
                 _complain("a prompt could not be read", error)
@@ -336,6 +347,7 @@ class Worker:
             encoded = pair.encode(prompt)
             pair._check([encoded])
             (encoded,) = pair._selected([encoded], job.sharers, job.positions)
+            pair._check_room([encoded])
             mask = mask if job.sharers is None else job.sharers
             mode = job.mode or pair.mode
             kind = f"c2c {mask} {mode} {job.positions}"
@@ -353,10 +365,10 @@ class Worker:
             raise C2CError("text-to-text takes chat messages of which the last one is the user's")
         # What the receiver will read holds the sharer's message too, of a length that isn't known yet.
         chat = self._relayed(job, "")
-        decode.check_room(pair.receiver, len(self._ids(pair.receiver, chat)) + MAX_MESSAGE_TOKENS, job.max_tokens or 1)
+        read = len(self._ids(pair.receiver, chat)) + MAX_MESSAGE_TOKENS
         ids = self._ids(sharer, chat[:-2])
         decode.check_room(sharer, len(ids), MAX_MESSAGE_TOKENS)
-        return self._work(number, job, None, ids, pair.receiver, ("text",), "sharer")
+        return self._work(number, job, None, ids, pair.receiver, ("text",), "sharer", read)
 
     def _bounded(self, job: Job) -> None:
         """Raise a C2CError for a prompt that is far too long, before it is looked at in earnest."""
@@ -382,9 +394,18 @@ class Worker:
                 )
 
     def _work(
-        self, number: int, job: Job, prompt: PromptIds | None, ids: Sequence[int], lm: LM, key: Any, kind: str
+        self,
+        number: int,
+        job: Job,
+        prompt: PromptIds | None,
+        ids: Sequence[int],
+        lm: LM,
+        key: Any,
+        kind: str,
+        read: int | None = None,
     ) -> _Work:
-        read = len(ids) + (MAX_MESSAGE_TOKENS if job.way == "text" else 0)
+        """`lm` answers, and reads `ids`, or so many tokens as `read` says."""
+        read = len(ids) if read is None else read
         decode.check_room(lm, read, job.max_tokens or 1)
         most = self.limits.max_batch_tokens // job.n
         if read + (job.max_tokens or 1) > most:
@@ -393,7 +414,8 @@ class Worker:
                 "of a batch; shorten the prompt or ask for less"
             )
         room = min(lm.context_length, most) - read
-        return _Work(number, job, prompt, ids, job.max_tokens or min(self.limits.max_new_tokens, room), key, kind)
+        new = job.max_tokens or min(self.limits.max_new_tokens, room)
+        return _Work(number, job, prompt, ids, read, lm.context_length, new, key, job.owner + kind)
 
     def _ids(self, lm: LM, prompt: Any) -> list[int]:
         if _is_ids(prompt):
@@ -437,11 +459,11 @@ class Worker:
             return False
         rows = sum(work.job.n for work in batch)
         lengths, new = [len(work.ids) for work in batch], max(work.max_new for work in batch)
-        read = max(lengths) + (MAX_MESSAGE_TOKENS if first.job.way == "text" else 0)
+        read = max(work.read for work in batch)
         return (
             rows <= self.limits.max_batch
             and rows * (read + new) <= self.limits.max_batch_tokens
-            and read + new <= self.pair.receiver.context_length
+            and read + new <= first.context
             and max(lengths) <= 2 * min(lengths) + 32
         )
 
@@ -462,13 +484,13 @@ class Worker:
             if not isinstance(error, C2CError):
                 _complain(f"a batch of {len(batch)} failed", error)
             fresh = [work for work in batch if not work.emitted]
-            if len(batch) > 1 and len(fresh) == len(batch):
+            if len(batch) > 1 and len(fresh) == len(batch) and not isinstance(error, Unreachable):
                 del error
                 for work in batch:
                     self._guarded([work])
                 return
             failed = (
-                Failed("invalid", str(error))
+                _refusal(error)
                 if isinstance(error, C2CError)
                 else Failed("internal", f"{type(error).__name__} while answering")
             )
@@ -520,7 +542,7 @@ class Worker:
         for i, (work, ids) in enumerate(zip(batch, rows, strict=True)):
             if self.limits.keep_bytes and work.job.reuse:
                 read = Read(ids[:-1], prompt.kv.tail(i, len(ids) - 1))
-                self.kept.add("receiver" if way == "text" else work.kind, turns[i] if turns else read)
+                self.kept.add(_answering(work), turns[i] if turns else read)
 
     def _fused(self, batch: Sequence[_Work]) -> tuple[FusedCache, list[int]]:
         """The prompts fused, and how many tokens of each were known."""
@@ -542,7 +564,7 @@ class Worker:
             rows = [self._ids(lm, self._relayed(work.job, work.message)) for work in batch]
             for work in batch:
                 work.max_new = min(work.max_new, lm.context_length - max(map(len, rows)))
-        past, reused = self._past(batch, rows, ["receiver" if way == "text" else work.kind for work in batch])
+        past, reused = self._past(batch, rows, [_answering(work) for work in batch])
         return lm, rows, prefill_prompts(lm, rows, past=cast("list[Read | None]", past)), reused
 
     def _past(
@@ -601,6 +623,14 @@ def _size(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, str) or _is_ids(prompt) else sum(len(said["content"]) for said in prompt)
 
 
+def _refusal(error: C2CError) -> Failed:
+    """What a client is told: of a sharer elsewhere neither where it is nor that the request was at fault."""
+    if isinstance(error, Unreachable):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return Failed("unavailable", "the sharer can't be reached; try again later")
+    return Failed("invalid", str(error))
+
+
 class _Step(StoppingCriteria):
     """Takes each new token of a batch: its text, whether its row ends with it, and who is told."""
 
@@ -621,7 +651,8 @@ class _Step(StoppingCriteria):
         return torch.tensor([not row.live for row in self.rows], device=input_ids.device)
 
     def _take(self, index: int, row: _Row, token: int) -> Piece:
-        if (logprobs := self.scores.pop(index, None)) is not None:
+        # The token that ends an answer is none of its text's.
+        if (logprobs := self.scores.pop(index, None)) is not None and token not in self.ends:
             offset = row.told + len(row.held)
             row.tokens.append(_token(row.words.lm, token, logprobs, offset, row.logprobs or 0))
         row.count += 1
