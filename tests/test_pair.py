@@ -456,6 +456,7 @@ def test_wrong_prompts(prompt: Any, words: str) -> None:
     [
         ({"assistant_model": tiny_model("llama")}, "assistant_model .* reads the whole prompt again"),
         ({"assistant_early_exit": 1}, "assistant_early_exit .* reads the whole prompt again"),
+        ({"token_healing": True}, "token_healing .* makes other tokens of the prompt's end"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens .* reads the whole prompt again"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "reads the whole prompt again"),
         ({"use_cache": False}, "use_cache .* reads the whole prompt again"),

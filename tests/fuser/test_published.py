@@ -326,7 +326,7 @@ def test_a_fuser_of_ours_as_published(settings: dict[str, Any], tmp_path: Path) 
     assert again.fusers[0].config.token_map == "span"
 
 
-@pytest.mark.parametrize("settings", [{"variant": "c2c-c"}, {"weighting": False}], ids=str)
+@pytest.mark.parametrize("settings", [{"variant": "c2c-c"}, {"weighting": False}, {"key_space": "unrotated"}], ids=str)
 def test_what_the_format_cannot_hold(settings: dict[str, Any], tmp_path: Path) -> None:
     pair = C2C.from_models(loaded("qwen3"), loaded("llama"), FuserConfig(**SIZES, **settings))
     pair.save_pretrained(tmp_path / "ours")

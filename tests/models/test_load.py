@@ -414,6 +414,25 @@ def test_a_snapshot_without_its_weights_is_completed(hub: Hub, tmp_path: Path) -
     assert load_lm("me/mine").fingerprint == lm.fingerprint
 
 
+@pytest.mark.parametrize("lost", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_fetch_that_was_cut_short_is_completed(hub: Hub, tmp_path: Path, lost: str) -> None:
+    """Weights that are there say nothing of what was to come behind them."""
+    lm = load_lm("me/mine")
+    (folder,) = tmp_path.glob("hub/models--me--mine/snapshots/*")
+    for file in folder.glob("*token*"):
+        file.unlink()
+    again = load_lm("me/mine")
+    assert again.tokenizer_fingerprint == lm.tokenizer_fingerprint and (folder / lost).exists()
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")  # of two, without their index
+    assert load_lm("me/mine").fingerprint == lm.fingerprint and (folder / "model.safetensors").exists()
+
+
+def test_a_gguf_by_a_name_in_capitals(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    fingerprint = load_lm(file).fingerprint
+    assert load_lm(file.rename(tmp_path / "TINY.GGUF")).fingerprint == fingerprint
+
+
 def test_what_the_hub_may_answer(hub: Hub) -> None:
     assert "no revision 'v9'" in refused("me/mine", revision="v9")
     message = refused("google/gemma-3-270m")
