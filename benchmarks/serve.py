@@ -82,9 +82,8 @@ async def request(address: str, raw: bytes, *, leave_after: float | None = None)
     reader, writer = await asyncio.open_connection(host, int(port))
     began, first = time.perf_counter(), None
     try:
-        head = (
-            "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
-        )
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += "Content-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
         await writer.drain()
         if leave_after is not None:

@@ -176,7 +176,8 @@ def test_several_tasks_averaged_and_pooled() -> None:
     summary = summarize_all({"own": one, "two": two}, ["receiver", "sharer", "c2c"])
     assert summary["tasks"] == {t: summarize(a, ["receiver", "sharer", "c2c"]) for t, a in (("own", one), ("two", two))}
     average, pooled = summary["average"], summary["pooled"]
-    assert average["receiver"] == {"accuracy": 50} and average["c2c"] == {"accuracy": 81.25}
+    assert average["receiver"] == {"questions": 10, "accuracy": 50}
+    assert average["c2c"] == {"questions": 10, "accuracy": 81.25}
     assert average["gain"] == 31.25 and average["recovered"] == 62.5
     assert pooled["c2c"]["questions"] == 10 and pooled["c2c"]["accuracy"] == 70 and pooled["recovered"] == 40
     assert pooled["paired"]["receiver"]["p"] == 0.5 and pooled["paired"]["receiver"]["difference"] == 20

@@ -152,7 +152,7 @@ def test_a_run_resumes_and_keeps_the_settings_apart(tmp_path: Path) -> None:
     again = structure.run(both, tmp_path, **options)
     assert again == first
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(rows) == 6 * 2 * 5
-    with pytest.raises(C2CError, match="another seed"):
+    with pytest.raises(C2CError, match="another rows_hash, seed"):
         structure.run(both, tmp_path, seed=1, **options)
 
 

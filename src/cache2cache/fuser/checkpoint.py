@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
             return folder / inside
     if os.path.isdir(name):
         place = Path(name) / inside
-        below = sorted(p.parent for pattern in ("*", "fuser/*") for p in place.glob(f"{pattern}/config.json"))
+        below: list[Path] = []
+        with suppress(OSError):  # a name too long for any folder
+            below = sorted(p.parent for pattern in ("*", "fuser/*") for p in place.glob(f"{pattern}/config.json"))
         if there := [f"{place.name}/{p.relative_to(place).as_posix()}" for p in below if _layout(p)]:
             does = f"{', '.join(there[:20])} do; name each" if len(there) > 1 else f"{there[0]} does; name that"
             raise C2CError(f"{place} holds no fuser itself, but {does}")
