@@ -96,7 +96,15 @@ def test_the_recipes_that_come_along(path: Path) -> None:
 def test_two_steps_of_the_recipes_that_come_along(path: Path, tmp_path: Path) -> None:
     """Each runs on tiny models and rows in the layouts of its data sets, with a fuser of its own kind and settings."""
     plain = read_recipe(path)
-    small = ["fuser.hidden_dim=8", "fuser.intermediate_dim=6", "epochs=1", "holdout=3", "store=null", "accumulate=1"]
+    small = [
+        "fuser.hidden_dim=8",
+        "fuser.intermediate_dim=6",
+        "epochs=1",
+        "holdout=3",
+        "store=null",
+        "accumulate=1",
+        "start_from=null",
+    ]
     config = read_recipe(path, [*small, f"output={tmp_path / 'run'}"])
     recipe = yaml.safe_load(path.read_text())
     config = config.model_copy(update={"data_dir": mirror(tmp_path / "data", recipe["data"], 12)})
