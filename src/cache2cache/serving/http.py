@@ -187,7 +187,8 @@ class Patient(H11Protocol):
 
     def _give_up(self) -> None:
         self._watch = None
-        if self.cycle is None or self.cycle.response_complete:
+        upgraded = self.transport.get_protocol() is not self  # to a websocket
+        if not upgraded and (self.cycle is None or self.cycle.response_complete):
             self.transport.close()
 
 
