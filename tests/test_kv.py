@@ -8,12 +8,14 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from transformers import DynamicCache, FalconMambaConfig, QuantizedCache
 
 from cache2cache.errors import C2CError
 from cache2cache.kv import (
     CACHE,
     KV,
+    GrowingLayer,
     Read,
     _like_lengths,
     check_fusable,
@@ -281,10 +283,33 @@ def test_a_window_that_has_dropped_positions_is_refused() -> None:
         KV.from_cache(cache)
 
 
+def test_a_layer_on_another_device_takes_its_cache_there() -> None:
+    """Once, and goes on in it."""
+    layer = GrowingLayer(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4))
+    new = torch.zeros(1, 2, 1, 4, device="meta")
+    with torch.no_grad():
+        for length in (4, 5):
+            keys, values = layer.update(new, new)
+            assert {keys.device.type, values.device.type} == {"meta"} and keys.shape[2] == length
+
+
+def test_the_lowest_layers_of_a_decoder_with_a_hook() -> None:
+    """accelerate's, as of a device_map, runs the forward of all layers."""
+    lm = lm_of("llama")
+    ids = torch.tensor([[4, 5, 6, 7]])
+    expected = prefill(lm, ids, torch.ones_like(ids), num_layers=2)
+    add_hook_to_module(lm.decoder, ModelHook())
+    found = prefill(lm, ids, torch.ones_like(ids), num_layers=2)
+    assert (
+        len(found.keys) == 2 and torch.equal(found.keys, expected.keys) and torch.equal(found.values, expected.values)
+    )
+
+
 def test_caches_without_one_key_per_position_are_refused() -> None:
     with pytest.raises(C2CError, match=r"a state space model .* LinearAttention"):
-        check_fusable(FalconMambaConfig(num_hidden_layers=2, hidden_size=16), "a state space model")
-    check_fusable(tiny_model("gemma3").config, "gemma")
+        check_fusable(FalconMambaConfig(num_hidden_layers=2, hidden_size=16), torch.nn.Module(), "a state space model")
+    gemma = tiny_model("gemma3")
+    check_fusable(gemma.config, gemma.get_decoder(), "gemma")
     model = tiny_model("llama")
     try:
         cache = QuantizedCache(backend="quanto", config=model.config)

@@ -200,8 +200,8 @@ class _Slot(DynamicLayer):
             self.owner.on_layer(self.index, self.owner.layer(self.index))
         if self.owner.stops and self.index == len(self.owner.layers) - 1:
             raise _AllRead
-        # A layer on another device (device_map) reads them there.
-        return tuple(x[self.index, :, :, :end].to(key_states.device) for x in (keys, values))  # type: ignore[return-value]
+        device = key_states.device  # of a layer elsewhere (device_map), which reads them there
+        return keys[self.index, :, :, :end].to(device), values[self.index, :, :, :end].to(device)
 
     def get_seq_length(self) -> int:
         return self.filled
@@ -243,11 +243,12 @@ class _StackedCache(Cache):
         return KV(self.keys[index : index + 1], self.values[index : index + 1])
 
 
-def check_fusable(config: PretrainedConfig, name: str) -> None:
-    """Refuse a model whose cache isn't one key and one value per position and layer.
+def check_fusable(config: PretrainedConfig, decoder: nn.Module, name: str) -> None:
+    """Refuse a model whose cache isn't one key and one value per position and layer, or whose layers aren't found.
 
     Raises:
-        C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches.
+        C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches;
+            a decoder without `layers`.
     """
     if getattr(config, "kv_lora_rank", None):
         raise C2CError(
@@ -263,6 +264,11 @@ def check_fusable(config: PretrainedConfig, name: str) -> None:
             f"{name} ({config.model_type}) keeps {', '.join(sorted(set(odd)))} in its cache; fusing needs one key "
             "and one "
             f"value per position in every layer ({', '.join(_FUSABLE)}); choose another model"
+        )
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise C2CError(
+            f"{name} ({config.model_type}) has its layers elsewhere than in `layers` of its decoder, where they are "
+            "run from here; choose a model of another architecture"
         )
 
 

@@ -132,12 +132,7 @@ class C2C:
             raise C2CError(f"the receiver can't be at {receiver.url}; it answers, so it has to be loaded here")
         for lm in (receiver, *sharers):
             if not isinstance(lm, RemoteSharer):  # whoever serves it has checked
-                check_fusable(lm.text_config, lm.name)
-                if not isinstance(getattr(lm.decoder, "layers", None), nn.ModuleList):
-                    raise C2CError(
-                        f"{lm.name} ({lm.text_config.model_type}) has its layers elsewhere than in `layers` of its "
-                        "decoder, where they are run from here; choose a model of another architecture"
-                    )
+                check_fusable(lm.text_config, lm.decoder, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             check_fit(fuser, receiver, sharer)
         self.receiver = receiver
@@ -587,9 +582,7 @@ class C2C:
             single = False
         else:
             batch = as_batch(prompts)
-            single = (
-                len(batch) == 1 and batch is not prompts and not (isinstance(prompts, Tensor) and prompts.dim() > 1)
-            )
+            single = batch is not prompts and not (isinstance(prompts, Tensor) and prompts.dim() > 1)
         groups = [continuations] if single else continuations
         ids = [[self.receiver.continuation_ids(c) for c in group] for group in groups]
         fused = self._fused(prompts, prefix, options)

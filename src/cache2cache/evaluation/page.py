@@ -55,8 +55,7 @@ def page(runs: Sequence[Run]) -> str:
                 parts.append(_figure("the gain in points: presence, and content on top of it", split(splits)))
             for task, result in run.summary[way]["tasks"].items():
                 if "subjects" in result:
-                    alike = {s: r for s, r in result["subjects"].items() if _asked_alike(r)}
-                    parts.append(_figure(f"{task} by subject: receiver ○, C2C ●", subjects(alike)))
+                    parts.append(_figure(f"{task} by subject: receiver ○, C2C ●", subjects(result["subjects"])))
                 own = [a for a in run.answers if a.task == task and a.answers == way]
                 asked = [{a.id for a in own if a.method == m} for m in ("receiver", "sharer", "c2c")]
                 if (all_three := set.intersection(*asked)) and not any(a.graded for a in own):
@@ -159,14 +158,10 @@ def split(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return _svg(left + 640, len(columns) * step + 4, parts)
 
 
-def _asked_alike(result: Mapping[str, Any]) -> bool:
-    """Whether receiver and C2C were asked the same number of questions."""
-    return {"receiver", "c2c"} <= result.keys() and result["receiver"]["questions"] == result["c2c"]["questions"]
-
-
 def subjects(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Receiver and C2C of each subject on one line, those that gain most first."""
+    """Receiver and C2C of each subject on one line, those that gain most first; of as many questions each."""
     both = {s: r for s, r in found.items() if {"receiver", "c2c"} <= r.keys()}
+    both = {s: r for s, r in both.items() if r["receiver"]["questions"] == r["c2c"]["questions"]}
     order = sorted(both, key=lambda s: both[s]["receiver"]["accuracy"] - both[s]["c2c"]["accuracy"])
     left, scale, step = 260, 4.0, 16
     parts = []
@@ -204,14 +199,11 @@ def venn(sets: Mapping[str, set[str]]) -> str:
     return _svg(330, 270, parts)
 
 
-def _tasks(run: Run, way: str) -> Mapping[str, Any]:
-    return run.summary[way]["tasks"] if way in run.summary else {}
-
-
 def latency(run: Run, task: str) -> str:
     """Accuracy over median seconds on the set that was clocked, of answers in words of each method's own length, or of
     8 tokens."""
-    ways = [run.summary[way]["tasks"][task] for way in (GENERATION, LIKELIHOOD) if task in _tasks(run, way)]
+    tasks = [run.summary.get(way, {}).get("tasks", {}) for way in (GENERATION, LIKELIHOOD)]
+    ways = [found[task] for found in tasks if task in found]
     result = next((found for found in ways if "c2c" in found), ways[0])
     points = {}
     for method in methods_of({"": result}):

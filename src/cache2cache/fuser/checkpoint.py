@@ -68,7 +68,8 @@ def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, trainin
 
 def convert(source: Path, destination: Path, to: str) -> None:
     """Write a fuser's folder again in this library's format ("ours") or the paper authors' ("published"), in the same
-    number format. `destination` must not be there yet; it appears whole or not at all.
+    number format, with the list of what it was trained on. `destination` must not be there yet; it appears whole or
+    not at all.
     """
     if to not in ("ours", "published"):
         raise C2CError(f"unknown format {to!r}; expected ours or published")
@@ -80,6 +81,8 @@ def convert(source: Path, destination: Path, to: str) -> None:
     try:
         partial.mkdir()
         (write if to == "ours" else published.write)(config, tensors, partial, training)
+        if (source / IDS).is_file():
+            shutil.copyfile(source / IDS, partial / IDS)
         partial.rename(destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

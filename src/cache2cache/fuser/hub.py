@@ -32,8 +32,6 @@ def push(folders: Sequence[Path], repo_id: str, *, private: bool = False) -> str
         places = [Path(partial) / (str(i) if len(folders) > 1 else "fuser") for i in range(len(folders))]
         for folder, place in zip(folders, places, strict=True):
             checkpoint.convert(folder, place, "ours")
-            if (folder / checkpoint.IDS).is_file():
-                shutil.copyfile(folder / checkpoint.IDS, place / checkpoint.IDS)
         root = places[0] if len(places) == 1 else Path(partial)
         readme = folders[0] / "README.md"
         if len(folders) == 1 and readme.is_file():
@@ -110,17 +108,14 @@ def _section(about: dict[str, Any], repo_id: str) -> str:
         "Fuser": f"{about['variant']}, {about['parameters']:,} parameters, {about['fused_layers']} layers, "
         f"token map {about['token_map']}.{origin}",
         "Data": _data(training),
-        **(
-            {"Before that": f"trained on {_data(before)}"}
-            if isinstance(before := training.get("started_from"), dict)
-            else {}
-        ),
         "Recipe": chosen or UNKNOWN,
         "Command": f"`{training['command']}`" if training.get("command") else UNKNOWN,
         "Cost": f"{seconds} s of training" if seconds is not None else UNKNOWN,
         "Figures": ", ".join(f"{key} {value}" for key, value in figures.items()) or UNKNOWN,
         "Licence": _licence(training),
     }
+    if isinstance(before := training.get("started_from"), dict):
+        rows["Before that"] = f"trained on {_data(before)}"
     table = "\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '/')} |" for key, value in rows.items())
     return (
         f"| | |\n| --- | --- |\n{table}\n\n"

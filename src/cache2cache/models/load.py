@@ -245,12 +245,12 @@ def load_lm(
         _need_package("accelerate", "device_map")
         options["device_map"] = spec.device_map
     if spec.quantization is not None:
-        if found.path.suffix.lower() == ".gguf":
+        if _is_gguf(found.path):
             raise C2CError(f"{found.name} is quantised already; quantization is for models with safetensors weights")
         options["quantization_config"] = _quantization(spec, options["dtype"])
         options.setdefault("device_map", {"": device})
     with quiet():
-        read = read_gguf if found.path.suffix.lower() == ".gguf" else _read_folder
+        read = read_gguf if _is_gguf(found.path) else _read_folder
         model, own_tokenizer = read(found.path, trust_remote_code=spec.trust_remote_code, **options)
         if "device_map" not in options:
             model = cast(Any, model).to(device)
@@ -277,7 +277,7 @@ def weight_bytes(source: str | Path | ModelSpec, **overrides: Any) -> int:
     """
     spec = _spec(source, overrides)
     path, itemsize = _find(spec).path, _dtype(spec, _device(spec)).itemsize
-    if path.suffix.lower() == ".gguf":
+    if _is_gguf(path):
         from gguf import GGUFReader
 
         return itemsize * sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
@@ -286,6 +286,10 @@ def weight_bytes(source: str | Path | ModelSpec, **overrides: Any) -> int:
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as tensors:  # loading says what is wrong with it
             numbers += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
     return itemsize * numbers
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf"
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -363,7 +367,7 @@ def _find(spec: ModelSpec) -> _Found:
             return _Found(source, *_origin(source, spec.source))
         source = source / spec.gguf_file
     if source.is_file():
-        if source.suffix.lower() != ".gguf":
+        if not _is_gguf(source):
             raise C2CError(
                 f"{source} is a file that is no GGUF; give a folder, a .gguf file, a catalogue name or a hub id"
             )
@@ -376,7 +380,7 @@ def _find(spec: ModelSpec) -> _Found:
                 f"{spec.source} is a catalogue name, which pins its bytes; revision and gguf_file are for hub ids"
             )
         return _Found(catalogue.pull(spec.source), spec.source, pinned)
-    if source.suffix.lower() == ".gguf" or source.is_absolute() or spec.source.startswith((".", "~")):
+    if _is_gguf(source) or source.is_absolute() or spec.source.startswith((".", "~")):
         raise C2CError(f"{source} does not exist; give an existing folder or .gguf file, a catalogue name or a hub id")
     if not _HUB_ID.fullmatch(spec.source):
         raise C2CError(

@@ -476,7 +476,7 @@ def run(
         data: what the settings say of where the questions come from.
         command: how the study was called, for the record.
     """
-    check_fusable(lm.text_config, lm.name)
+    check_fusable(lm.text_config, lm.decoder, lm.name)
     if positions not in POSITIONS:
         raise C2CError(f"unknown positions {positions!r}; expected kept or rotated")
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)

@@ -67,7 +67,7 @@ class Sharer:
     """
 
     def __init__(self, lm: LM, *, max_tokens: int = 16384, keep_bytes: int = 256 << 20) -> None:
-        check_fusable(lm.text_config, lm.name)
+        check_fusable(lm.text_config, lm.decoder, lm.name)
         lm.need_tokenizer()
         self.lm, self.max_tokens, self.keep_bytes = lm, max_tokens, keep_bytes
         self.owner = Owner.of(lm)

@@ -1008,7 +1008,6 @@ class Trainer:
             # Mapped: in every process of a machine the whole file would be much.
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             data, models, processes = state["data"], state["models"], len(state["rng"])
-            before, now = state["reads"], self.objective.reads()
         except Exception as error:
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
         if data != self._data:
@@ -1020,7 +1019,8 @@ class Trainer:
                 f"the run in {self.output} has {processes} processes, {self.accelerator.num_processes} were started; "
                 f"start {processes} again, each of which goes on with its own noise, or choose another output"
             )
-        if before != now:
+        now = self.objective.reads()
+        if (before := state.get("reads", now)) != now:  # checkpoints of earlier versions don't say
             warnings.warn(
                 f"the run in {self.output} had its prefills from {', '.join(before)} (receiver first) and goes on from "
                 f"{', '.join(now)}, so it won't end as if it had not been stopped",
@@ -1039,6 +1039,7 @@ class Trainer:
         """Drop the lines of steps that were done after the checkpoint and will be done again."""
         path = self.output / "log.jsonl"
         if path.exists():
+            # Before the first step nothing is kept: what was looked at there is looked at again.
             lines = [line for line in path.read_text().splitlines() if self.step and _is_up_to(line, self.step)]
             replace_text(path, "".join(line + "\n" for line in lines))
 

@@ -72,8 +72,6 @@ def start_run(config: TrainConfig) -> bool:
         if folder is not None:
             shutil.rmtree(kept, ignore_errors=True)  # of a run that was killed here
             checkpoint.convert(folder, kept, "ours")
-            if (ids := folder / checkpoint.IDS).is_file():
-                shutil.copyfile(ids, kept / checkpoint.IDS)
     replace_text(config.output / "recipe.json", json.dumps(recipe_of(config), indent=2) + "\n")
     return False
 
