@@ -42,8 +42,10 @@ from cache2cache.fuser import C2CFuser
 from cache2cache.kv import CACHE, KV, pad_left, positions_of, prefilled
 from cache2cache.models.load import LM, load_lm
 from cache2cache.pair import sharer_lengths, where_to_fuse
-from cache2cache.training.loop import Item, Objective, Prepared, Trainer, targets
+from cache2cache.training.items import Item, Prepared
+from cache2cache.training.loop import Trainer
 from cache2cache.training.loss import expected, loss_of, token_losses
+from cache2cache.training.objective import Objective, targets
 from cache2cache.training.recipe import read_recipe
 from cache2cache.training.store import Store
 

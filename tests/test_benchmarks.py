@@ -25,7 +25,7 @@ from cache2cache.kv import KV, prefill_prompts
 from cache2cache.models import packed
 from cache2cache.models.load import LM
 from cache2cache.pair import C2C
-from cache2cache.training.loop import response_loss
+from cache2cache.training.objective import response_loss
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 from training.runs import FUSER, items_of, pair_of, write_models, write_questions, write_recipe
 

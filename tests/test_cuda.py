@@ -14,7 +14,9 @@ from cache2cache.decode import generate
 from cache2cache.fuser import C2CFuser
 from cache2cache.kv import Prefilled, prefill_prompts
 from cache2cache.models import LM
-from cache2cache.training.loop import FuserObjective, Item, Trainer, prepare, response_loss
+from cache2cache.training.items import Item, prepare
+from cache2cache.training.loop import Trainer
+from cache2cache.training.objective import FuserObjective, response_loss
 from cache2cache.training.single import Alone, SingleObjective
 from cache2cache.transfer import from_bytes, to_bytes
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer

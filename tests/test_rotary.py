@@ -10,7 +10,7 @@ import torch
 from cache2cache import C2CError
 from cache2cache.kv import CACHE, KV, pad_left, prefill
 from cache2cache.rotary import Rotary
-from cache2cache.training.loop import response_loss
+from cache2cache.training.objective import response_loss
 from tiny import FAMILIES
 from training.runs import CHATS, items_of, lm_of, pair_of
 

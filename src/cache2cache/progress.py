@@ -59,7 +59,7 @@ class Bar(Progress):
 
 @contextmanager
 def encoding(console: Console) -> Iterator[Callable[[int, int], None]]:
-    """A bar of how many examples are token ids, for `training.loop.prepare`."""
+    """A bar of how many examples are token ids, for `training.items.prepare`."""
     with Bar(console) as bar:
         task = bar.add_task("encoding", total=None)
         yield lambda done, of: bar.update(task, completed=done, total=of)

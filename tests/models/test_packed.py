@@ -14,7 +14,7 @@ from cache2cache import C2C
 from cache2cache.kv import pad_left, prefill, prefill_prompts
 from cache2cache.models import load_lm, packed
 from cache2cache.models.packed import PackedLinear, pack
-from cache2cache.training.loop import prepare
+from cache2cache.training.items import prepare
 from cache2cache.training.precompute import precompute
 from cache2cache.training.recipe import read_recipe
 from cache2cache.training.store import Store

@@ -13,7 +13,7 @@ import yaml
 from cache2cache import C2C, FuserConfig, load_lm
 from cache2cache.config import TrainConfig
 from cache2cache.models import LM
-from cache2cache.training.loop import Item
+from cache2cache.training.items import Item
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 FUSER: dict[str, Any] = {"hidden_dim": 8, "intermediate_dim": 6, "gate_init": 0.5}

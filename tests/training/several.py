@@ -14,8 +14,9 @@ from unittest.mock import patch
 import torch
 
 from cache2cache.errors import C2CError
-from cache2cache.training import loop
-from cache2cache.training.loop import Trainer, batches, prepare, response_loss
+from cache2cache.training.items import fit_tokens, prepare
+from cache2cache.training.loop import Trainer, batches
+from cache2cache.training.objective import response_loss
 from cache2cache.training.plan import plan
 from cache2cache.training.sharding import is_sharded, shard
 
@@ -42,14 +43,13 @@ def encoded(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     data = prepare(pair, config, progress=lambda done, of: counts.append((done, of)))
     items = [*data.holdout, *data.train]
     numbers = [[*i.prompt.receiver, *i.prompt.sharers[0], *i.prompt.maps[0], *i.response] for i in items]
-    fit_tokens = loop.fit_tokens
 
     def refuse(pair: Any, example: Any, config: Any) -> Any:
         if example.id == items[-1].id:
             raise C2CError(f"refused {example.id}")
         return fit_tokens(pair, example, config)
 
-    with patch.object(loop, "fit_tokens", refuse):
+    with patch("cache2cache.training.items.fit_tokens", refuse):
         try:
             prepare(pair, config)
             said = ""

@@ -31,7 +31,7 @@ from cache2cache.training.data import (
     split,
     without_held_out,
 )
-from cache2cache.training.loop import prepare
+from cache2cache.training.items import prepare
 from cache2cache.training.recipe import read_recipe
 from training.runs import config_of, pair_of, write_rows
 

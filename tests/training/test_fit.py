@@ -12,9 +12,10 @@ import torch
 from cache2cache import C2C, C2CError, FuserConfig
 from cache2cache.cli import main
 from cache2cache.kv import KV
-from cache2cache.training import loop
+from cache2cache.training import objective
 from cache2cache.training.fit import Fitted, fit
-from cache2cache.training.loop import prepare
+from cache2cache.training.items import Prepared, prepare
+from cache2cache.training.loop import Trainer
 from cache2cache.training.store import Store
 from training.runs import CHATS, config_of, pair_of, write_models, write_recipe, write_rows
 
@@ -37,8 +38,8 @@ def test_fit_from_the_store_is_fit_live(tmp_path: Path, monkeypatch: pytest.Monk
     read: list[int] = []
     stored, rows = fit(pair, config, store, data, read.append)
     assert sum(read) == len(data.train) + len(data.holdout)
-    compute = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
+    compute = objective.prefill
+    monkeypatch.setattr(objective, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     again = ridge_pair(key_space=key_space)
     live, live_rows = fit(again, config.model_copy(update={"output": tmp_path / "live"}), None, data)
     assert (live / "fuser.safetensors").is_file()
@@ -82,7 +83,7 @@ def test_interrupted_or_empty(tmp_path: Path) -> None:
     folder, _ = fit(pair, config, None, data)
     assert (folder / "training_ids.txt").exists()
     with pytest.raises(C2CError, match="set holdout in the recipe"):
-        fit(pair, config, None, loop.Prepared(data.train, [], 0))
+        fit(pair, config, None, Prepared(data.train, [], 0))
     with pytest.raises(C2CError, match="a run of another recipe"):
         fit(pair, config_of(tmp_path, fuser=RIDGE | {"blend": 0.5}), None, data)
 
@@ -112,14 +113,16 @@ def test_bottleneck_trains_from_the_store(tmp_path: Path, monkeypatch: pytest.Mo
     def losses(name: str, store: Store | None) -> list[float]:
         seen: list[float] = []
         config = config_of(tmp_path, output=tmp_path / name, epochs=2)
-        loop.Trainer(pair_of(**settings), config, store, data).run(lambda record: seen.append(record["loss"]))
+        Trainer(pair_of(**settings), config, store, data).run(lambda record: seen.append(record["loss"]))
         return seen
 
-    compute = loop.prefill
+    compute = objective.prefill
     stored = losses("stored", store)
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(objective, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     live = losses("live", None)
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values())))
+    monkeypatch.setattr(
+        objective, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values()))
+    )
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)

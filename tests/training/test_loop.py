@@ -27,19 +27,11 @@ from cache2cache.fuser import c2c
 from cache2cache.kv import CACHE, KV, Prefilled
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
-from cache2cache.training import loop
+from cache2cache.training import loop, objective
 from cache2cache.training.data import Example
-from cache2cache.training.loop import (
-    Item,
-    Prepared,
-    Trainer,
-    batches,
-    optimizer_for,
-    parts_of,
-    prepare,
-    rate,
-    response_loss,
-)
+from cache2cache.training.items import Item, Prepared, prepare, response_ids
+from cache2cache.training.loop import Trainer, batches, optimizer_for, parts_of, rate
+from cache2cache.training.objective import response_loss
 from cache2cache.training.sharding import shard
 from cache2cache.training.store import Asked, Store
 from tiny import FAMILIES
@@ -220,9 +212,9 @@ def test_only_what_the_fuser_reads_comes_from_the_store(tmp_path: Path, monkeypa
             x[0] = x[3] = math.nan
         return kv
 
-    whole = loop.response_loss(pair, data.train[:4], store)[0]
+    whole = objective.response_loss(pair, data.train[:4], store)[0]
     monkeypatch.setattr(Store, "_read", poisoned)
-    assert torch.equal(loop.response_loss(pair, data.train[:4], store)[0], whole)
+    assert torch.equal(objective.response_loss(pair, data.train[:4], store)[0], whole)
     assert asked == [(1, 3)]
 
 
@@ -241,16 +233,18 @@ def test_training_from_the_store_is_training_live(tmp_path: Path, monkeypatch: p
         Trainer(pair_of(**settings), config, store, data).run(lambda record: seen.append(record["loss"]))
         return seen
 
-    compute = loop.prefill
+    compute = objective.prefill
 
     def never(*_: Any, **__: Any) -> KV:
         raise AssertionError("the sharer has nothing to compute")
 
-    monkeypatch.setattr(loop, "prefill", never)
+    monkeypatch.setattr(objective, "prefill", never)
     stored = losses("stored", store)
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(objective, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     live = losses("live", None)
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values())))
+    monkeypatch.setattr(
+        objective, "prefill", lambda *a, **k: KV(*map(torch.zeros_like, vars(compute(*a, **k)).values()))
+    )
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)  # the losses do depend on what the sharer says
@@ -275,15 +269,15 @@ def test_what_a_batch_begins_with_is_read_once(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(lm.decoder, "forward", forward)
 
     def both() -> list[KV]:
-        asked = loop.what_is_read(pair, prompts)
-        return [loop.receiver_prefill(pair, prompts, None).kv, loop.sharer_prefill(pair, asked, None)]
+        asked = objective.what_is_read(pair, prompts)
+        return [objective.receiver_prefill(pair, prompts, None).kv, objective.sharer_prefill(pair, asked, None)]
 
     monkeypatch.setattr(kv, "_WORTH", 10**9)
     whole, all_read = both(), dict(read)
     monkeypatch.setattr(kv, "_WORTH", 1)
     read.clear()
     shared = both()
-    lengths = [[len(p.receiver) - 1 for p in prompts], loop.read_lengths(prompts)]
+    lengths = [[len(p.receiver) - 1 for p in prompts], objective.read_lengths(prompts)]
     for lm, one, other, rows in zip((pair.receiver, pair.sharers[0]), whole, shared, lengths, strict=True):
         assert read[id(lm)] < all_read[id(lm)] / 2
         for row, length in enumerate(rows):
@@ -298,7 +292,7 @@ def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monk
     data = prepare(pair, config_of(tmp_path))
     own = Store(tmp_path / "own", pair.receiver, "bfloat16")
     own.fill(pair.receiver, [list(i.prompt.receiver) for i in data.train + data.holdout])
-    compute = loop.prefill_prompts
+    compute = objective.prefill_prompts
 
     def losses(name: str, receiver_store: Store | None) -> list[float]:
         seen: list[float] = []
@@ -314,9 +308,9 @@ def test_training_from_the_receivers_store_is_training_live(tmp_path: Path, monk
     def never(*_: Any, **__: Any) -> Prefilled:
         raise AssertionError("the receiver has nothing to compute")
 
-    monkeypatch.setattr(loop, "prefill_prompts", never)
+    monkeypatch.setattr(objective, "prefill_prompts", never)
     stored = losses("stored", own)
-    monkeypatch.setattr(loop, "prefill_prompts", rounded)
+    monkeypatch.setattr(objective, "prefill_prompts", rounded)
     assert stored == pytest.approx(losses("live", None), rel=1e-4)
 
 
@@ -335,7 +329,7 @@ def test_a_start_from_ridge_is_the_ridge_fuser(tmp_path: Path, variant: str, nor
     trainer._start()
     prompts = trainer.data.train[:12]
     pieces = [
-        list(loop.fused_inputs(pair, loop.in_pieces(some, 4), None))
+        list(objective.fused_inputs(pair, objective.in_pieces(some, 4), None))
         for some in ([p for i, p in enumerate(prompts) if i % 5], prompts[::5])
     ]
     fuser = pair.fusers[0]
@@ -380,7 +374,7 @@ def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path, monkey
     expected = 0.0
     for item in items:
         fused = pair.fuse([item.prompt])
-        alone = loop.prefill_prompts(sharer, [item.prompt.sharers[0]])
+        alone = objective.prefill_prompts(sharer, [item.prompt.sharers[0]])
         both_logits = (_logits_behind(pair.receiver, fused, item), _logits_behind(sharer, alone, item))
         shared = min(logits.shape[-1] for logits in both_logits)  # the larger embedding has rows without a token
         ours, theirs = (logits[:, :shared].log_softmax(-1) for logits in both_logits)
@@ -392,18 +386,18 @@ def test_distillation_adds_the_divergence_from_the_sharer(tmp_path: Path, monkey
     assert stored == pytest.approx(both, rel=2e-2)
     # What the fuser reads and what the sharer goes on from is one prefill, or one read ahead from the store.
     calls: list[int] = []
-    compute = loop.prefill
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: calls.append(1) or compute(*a, **k))
+    compute = objective.prefill
+    monkeypatch.setattr(objective, "prefill", lambda *a, **k: calls.append(1) or compute(*a, **k))
     response_loss(pair, items, None, "sum", distill=2.0)
     assert len(calls) == 1
-    objective = loop.FuserObjective(pair, store, False, distill=2.0)
+    distilled = objective.FuserObjective(pair, store, False, distill=2.0)
     read = store._read
     monkeypatch.setattr(store, "_read", lambda *a: calls.append(1) or read(*a))
-    for batch in objective.read_ahead(iter([items])):
-        objective(batch, "sum")
+    for batch in distilled.read_ahead(iter([items])):
+        distilled(batch, "sum")
     assert len(calls) == 2
     alone = response_loss(pair, items, store, "sum")[0].item()
-    assert objective.eval()(items, "sum")[0].item() == pytest.approx(alone, rel=1e-6)  # not when watching the hold-out
+    assert distilled.eval()(items, "sum")[0].item() == pytest.approx(alone, rel=1e-6)  # not when watching the hold-out
 
 
 def _logits_behind(lm: LM, state: Any, item: Item) -> torch.Tensor:
@@ -565,7 +559,7 @@ def test_every_token_of_every_turn_is_learned_once(receiver: str, tmp_path: Path
         for turn, i in enumerate(turns, 1):
             name = f"{tmp_path / 'rows.jsonl'}:{number}" + (f"#{turn}" if len(turns) > 1 else "")
             response = Example(name, (), "", chat[i]["content"].strip())
-            expected.append((name, pair.encode(chat[:i]), loop.response_ids(tokenizer, response)))
+            expected.append((name, pair.encode(chat[:i]), response_ids(tokenizer, response)))
     items = data.train + data.holdout
 
     def numbers(prompt: PromptIds, response: Sequence[int]) -> list[list[int]]:
@@ -662,9 +656,9 @@ def test_rows_that_a_template_refuses(tmp_path: Path) -> None:
 def test_a_response_that_does_not_end_has_no_end_token() -> None:
     tokenizer = lm_of("qwen3").need_tokenizer()
     example = Example("x:1", ({"role": "user", "content": "?"},), "The answer is", " B", ends=False)
-    assert tokenizer.decode(loop.response_ids(tokenizer, example)) == " B"
+    assert tokenizer.decode(response_ids(tokenizer, example)) == " B"
     with pytest.raises(C2CError, match="x:1 has no tokens"):
-        loop.response_ids(tokenizer, Example("x:1", (), "", "", ends=False))
+        response_ids(tokenizer, Example("x:1", (), "", "", ends=False))
 
 
 # ---- runs that stop and go on ---------------------------------------------------------------------------------------
@@ -773,11 +767,11 @@ def test_pieces_of_like_length(runs: Run) -> None:
     sizes = [len(item.prompt.receiver) for item in items]
     most = 3 * min(sizes)
     assert max(sizes) * 3 > most  # else only the rows would bound them
-    pieces = loop.in_pieces(items, 4, most)
+    pieces = objective.in_pieces(items, 4, most)
     assert sorted(item.id for piece in pieces for item in piece) == sorted(item.id for item in items)
     assert [len(i.prompt.receiver) for piece in pieces for i in piece] == sorted(sizes)
     assert all(len(piece) * len(piece[-1].prompt.receiver) <= most and len(piece) <= 4 for piece in pieces)
-    assert max(map(len, pieces)) > 2 and [len(piece) for piece in loop.in_pieces(items, 4, 1)] == [1] * len(items)
+    assert max(map(len, pieces)) > 2 and [len(piece) for piece in objective.in_pieces(items, 4, 1)] == [1] * len(items)
     seen: list[tuple[int, int]] = []
     trainer = runs.trainer(max_steps=1)
     trainer.run(on_calibration=lambda done, of: seen.append((done, of)))
@@ -791,8 +785,8 @@ def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
     pair, fuser, items = trainer.objective.pair, trainer.trained, trainer.data.train[:5]
-    channels = loop.Channels()
-    assert len(list(channels.of(loop.fused_inputs(pair, loop.in_pieces(items, 2), None)))) == 3
+    channels = objective.Channels()
+    assert len(list(channels.of(objective.fused_inputs(pair, objective.in_pieces(items, 2), None)))) == 3
     channels.put_into(fuser)
     keys: list[torch.Tensor] = []
     for item in items:
@@ -1004,7 +998,7 @@ def test_all_that_a_step_reads_is_read_ahead(
     monkeypatch.setattr(Trainer, "_evaluate", lambda self: {})
     ahead = losses("ahead")
     assert len(here) == 2 * accumulate * len(ahead) == 8 * accumulate and all(here)
-    monkeypatch.setattr(loop.FuserObjective, "read_ahead", lambda self, parts: parts)
+    monkeypatch.setattr(objective.FuserObjective, "read_ahead", lambda self, parts: parts)
     here.clear()
     assert losses("as they come") == ahead and not any(here)
 

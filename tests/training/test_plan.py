@@ -14,7 +14,9 @@ import torch
 
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import make_fuser
-from cache2cache.training.loop import FuserObjective, Trainer, prepare
+from cache2cache.training.items import prepare
+from cache2cache.training.loop import Trainer
+from cache2cache.training.objective import FuserObjective
 from cache2cache.training.plan import Plan, _memory, plan
 from training.runs import config_of, pair_of, write_rows
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 
 from cache2cache import C2CError
 from cache2cache.config import TrainConfig
-from cache2cache.training.loop import Trainer, prepare
+from cache2cache.training.items import prepare
+from cache2cache.training.loop import Trainer
 from cache2cache.training.recipe import keys, read_recipe
 from mirror import mirror
 from training.runs import pair_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from cache2cache import C2C, C2CError
 from cache2cache.fuser import C2CFuser
 from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
-from cache2cache.training import loop
+from cache2cache.training import objective
 from cache2cache.training.fit import fit
-from cache2cache.training.loop import FuserObjective, Item, Prepared, Trainer, prepare, response_loss
+from cache2cache.training.items import Item, Prepared, prepare
+from cache2cache.training.loop import Trainer
+from cache2cache.training.objective import FuserObjective, response_loss
 from cache2cache.training.plan import plan
 from cache2cache.training.store import Store
 from training.runs import CHATS, config_of, items_of, pair_of, recipe_of, write_rows
@@ -131,7 +134,7 @@ def test_a_sharer_with_nothing_to_say_has_a_gradient_of_zero() -> None:
         items = []
         for item in items_of(pair):
             maps = [[-1] * len(m) if j in silent else m for j, m in enumerate(item.prompt.maps)]
-            items.append(Item(item.id, loop.replace(item.prompt, maps=maps), item.response))
+            items.append(Item(item.id, replace(item.prompt, maps=maps), item.response))
         pair.fusers.zero_grad()
         objective(items, "token")[0].backward()
         for j, fuser in enumerate(pair.fusers):
@@ -149,7 +152,7 @@ def test_training_from_stores_is_training_live(tmp_path: Path, monkeypatch: pyte
     pair = two_of(**settings)
     data = prepare(pair, config_of(tmp_path, sharer=TWO))
     stores = stores_of(pair, tmp_path, data.train + data.holdout)
-    compute, read = loop.prefill, Store._read
+    compute, read = objective.prefill, Store._read
 
     def losses(name: str, stores: list[Store] | None) -> list[float]:
         seen: list[float] = []
@@ -167,11 +170,11 @@ def test_training_from_stores_is_training_live(tmp_path: Path, monkeypatch: pyte
         return read(self, *arguments)
 
     monkeypatch.setattr(Store, "_read", noted)
-    monkeypatch.setattr(loop, "prefill", never)
+    monkeypatch.setattr(objective, "prefill", never)
     stored = losses("stored", stores)
     # Two stores, eight steps; calibration and the two evaluations read as they go.
     assert sum(name.startswith("read-ahead") for name in here) == 16 and len(here) == 16 + 2 * (1 + 2 * 2)
-    monkeypatch.setattr(loop, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
+    monkeypatch.setattr(objective, "prefill", lambda *a, **k: compute(*a, **k).to(torch.bfloat16).to(torch.float32))
     assert len(stored) == 8 and stored == pytest.approx(losses("live", None), rel=1e-4)
 
 
@@ -179,7 +182,7 @@ def test_each_sharer_has_its_own_store(tmp_path: Path) -> None:
     pair = two_of()
     items = items_of(pair)
     stores = stores_of(pair, tmp_path, items)
-    asked = [loop.what_is_read(pair, [i.prompt for i in items], j=j) for j in (0, 1)]
+    asked = [objective.what_is_read(pair, [i.prompt for i in items], j=j) for j in (0, 1)]
     assert asked[0].rows != asked[1].rows and asked[0].layers == (1, 4) and asked[1].layers == (3, 6)
     for wrong in (stores[:1], stores[0], stores * 2):
         with pytest.raises(C2CError, match=r"\d stores for 2 sharers; give one for each, in the same order"):

@@ -19,8 +19,10 @@ from cache2cache.decode import score
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.kv import prefill_prompts
 from cache2cache.tasks import load
-from cache2cache.training.loop import Item, Trainer, prepare, targets
+from cache2cache.training.items import Item, prepare
+from cache2cache.training.loop import Trainer
 from cache2cache.training.loss import loss_of, token_losses
+from cache2cache.training.objective import targets
 from cache2cache.training.single import Alone, SingleObjective, load_single, single_loss
 from tiny import FAMILIES
 from training.runs import (

@@ -18,7 +18,9 @@ from cache2cache import C2C, C2CError
 from cache2cache.fuser import C2CFuser
 from cache2cache.fuser.c2c import STATISTICS
 from cache2cache.training import loop
-from cache2cache.training.loop import Prepared, Trainer, prepare, response_loss
+from cache2cache.training.items import Prepared, prepare
+from cache2cache.training.loop import Trainer
+from cache2cache.training.objective import response_loss
 from cache2cache.training.start import is_begun, pair_to_train, start_run
 from cache2cache.training.store import Store
 from training.runs import CHATS, config_of, lm_of, pair_of, write_rows

@@ -25,7 +25,7 @@ from ..fuser import C2CFuser, checkpoint
 from ..fuser.c2c import CHUNK, KINDS
 from ..kv import KV
 from ..pair import C2C, FusedCache, where_to_fuse
-from ..training.loop import Item
+from ..training.items import Item
 from ..training.store import check_room
 from . import plots, runs
 from .runs import Data, Setup

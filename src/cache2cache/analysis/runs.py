@@ -31,7 +31,7 @@ from ..progress import Bar
 from ..tasks import Question, load
 from ..tasks.prompts import ANSWER_PREFIX
 from ..training.data import Example, draw
-from ..training.loop import Item, response_ids
+from ..training.items import Item, response_ids
 from ..training.store import Store
 
 RESPONSE_TOKENS = 64  # of a response are scored at most, which bounds the memory of logits

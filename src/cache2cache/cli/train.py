@@ -67,7 +67,8 @@ def train(
     from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.data import examples
     from cache2cache.training.fit import fit
-    from cache2cache.training.loop import Encoder, Trainer, in_half, prepare, this_process
+    from cache2cache.training.items import Encoder, prepare, this_process
+    from cache2cache.training.loop import Trainer, in_half
     from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard

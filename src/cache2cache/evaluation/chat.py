@@ -29,7 +29,7 @@ from ..pair import C2C, PromptIds
 from ..progress import Bar
 from ..response import Answering, chosen
 from ..training.data import Example, draw, examples, row_name, split
-from ..training.loop import response_ids
+from ..training.items import response_ids
 from ..training.store import Store, check_room
 from .asking import plain
 from .controls import fuse_others, next_rows, rows_of, sharer_cache

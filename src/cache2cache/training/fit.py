@@ -15,7 +15,8 @@ from ..errors import C2CError
 from ..files import replace_text
 from ..fuser.ridge import Fitted
 from ..pair import C2C
-from .loop import Prepared, Stores, fused_inputs, in_pieces, one_each, write_fuser
+from .items import Prepared
+from .objective import Stores, fused_inputs, in_pieces, one_each, write_fuser
 from .start import only_run, start_run
 from .store import Store
 

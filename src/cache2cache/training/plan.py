@@ -11,7 +11,9 @@ from sys import getsizeof
 import torch
 from torch import Tensor, nn
 
-from .loop import FuserObjective, Item, Trainer, batches, by_length, evaluate, parts_of
+from .items import Item
+from .loop import Trainer, batches, by_length, evaluate, parts_of
+from .objective import FuserObjective
 from .sharding import local
 
 SAMPLE = 10_000  # examples that are enough to plan by

@@ -17,7 +17,7 @@ from ..models.packed import pack
 from ..packing import dequantize, quantize
 from ..progress import Bar, encoding
 from .data import examples
-from .loop import prepare
+from .items import prepare
 from .start import pair_to_train
 from .store import Store, check_room
 

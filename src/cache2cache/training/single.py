@@ -26,8 +26,9 @@ from ..errors import C2CError
 from ..files import save_tensors
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
-from .loop import Item, Objective, Prepared, targets, write_ids
+from .items import Item, Prepared
 from .loss import loss_of, token_losses
+from .objective import Objective, targets, write_ids
 from .start import recipe_of
 
 
@@ -120,7 +121,7 @@ class SingleObjective(Objective):
 
 
 def single_loss(model: nn.Module, receiver: LM, items: Sequence[Item], per: str = "token") -> tuple[Tensor, Tensor]:
-    """As `loop.response_loss` without a sharer: prompt and response in one pass, gradients through both.
+    """As `objective.response_loss` without a sharer: prompt and response in one pass, gradients through both.
 
     Args:
         model: the receiver's, with an adapter.
