@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -46,10 +45,5 @@ def test_a_chat_equals_the_padded_rows(
 def test_8192_tokens(real_tokenizer: Callable[[str], PreTrainedTokenizerBase], ours: str, theirs: str) -> None:
     left, right = real_tokenizer(ours), real_tokenizer(theirs)
     ids = list(range(20, 20 + 8192))
-    start = time.perf_counter()
     found = map_tokens(left, right, ids, "longest")
-    middle = time.perf_counter()
-    assert map_tokens(left, right, ids, "longest") == found
-    print(f"8192 different tokens: cold {middle - start:.3f} s, warm {time.perf_counter() - middle:.4f} s")
-    assert time.perf_counter() - middle < 0.5
     assert found[:300] == [one_token(left, right, i, "longest") for i in ids[:300]]

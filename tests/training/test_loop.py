@@ -1288,7 +1288,7 @@ def test_sharding_takes_several_processes_and_whole_frozen_models(models: Path, 
 
 def test_items_that_a_sharded_model_has_nothing_to_read_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other processes would wait for this one's pass for ever."""
-    monkeypatch.setattr(loop, "is_sharded", lambda lm: True)
+    monkeypatch.setattr(objective, "is_sharded", lambda lm: True)
     write_rows(tmp_path / "rows.jsonl")
     pair, config = pair_of(), config_of(tmp_path)
     data = prepare(pair, config)

@@ -65,7 +65,7 @@ def test_nothing_changes(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.trained.state_dict().items())
     assert all(p.grad is None for p in trainer.trained.parameters())
     assert trainer.step == 0 and not trainer.optimizer.state
-    assert 0 < found.seconds_per_step < found.seconds < 60
+    assert 0 < found.seconds_per_step < found.seconds
 
 
 def test_what_is_read_before_the_first_step_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +97,8 @@ def test_a_sample_will_do(tmp_path: Path) -> None:
     assert (found.steps, found.examples) == (exact.steps, exact.examples) == (150, 220)
     assert found.data == pytest.approx(exact.data, rel=0.1)
     assert found.checkpoint == exact.checkpoint
-    slow = plan(Trainer(pair, config, None, replace(sample, seconds=100.0)))
-    assert 500 < slow.seconds < 560  # what encoding all of them takes, and the steps
+    slow = plan(Trainer(pair, config, None, replace(sample, seconds=1e6)))
+    assert slow.seconds == pytest.approx(5e6, rel=1e-3)  # encoding all of them; the steps take next to nothing
 
 
 def test_memory_of_examples(tmp_path: Path) -> None:
