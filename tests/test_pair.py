@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,18 @@ def pair_of(receiver: str, *sharers: str, mode: str = "parallel", **settings: An
     config = FuserConfig(**{"hidden_dim": 16, "intermediate_dim": 12, "gate_init": 1.0, **settings})
     others = [lm_of(family, seed=7 + i) for i, family in enumerate(sharers)]
     return C2C.from_models(lm_of(receiver), others, config, mode=mode)  # type: ignore[arg-type]
+
+
+def alike(*, more: Sequence[tuple[str, str]] = (), **settings: Any) -> C2C:
+    """Two models of one vocabulary and unlike templates, as Qwen3 and Qwen2.5 are; `more`: families and token maps of
+    further sharers."""
+    torch.manual_seed(0)
+    common = {"hidden_dim": 16, "intermediate_dim": 12, "gate_init": 1.0}
+    sharer = lm_of("qwen2", 7, vocab_size=264)
+    sharer.tokenizer.chat_template = "Some words before: " + sharer.tokenizer.chat_template  # type: ignore[union-attr, operator]
+    sharers = [sharer, *(lm_of(family) for family, _ in more)]
+    configs = [FuserConfig(**common, **settings), *(FuserConfig(**common, token_map=name) for _, name in more)]  # type: ignore[arg-type]
+    return C2C.from_models(lm_of("qwen3"), sharers, configs)
 
 
 def in_bfloat16(pair: C2C) -> C2C:
@@ -126,6 +139,37 @@ def test_stream_equals_generate(receiver: str, sharer: str) -> None:
         text = pair.chat(chat, **OPTIONS)
         if "\ufffd" not in text or receiver != "gemma3":  # invalid bytes change how the valid ones before them decode
             assert "".join(c.text for c in chunks) == text
+
+
+@pytest.mark.parametrize("more", [(), [("llama", "span")]], ids=str)
+def test_by_the_map_same_all_read_the_receivers_tokens(more: list[tuple[str, str]]) -> None:
+    """Every position but the last is fused, template and all, as published without alignment."""
+    pair, usual = alike(token_map="same", more=more), alike()
+    for chat in CHATS:
+        prompt = pair.encode(chat, prefix="naive")
+        assert list(prompt.sharers[0]) == list(prompt.receiver) and prompt.coverage[0] == 1
+        assert list(prompt.maps[0]) == list(range(len(prompt.receiver)))
+        assert usual.encode(chat).sharers[0] != list(prompt.receiver)
+        if more:
+            assert prompt.maps[1] == pair_of("qwen3", "llama").encode(chat, prefix="naive").maps[0]
+        else:
+            given, rendered = pair.prefill(list(prompt.receiver)), pair.prefill(chat, prefix="naive")
+            assert torch.equal(rendered.kv.keys, given.kv.keys) and torch.equal(rendered.kv.values, given.kv.values)
+            assert rendered.fused_positions == [len(prompt.receiver) - 1]
+
+
+def test_the_map_same_beside_a_published_one_counts_its_padding() -> None:
+    """There is one row of positions for the receiver, and both read its tokens at these."""
+    pair = alike(token_map="same", more=[("llama", "first")])
+    prompt = pair.encode(CHATS[0])
+    assert prompt.positions is not None and prompt.sharer_positions[0] == prompt.positions
+    assert pair.chat(CHATS[0], **OPTIONS)
+
+
+def test_the_map_same_is_for_models_of_one_vocabulary() -> None:
+    pair = pair_of("llama", "qwen3", token_map="same")
+    with pytest.raises(C2CError, match=r"token map same .*reads the receiver's token ids, but it has only 264 of them"):
+        pair.prefill(CHATS[1])
 
 
 def test_a_text_is_what_a_user_says() -> None:

@@ -15,7 +15,7 @@ from cache2cache.config import TrainConfig
 from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from test_fusion import THREE, close, some, tokens_read
-from test_pair import CHATS, OPTIONS, PAIRS, alone, lm_of, pair_of
+from test_pair import CHATS, OPTIONS, PAIRS, alike, alone, lm_of, pair_of
 from tiny import tiny_model
 
 TEXT = "best 水, öß A"
@@ -221,8 +221,21 @@ def test_token_ids_that_all_models_read() -> None:
     _, kv = forced(pair, prompt, [script])
     close(kv, pair.prefill([*prompt, *script]).kv)
     other = C2C.from_models(tiny_model("qwen3"), tiny_model("qwen2"), config)
-    with pytest.raises(C2CError, match=r"given as token ids.*272 tokens.*264 tokens.*give text or messages"):
+    with pytest.raises(C2CError, match=r"272 tokens.*264 tokens.*give text or messages"):
         other.generate(prompt, fuse_response=True, **OPTIONS)
+
+
+def test_by_the_map_same_the_sharer_reads_the_receivers_answer() -> None:
+    """A byte of a character too, as it comes."""
+    pair = alike(token_map="same")
+    script = ids_of(pair.receiver, "水 A")
+    _, kv = forced(pair, CHATS[0], [script])
+    close(kv, pair.prefill([*pair.encode(CHATS[0]).receiver, *script]).kv)
+    wide = lm_of("qwen2", 7)  # 272 tokens, where the receiver has 264
+    pair = C2C.from_models(pair.receiver, wide, pair.fusers[0].config)  # type: ignore[arg-type]
+    assert pair.chat(CHATS[0], **OPTIONS)
+    with pytest.raises(C2CError, match=r"272 tokens.*264 tokens.*a fuser with the token map span"):
+        pair.chat(CHATS[0], fuse_response=True, **OPTIONS)
 
 
 def test_the_start_of_an_answer_goes_before_it() -> None:

@@ -75,8 +75,10 @@ class FuserConfig(BaseModel):
         "terminal",
         description="terminal, last_aligned (as published), k_nearest, or pairs (receiver layer, sharer layer)",
     )
-    token_map: Literal["span", "first", "longest"] = Field(
-        "span", description="which sharer token goes with each receiver token; first and longest are the published maps"
+    token_map: Literal["span", "same", "first", "longest"] = Field(
+        "span",
+        description="which sharer token goes with each receiver token; same (the sharer reads the receiver's tokens), "
+        "first and longest are the published maps",
     )
     key_space: Literal["rotated", "unrotated"] = Field(
         "rotated", description="unrotated: keys are fused without their rotary position embedding"
@@ -333,9 +335,9 @@ class TrainConfig(BaseModel):
             raise ValueError("give a weight to every source of data or to none")
         if self.min_response_tokens >= self.max_tokens:
             raise ValueError("min_response_tokens leaves no room for a prompt; it must be below max_tokens")
-        if self.fuser.token_map != "span":
+        if self.fuser.token_map not in ("span", "same"):
             raise ValueError(
-                f"training is on the token map span, not yet on {self.fuser.token_map}; leave token_map out"
+                f"training is on the token maps span and same, not yet on {self.fuser.token_map}; leave token_map out"
             )
         if self.fuser.fuse_response:
             raise ValueError("training fuses the prompt, not yet the answer; leave fuse_response out")

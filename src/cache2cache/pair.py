@@ -262,17 +262,32 @@ class C2C:
             if prefix:
                 raise C2CError("prefix needs text or messages; append its token ids to the prompt instead")
             return prompt if isinstance(prompt, PromptIds) else self._same_ids(prompt)
-        mine, *theirs = (self.rendered(lm, prompt, prefix) for lm in (self.receiver, *self.sharers))
-        published = self._published(mine, theirs)
-        spans = [None if j in published else span_map(mine, other) for j, other in enumerate(theirs)]
+        mine = self.rendered(self.receiver, prompt, prefix)
+        maps = [fuser.config.token_map for fuser in self.fusers if isinstance(fuser, C2CFuser)]
+        theirs = {j: self.rendered(self.sharers[j], prompt, prefix) for j, m in enumerate(maps) if m != "same"}
+        aligned: dict[int, Strategy] = {j: m for j, m in enumerate(maps) if m == "first" or m == "longest"}
+        published = self._published(mine, theirs, aligned)
+        moved = next((a.receiver_positions for a in published.values()), None)
+        read: list[tuple[Sequence[int], Sequence[int], float, Sequence[int] | None]] = []
+        for j, name in enumerate(maps):
+            if name == "same":
+                self._check_readable(j, mine.ids)
+                read.append((mine.ids, range(len(mine.ids)), 1.0, moved))
+            elif name == "span":
+                found = span_map(mine, theirs[j])
+                read.append((theirs[j].ids, found.index.tolist(), found.coverage, None))
+            else:
+                a = published[j]
+                read.append((a.sharer, a.index, a.coverage, a.sharer_positions))
+        ids, index, coverage, positions = zip(*read, strict=True)
         return PromptIds(
             mine.ids,
-            [published[j].sharer if m is None else theirs[j].ids for j, m in enumerate(spans)],
-            [published[j].index if m is None else m.index.tolist() for j, m in enumerate(spans)],
-            [published[j].coverage if m is None else m.coverage for j, m in enumerate(spans)],
+            ids,
+            index,
+            coverage,
             content_tokens(mine),
-            next((a.receiver_positions for a in published.values()), None),
-            [published[j].sharer_positions if m is None else None for j, m in enumerate(spans)] if published else (),
+            moved,
+            positions if published else (),
             # A copy: the caller may go on with the same list.
             (prompt if isinstance(prompt, str) else [dict(message) for message in prompt], prefix),  # type: ignore[arg-type]
         )
@@ -283,18 +298,25 @@ class C2C:
             return lm.render(prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
         return render(lm.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=self.chat_template_kwargs)
 
-    def _published(self, mine: Rendered, theirs: Sequence[Rendered]) -> dict[int, Aligned]:
-        """Per sharer whose fuser has a published token map: what it reads."""
-        strategies: dict[int, Strategy] = {}
-        for j, fuser in enumerate(self.fusers):
-            assert isinstance(fuser, C2CFuser)
-            if fuser.config.token_map != "span":
-                strategies[j] = fuser.config.token_map
+    def _published(
+        self, mine: Rendered, theirs: Mapping[int, Rendered], strategies: Mapping[int, Strategy]
+    ) -> dict[int, Aligned]:
+        """Per sharer whose fuser has the token map first or longest: what it reads."""
         if not strategies:
             return {}
         tokenizers = (self.receiver.need_tokenizer(), [self.sharers[j].need_tokenizer() for j in strategies])
         found = align(mine, [theirs[j] for j in strategies], tokenizers, list(strategies.values()))
         return dict(zip(strategies, found, strict=True))
+
+    def _check_readable(self, j: int, ids: Sequence[int]) -> None:
+        """Refuse tokens of the receiver's that sharer j, which is to read the same ones, doesn't have."""
+        sharer = self.sharers[j]
+        if max(ids) >= sharer.vocab_size:
+            raise C2CError(
+                f"by the fuser's token map same {sharer.name} reads the receiver's token ids, but it has only "
+                f"{sharer.vocab_size:,} of them and the prompt holds {max(ids):,}; the token map is for models of one "
+                "vocabulary"
+            )
 
     def _same_ids(self, ids: Any) -> PromptIds:
         row = ids.tolist() if isinstance(ids, Tensor) else list(ids)

@@ -61,7 +61,7 @@ def chosen(pair: C2C, fuse_response: bool | None) -> list[int]:
     if fuse_response is not None:
         return list(range(len(pair.fusers))) if fuse_response else []
     configs = [_config(pair, j) for j in range(len(pair.fusers))]
-    return [j for j, config in enumerate(configs) if config.fuse_response and config.token_map == "span"]
+    return [j for j, config in enumerate(configs) if config.fuse_response and config.token_map in ("span", "same")]
 
 
 def _config(pair: C2C, j: int) -> FuserConfig:
@@ -97,15 +97,16 @@ class Answering(Prefilled):
             )
         for j in sharers:
             sharer, token_map = pair.sharers[j], _config(pair, j).token_map
-            if token_map != "span":
+            if token_map not in ("span", "same"):
                 raise C2CError(
                     f"the token map {token_map} says which tokens of a prompt go together, not which of an answer; "
                     "give fuse_response=False, or a fuser with the token map span"
                 )
-            if sharer.vocab_size != pair.receiver.vocab_size and any(t.prompt.text is None for t in fused.turns):
+            as_ids = token_map == "same" or any(t.prompt.text is None for t in fused.turns)
+            if as_ids and sharer.vocab_size != pair.receiver.vocab_size:
                 raise C2CError(
-                    f"the prompt was given as token ids, so {sharer.name} ({sharer.vocab_size} tokens) would read the "
-                    f"answer's ids of {pair.receiver.name} ({pair.receiver.vocab_size} tokens); give text or messages"
+                    f"{sharer.name} ({sharer.vocab_size} tokens) would read the answer's ids of {pair.receiver.name} "
+                    f"({pair.receiver.vocab_size} tokens); give text or messages, and a fuser with the token map span"
                 )
         same = (fused.input_ids, fused.attention_mask, fused.kv, fused.position_ids)
         return cls(*same, pair=pair, turns=fused.turns, sharers=sharers)
@@ -212,13 +213,15 @@ class _Answer(StoppingCriteria):
         sharers = [j for j in self.sharers if max(prompt.maps[j]) >= 0]
         if not answer:  # the last prompt token
             return {j: list(prompt.sharers[j][: prompt.maps[j][-1] + 1]) for j in sharers if prompt.maps[j][-1] >= 0}
-        if prompt.text is None:
-            return {j: [*prompt.sharers[j], *answer] for j in sharers}
+        as_ids = [j for j in sharers if prompt.text is None or _config(self.pair, j).token_map == "same"]
+        same = {j: [*prompt.sharers[j], *answer] for j in as_ids}
+        if prompt.text is None or not (sharers := [j for j in sharers if j not in same]):
+            return same
         tokenizer = self.pair.receiver.need_tokenizer()
         text = _complete(str(tokenizer.decode(answer, skip_special_tokens=True)))
         new = len(text) - common_prefix(row.text, text)
         if not new:  # nothing, or less: byte fallback shows a whole run of bytes as pieces until the last is complete
-            return {}
+            return same
         row.text = text
         asked, begun = prompt.text
         lms = (self.pair.receiver, *(self.pair.sharers[j] for j in sharers))
@@ -226,7 +229,7 @@ class _Answer(StoppingCriteria):
         end = len(mine.text)
         token = Rendered(mine.text, answer[-1:], [(end - new, end)], mine.segments)
         found = {j: (other.ids, int(span_map(token, other).index)) for j, other in zip(sharers, theirs, strict=True)}
-        return {j: ids[: s + 1] for j, (ids, s) in found.items() if s >= 0}
+        return same | {j: ids[: s + 1] for j, (ids, s) in found.items() if s >= 0}
 
 
 def _last(kv: KV) -> KV:

@@ -328,6 +328,26 @@ def test_chat_at_a_terminal(
     ]
 
 
+def test_a_gradio_that_is_too_old_for_the_page(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for, the page is refused before anything is loaded; otherwise serving goes on without it, and says so."""
+    from cache2cache.cli import serve
+    from cache2cache.serving import openai
+
+    made: list[Any] = []
+    monkeypatch.setattr(openai, "serve", lambda engines, *_, make, **__: made.append(make()))
+    for found, said in (("5.49.1", "5.49.1"), (None, "none")):
+        monkeypatch.setattr(serve, "_installed", lambda package, found=found: found)
+        assert c2c("serve", str(tiny_pair_folder), "--ui") == 1
+        assert f"the page needs gradio 6.12 or newer, {said} is installed" in one_line(capsys.readouterr().err)
+        assert c2c("serve", str(tiny_pair_folder)) == 0
+        assert ("no page: it needs gradio 6.12 or newer" in capsys.readouterr().err) == (found is not None)
+        assert not any(getattr(route, "path", "").startswith("/ui") for route in made.pop().routes)
+    bounds = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert f'"gradio>={serve.GRADIO}"' in bounds
+
+
 def test_a_served_sharer(
     tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -243,8 +243,8 @@ def test_the_models_are_checked(tmp_path: Path) -> None:
 
 def test_the_recipe(tmp_path: Path) -> None:
     for model, token_map in (
-        ({}, "span"),
-        ({"is_do_alignment": False, "alignment_strategy": "longest"}, "span"),
+        ({}, "same"),
+        ({"is_do_alignment": False, "alignment_strategy": "longest"}, "same"),
         ({"is_do_alignment": True, "alignment_strategy": "longest"}, "longest"),
         ({"is_do_alignment": True}, "first"),
     ):
@@ -324,6 +324,19 @@ def test_a_fuser_of_ours_as_published(settings: dict[str, Any], tmp_path: Path) 
     torch.testing.assert_close(a.values, b.values, atol=1e-5, rtol=1e-5)
     assert again.fusers[0].config.receiver == pair.fusers[0].config.receiver  # with revision and fingerprint
     assert again.fusers[0].config.token_map == "span"
+
+
+@pytest.mark.parametrize("token_map", ["same", "first", "longest"])
+def test_a_published_token_map_stays(token_map: str, tmp_path: Path) -> None:
+    """In their recipe too, without what this library puts beside it."""
+    fuser = FuserConfig(**SIZES, token_map=token_map)  # type: ignore[arg-type]
+    C2C.from_models(loaded("qwen3"), loaded("llama", 1), fuser).save_pretrained(tmp_path / "ours")
+    checkpoint.convert(tmp_path / "ours", tmp_path / "theirs", "published")
+    file = tmp_path / "theirs" / "config.json"
+    recipe = json.loads(file.read_text())
+    del recipe["cache2cache"]
+    file.write_text(json.dumps(recipe))
+    assert checkpoint.read_config(tmp_path / "theirs")[0].token_map == token_map
 
 
 @pytest.mark.parametrize("settings", [{"variant": "c2c-c"}, {"weighting": False}, {"key_space": "unrotated"}], ids=str)

@@ -13,7 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from cache2cache.errors import C2CError
 from cache2cache.models import catalogue
@@ -46,6 +48,8 @@ class Index:
 def copy_instead_of_convert(wanted: Entry, gguf: Path, folder: Path) -> None:
     folder.mkdir()
     shutil.copy(gguf, folder / "model")
+    save_file({"weight": np.zeros(4)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
     (folder / "source.json").write_text(json.dumps({"sha256": wanted.sha256}))
 
 
@@ -154,7 +158,23 @@ def test_a_model_made_from_other_bytes_is_replaced(index: Index, cache: Path) ->
     (old / "source.json").write_text('{"sha256": "0123"}')
     assert not catalogue.installed("tiny-model")
     catalogue.pull("tiny-model", progress=False)
-    assert sorted(file.name for file in old.iterdir()) == ["model", "source.json"]
+    assert sorted(file.name for file in old.iterdir()) == ["config.json", "model", "model.safetensors", "source.json"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "no weights", "no config"])
+def test_a_damaged_model_is_fetched_again(index: Index, cache: Path, damage: str) -> None:
+    """Or whoever is told to fetch the model again would find that it is here."""
+    folder = catalogue.pull("tiny-model", progress=False)
+    weights = folder / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        (weights if damage == "no weights" else folder / "config.json").unlink()
+    assert not catalogue.installed("tiny-model")
+    with pytest.raises(C2CError, match="c2c models pull tiny-model"):
+        catalogue.path("tiny-model")
+    catalogue.pull("tiny-model", progress=False)
+    assert catalogue.installed("tiny-model") and index.fetched == 2 * list(range(PARTS))
 
 
 def _pull_slowly(index: Index, log: Path) -> None:

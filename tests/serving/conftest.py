@@ -26,7 +26,7 @@ class Here(PairEngine):
         worker = Worker(self._load(), self.limits, lambda e: self._hear("events", e), lambda n: self._hear("kept", n))
         self._outbox = _Straight(worker)  # type: ignore[assignment]
         threading.Thread(target=worker.run, daemon=True).start()
-        self._hear("ready", about(worker.pair))
+        self._hear("ready", about(worker.pair, worker.limits))
         self._wake.wait()
         return None
 

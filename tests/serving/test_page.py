@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,8 +83,15 @@ def test_switching_and_all_at_once(tab: Any) -> None:
     assert ask_on_page(tab, "Iron?") == first  # the same models behind another name
 
 
-def test_stop(tab: Any, served: Served) -> None:
+def test_stop(tab: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """No column goes on, the models stop, and one may ask again."""
+    hear = Here._hear
+
+    def slowly(self: Here, what: str, content: Any) -> None:
+        time.sleep(0.1)
+        hear(self, what, content)
+
+    monkeypatch.setattr(Here, "_hear", slowly)  # or a browser on a busy machine would be too late
     tab.fill("#question textarea", "Plants?")
     tab.evaluate("document.querySelector('#ask').click()")
     tab.wait_for_selector("[data-state=running]")
@@ -99,6 +107,7 @@ def test_stop(tab: Any, served: Served) -> None:
     tab.wait_for_timeout(500)  # nothing comes in late
     states = tab.eval_on_selector_all(".c2c-answer", "all => all.map(each => each.dataset.state)")
     assert "running" not in states and "stopped" in states
+    monkeypatch.undo()
     ask_on_page(tab, "Iron?")
 
 
@@ -141,7 +150,7 @@ def test_with_keys_the_page_asks_for_one(tiny_pair_folder: Path, browser: Any) -
 
     class Idle:
         name, ready, waiting, running, kept_bytes, restarts = "idle", True, 0, 0, 0, 0
-        about = pages.About("r", ("s",), ("c2c",), 100)
+        about = pages.About("r", ("s",), ("c2c",), 100, 32)
 
         def close(self) -> None: ...
 

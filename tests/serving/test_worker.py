@@ -363,6 +363,29 @@ def test_weights_of_the_prompt(pair: C2C, desk: Desk) -> None:
             assert all(0 < value < 1 for value in row if value is not None)
 
 
+def test_weights_in_a_batch(pair: C2C) -> None:
+    """Whose job asks for them has those that it has alone, and the others their answer."""
+    asked = [Job(chat, max_tokens=2, weights=number != 1, reuse=False) for number, chat in enumerate(ASKED[:3])]
+    told = Desk(pair).run(*asked)
+    assert max(event.batch for events in told for event in events if isinstance(event, Started)) > 1
+    for job, events in zip(asked, told, strict=True):
+        (alone,) = Desk(pair).run(job)
+        assert text(events) == text(alone) and len(events[-1].weights) == job.weights
+        for one, other in zip(events[-1].weights, alone[-1].weights, strict=True):
+            assert one.tokens == other.tokens
+            for kind in ("keys", "values"):
+                for row, expected in zip(getattr(one, kind), getattr(other, kind), strict=True):
+                    assert row == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_fuser_without_weights_weighs_everything_alike() -> None:
+    pair = pair_of("llama", "qwen3", variant="ridge")
+    pair.fusers[0].blend.fill_(1.0)  # as if fitted  # type: ignore[union-attr, operator]
+    (events,) = Desk(pair).run(Job(CHATS[0], max_tokens=2, weights=True))
+    (weights,) = events[-1].weights
+    assert {value for rows in (weights.keys, weights.values) for row in rows for value in row} == {None, 1.0}
+
+
 @pytest.mark.parametrize("variant", ["c2c", "c2c-c", "bottleneck"])
 def test_weights_are_what_the_fuser_applies(variant: str) -> None:
     """With one head and a projection that is all ones the change is the weight."""

@@ -110,7 +110,10 @@ def test_two_steps_of_the_recipes_that_come_along(path: Path, tmp_path: Path) ->
     recipe = yaml.safe_load(path.read_text())
     config = config.model_copy(update={"data_dir": mirror(tmp_path / "data", recipe["data"], 12)})
     settings = config.fuser.model_dump(exclude={"receiver", "sharer"}, exclude_unset=True)
-    pair = pair_of("llama", ["qwen3", "qwen2"][: len(config.sharers)], **settings)
+    # By the map same the sharer has to know the receiver's tokens.
+    receiver = "qwen3" if config.fuser.token_map == "same" else "llama"
+    sharers = ["qwen2", "gemma3"] if receiver == "qwen3" else ["qwen3", "qwen2"]
+    pair = pair_of(receiver, sharers[: len(config.sharers)], **settings)
     found = prepare(pair, config)
     assert not found.too_long and len(found.train) >= 6
     config = config.model_copy(update={"batch_size": math.ceil(len(found.train) / 2)})
@@ -137,7 +140,7 @@ def test_every_published_run_has_a_twin() -> None:
         ("fuser.hiden_dim=2", "unknown key fuser.hiden_dim; did you mean hidden_dim\\?"),
         ("sharer.sauce=2", "unknown key sharer.sauce; did you mean source\\?"),
         ("data=[{task: a, limits: 2}]", "unknown key data.0.limits; did you mean limit\\?"),
-        ("fuser.token_map=first", "training is on the token map span, not yet on first; leave token_map out"),
+        ("fuser.token_map=first", "training is on the token maps span and same, not yet on first; leave token_map out"),
         ("xyzzy=2", "unknown key xyzzy; expected one of receiver, sharer, fuser, start_from, data, "),
         ("epochs=many", "epochs: .*integer.*, given 'many'"),
         ("epochs=0", "epochs: .*greater than 0, given 0"),

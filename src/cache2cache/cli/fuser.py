@@ -53,7 +53,7 @@ def convert(
     revision: Revision = None,
     subfolder: Subfolder = None,
 ) -> None:
-    """Write a fuser again in the other format, number for number."""
+    """Write a fuser again in the other format; what it computes stays the same."""
     from cache2cache.fuser import checkpoint
 
     checkpoint.convert(checkpoint.resolve(source, revision, subfolder), destination, to)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cache2cache.serving.engine import PairEngine
 
 KEYS_VARIABLE = "C2C_API_KEYS"
+GRADIO = "6.12"  # as in pyproject.toml: the page uses what came with it
 
 Fusers = Annotated[
     list[str] | None,
@@ -135,8 +137,6 @@ def _run(
     ui: bool | None,
     says: str,
 ) -> None:
-    from importlib.util import find_spec
-
     from cache2cache.serving import openai
     from cache2cache.serving.http import is_loopback
     from cache2cache.serving.metrics import Metrics
@@ -144,8 +144,15 @@ def _run(
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
     if not keys and not is_loopback(host):
         raise C2CError(f"{host} can be reached from other machines, so a key is needed; set {KEYS_VARIABLE}")
-    if ui and find_spec("gradio") is None:
-        raise C2CError("the page needs the package gradio; install it with: pip install 'cache2cache[demo]'")
+    found = None if ui is False else _installed("gradio")
+    enough = found is not None and _numbers(found) >= _numbers(GRADIO)
+    if ui and not enough:
+        raise C2CError(
+            f"the page needs gradio {GRADIO} or newer, {found or 'none'} is installed; "
+            "install it with: pip install 'cache2cache[demo]'"
+        )
+    if found and not enough:
+        print(f"no page: it needs gradio {GRADIO} or newer, {found} is installed", file=sys.stderr)
     names = ", ".join(engine.name for engine in engines)
     metrics = Metrics(engines)
 
@@ -153,7 +160,7 @@ def _run(
         app = openai.make_app(
             engines, keys=keys, timeout=timeout, log=openai.log_line, log_prompts=log_prompts, metrics=metrics
         )
-        if ui or (ui is None and find_spec("gradio") is not None):
+        if enough:
             from cache2cache.serving.page import mount
 
             app = mount(app, engines, metrics, keys=keys)
@@ -164,3 +171,16 @@ def _run(
 
     print(f"loading the models of {names} …", file=sys.stderr, flush=True)
     openai.serve(engines, host, port, ready=ready, make=make, grace=grace)
+
+
+def _installed(package: str) -> str | None:
+    """Its version; None where it isn't installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _numbers(said: str) -> list[int]:
+    """Major and minor version."""
+    return [int(part) for part in said.split(".")[:2]]

@@ -260,7 +260,8 @@ class C2CFuser(nn.Module):
         Returns:
             (2n, N, receiver heads), the keys of the fused layers, then the values.
         """
-        weight = self._weight(self._hidden(sharer, receiver)).expand(self.groups, sharer.shape[1], self.heads)
+        z = self._hidden(sharer, receiver) if self.config.weighting else receiver  # some variants have nothing hidden
+        weight = self._weight(z).expand(self.groups, sharer.shape[1], self.heads)
         return torch.cat(weight.chunk(2, -1)) if self.kind_axis else weight
 
     def _hidden(self, sharer: Tensor, receiver: Tensor) -> Tensor:
@@ -377,6 +378,7 @@ class C2CFuser(nn.Module):
     def inputs(self, receiver: KV, sharer: KV, where: Tensor) -> tuple[Tensor, Tensor]:
         """What all modules read at the given positions: the sharer's (G, N, S) and the receiver's (G, N, T)."""
         every = torch.arange(len(self.receiver_layers), device=self.receiver_layers.device)
+        receiver, sharer = _contiguous(receiver), _contiguous(sharer)
         return self._read_both(receiver, sharer, where, [(kind, every) for kind in KINDS], self.dtype)[:2]
 
     def _read_both(

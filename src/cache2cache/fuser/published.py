@@ -139,7 +139,7 @@ def _read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any], list[int]]:
         "receiver": _identity(path, model, "base_model", init, "target", depths[0], remembered.get("receiver")),
         "sharer": _identity(path, model, "teacher_model", init, "source", depths[1], remembered.get("sharer")),
         "layer_map": pairs,
-        "token_map": _token_map(path, model),
+        "token_map": _token_map(path, model) if found else "span",
         "gate_noise": "gumbel",
         "fuse_response": bool(model.get("include_response")),
         **{key: init[key] for key in DEFAULTS if key != "dtype"},
@@ -256,9 +256,9 @@ def _identity(
 
 
 def _token_map(path: Path, model: Mapping[str, Any]) -> str:
-    """Without alignment both models read the same tokens, which `span` maps one to one."""
+    """Without alignment both models read the receiver's tokens, in its template."""
     if not model.get("is_do_alignment", False):
-        return "span"
+        return "same"
     strategy = model.get("alignment_strategy", "first")
     if strategy not in ("first", "longest"):
         raise C2CError(f"{path}: unknown alignment_strategy {short(strategy)}; expected first or longest")
@@ -500,8 +500,8 @@ def _new_recipe(
     model = {
         "base_model": config.receiver.name,
         "teacher_model": config.sharer.name,
-        "is_do_alignment": True,
-        "alignment_strategy": "longest" if config.token_map == "span" else config.token_map,
+        "is_do_alignment": config.token_map != "same",
+        "alignment_strategy": config.token_map if config.token_map in ("first", "longest") else "longest",
         "include_response": config.fuse_response,
         "projector": {"type": CLASS, "params": {k: v for k, v in init.items() if k not in (*SHAPES, "dtype")}},
     }

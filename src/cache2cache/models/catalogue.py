@@ -82,11 +82,18 @@ class Entry:
 
     @property
     def installed(self) -> bool:
-        """Whether the converted folder is here and was made from these very bytes."""
+        """Whether the converted folder is here, whole, and was made from these very bytes."""
+        from safetensors import SafetensorError, safe_open
+
+        folder = folder_of(self.name)
         try:
-            source = json.loads((folder_of(self.name) / "source.json").read_text())
-            return bool(source["sha256"] == self.sha256)
-        except (OSError, ValueError, KeyError, TypeError):
+            source = json.loads((folder / "source.json").read_text())
+            weights = list(folder.glob("*.safetensors"))
+            for file in weights:
+                with safe_open(file, "np"):  # of a file that lacks its end this is an error
+                    pass
+            return bool(weights and (folder / "config.json").is_file() and source["sha256"] == self.sha256)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return False
 
 

@@ -201,12 +201,13 @@ class Gates:
 
 @dataclass(frozen=True)
 class About:
-    """What an engine runs. `ways`: those that it can answer in."""
+    """What an engine runs. `ways`: those that it can answer in; `max_new_tokens`: its longest answer."""
 
     receiver: str
     sharers: tuple[str, ...]
     ways: tuple[Way, ...]
     context_length: int
+    max_new_tokens: int
     gates: tuple[Gates, ...] = ()
 
 

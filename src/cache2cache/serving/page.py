@@ -88,6 +88,7 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
     import gradio as gr
 
     by_name = {engine.name: engine for engine in engines}
+    longest = min(256, *(engine.about.max_new_tokens for engine in engines))
     names = list(by_name)
 
     running: dict[str, set[asyncio.Event]] = {}  # by open page: what stops its questions
@@ -127,7 +128,9 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
         )
         with gr.Row():
             model = gr.Dropdown(names, value=names[0], label="Fuser", elem_id="fuser", scale=2, min_width=200)
-            tokens = gr.Slider(8, 256, value=64, step=8, label="Longest answer, tokens", scale=2, min_width=200)
+            tokens = gr.Slider(
+                1, longest, value=min(64, longest), step=1, label="Longest answer, tokens", scale=2, min_width=200
+            )
             at_once = gr.Checkbox(False, label="All at once (clocks tell less)", elem_id="at-once", min_width=200)
         question = gr.Textbox(label="Question", lines=2, elem_id="question", placeholder="Ask something")
         with gr.Row():
@@ -153,8 +156,8 @@ def make_page(engines: Sequence[Engine], metrics: Metrics) -> Any:
 
         inputs, outputs = [model, question, at_once, tokens], [*columns, heat]
         options: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
-        button.click(ask, inputs, outputs, **options)
-        question.submit(ask, inputs, outputs, **options)
+        # One event: while a page's question is answered it asks no other, whose answers would go to the same places.
+        gr.on([button.click, question.submit], ask, inputs, outputs, **options)
         stop.click(halt, **options)
         model.change(halt, **options).then(switch, [model], [*columns, pair, heat], **options)
     page.queue(max_size=MAX_QUEUE)

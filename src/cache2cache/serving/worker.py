@@ -89,7 +89,7 @@ def main(connection: Connection, spec: PairSpec, limits: Limits, warmup: bool) -
         traceback.print_exc()
         send("failed", f"unexpected {type(error).__name__} while loading: {error}")
         return
-    send("ready", about(pair))
+    send("ready", about(pair, limits))
 
     def receive() -> None:
         try:
@@ -156,7 +156,7 @@ def free_memory(device: str | None) -> int | None:
     return min(free, default=None)
 
 
-def about(pair: C2C) -> About:
+def about(pair: C2C, limits: Limits) -> About:
     gates = []
     for sharer, fuser in zip(pair.sharers, pair.fusers, strict=True):
         assert isinstance(fuser, C2CFuser)
@@ -166,7 +166,7 @@ def about(pair: C2C) -> About:
     # A sharer that is served elsewhere reads prompts and doesn't answer.
     ways = WAYS[:2] if isinstance(pair.sharers[0], RemoteSharer) else WAYS
     names = tuple(sharer.name for sharer in pair.sharers)
-    return About(pair.receiver.name, names, ways, pair.receiver.context_length, tuple(gates))
+    return About(pair.receiver.name, names, ways, pair.receiver.context_length, limits.max_new_tokens, tuple(gates))
 
 
 @dataclass(eq=False)
@@ -294,7 +294,7 @@ class Worker:
     def warm_up(self) -> None:
         """Answer once each way: the first prompt of a process pays for threads, buffers and pages."""
         hello = [{"role": "user", "content": "Hello"}]
-        for way in about(self.pair).ways:
+        for way in about(self.pair, self.limits).ways:
             work = self._checked(-1, Job(hello, way, max_tokens=2))
             self._answer([work], lambda events: None)
 

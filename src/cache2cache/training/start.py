@@ -26,8 +26,8 @@ from ..pair import C2C, check_fit
 HOW = ("accumulate", "save_every", "weights_on_disk")
 # Of `fuser:`, what says how a fuser is trained, and so holds for one that is gone on from too.
 TRAINED = {"dropout", "gate_noise", "initial_temperature", "final_temperature", "anneal_steps"}
-# What training knows one way of, and published fusers come from another.
-ONE_WAY = {"token_map": "span", "fuse_response": False}
+# What training has no way of, and what it takes instead.
+UNKNOWN: dict[str, dict[Any, Any]] = {"token_map": {"first": "span", "longest": "span"}, "fuse_response": {True: False}}
 # And what says where new weights begin, and so doesn't hold.
 BEGUN = {"gate_init", "zero_init", "projection_init", "blend"}
 
@@ -158,7 +158,7 @@ def pair_to_train(receiver: LM, sharers: Sequence[LM], config: TrainConfig) -> C
 
 def _check_same(named: str, start: C2CFuser, asked: FuserConfig, depths: tuple[int, int]) -> None:
     """Refuse a recipe that asks for another fuser than the one that it goes on from."""
-    for name in sorted(asked.model_fields_set - TRAINED - BEGUN - {*ONE_WAY}):
+    for name in sorted(asked.model_fields_set - TRAINED - BEGUN - {*UNKNOWN}):
         there, given = getattr(start.config, name), getattr(asked, name)
         if there != (layer_map(given, *depths) if name == "layer_map" else given):
             raise C2CError(
@@ -174,12 +174,14 @@ def _gone_on_from(named: str, start: C2CFuser, config: TrainConfig, *, several: 
         raise C2CError(f"{named} is of the variant {own.variant}, which is fitted and not trained; leave it out")
     if several and not own.residual:
         raise C2CError(f"{named} replaces the receiver's cache (residual: false); several sharers' changes are summed")
-    for name, value in ONE_WAY.items():
-        if (other := getattr(own, name)) != value:
-            warnings.warn(f"{named} has {name} {other!r}; what is trained has {value!r}", stacklevel=3)
+    changed = {}
+    for name, instead in UNKNOWN.items():
+        if (other := getattr(own, name)) in instead:
+            changed[name] = instead[other]
+            warnings.warn(f"{named} has {name} {other!r}; what is trained has {changed[name]!r}", stacklevel=3)
     given = {name: getattr(config.fuser, name) for name in config.fuser.model_fields_set & TRAINED}
     try:
-        return FuserConfig.model_validate(own.model_dump() | ONE_WAY | given)
+        return FuserConfig.model_validate(own.model_dump() | changed | given)
     except ValidationError as error:
         raise C2CError(f"{named} and the recipe's fuser don't go together: {error.errors()[0]['msg']}") from error
 
