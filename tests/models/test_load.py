@@ -301,6 +301,14 @@ def test_unknown_names_are_answered_with_the_closest() -> None:
     assert "neither a folder nor a catalogue name nor a hub id" in refused("a/b/c")
 
 
+def test_what_is_no_model_is_named() -> None:
+    class PeftModel:
+        pass
+
+    with pytest.raises(C2CError, match=r"a PeftModel is no model that can be loaded.*merge_and_unload"):
+        load_lm(PeftModel())  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def silent() -> Iterator[socket.socket]:
     """A server that takes connections and never answers."""

@@ -212,6 +212,13 @@ def test_exemplars_are_not_asked(tmp_path: Path) -> None:
         enrich.fitting(lm, both[:2], both, 2, 2000)
 
 
+def test_ids_that_come_twice_are_refused(tmp_path: Path) -> None:
+    asked = questions(3, "test", ("sums",))
+    with pytest.raises(C2CError, match="1 ids twice"):
+        enrich.run(receiver("qwen3"), [*asked, asked[1]], questions(2, "dev", ("sums",)), tmp_path / "out", shots=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_question_has_no_other_half(tmp_path: Path) -> None:
     given = receiver("qwen3"), questions(1, "test", ("sums",)), questions(2, "dev", ("sums",)), tmp_path / "out"
     with pytest.raises(C2CError, match="the other; give more questions"):

@@ -166,6 +166,13 @@ def test_chosen_layers(tmp_path: Path) -> None:
             transform.chosen_layers([(1, 0), (2, 1), (3, 2)], wrong)
 
 
+def test_a_perplexity_for_more_positions_than_short_prompts_have(tmp_path: Path) -> None:
+    """That is known behind everything else; the run ends with the highest one that there can be, and says so."""
+    several = {**QUICK, "tsne_samples": 400, "test_positions": 400, "perplexity": 1000.0}
+    found = transform.run(lm("qwen3"), lm("llama"), TRAIN, TEST[:1], tmp_path, layers=[3], **several)
+    assert found["tsne"]["perplexity"] == 3 * found["tsne"]["samples"] - 1 < 1000
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -175,6 +182,7 @@ def test_chosen_layers(tmp_path: Path) -> None:
         ({"tsne_layer": 0}, "choose one"),
         ({"hidden_dim": 63}, "at least 64"),
         ({"test": TEST[:1], "test_positions": 1}, "4 or more"),
+        ({"test": [*TEST, TEST[0]]}, "1 ids twice, such as mountain-0"),
     ],
 )
 def test_bad_input(changes: dict, message: str, tmp_path: Path) -> None:

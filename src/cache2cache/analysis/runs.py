@@ -97,9 +97,14 @@ def questions_of(data: Data, seed: int) -> dict[str, list[Question]]:
     if empty := [task for task, rows in found.items() if not rows]:
         raise C2CError(f"{empty[0]} holds no questions; give at least one")
     for task, rows in found.items():
-        if twice := [i for i, count in Counter(q.id for q in rows).items() if count > 1]:
-            raise C2CError(f"{task} has {len(twice)} ids twice, such as {twice[0]}; give every question its own")
+        check_ids(task, rows)
     return {task: drawn(rows, data.limit, seed) for task, rows in found.items()}
+
+
+def check_ids(named: str, questions: Sequence[Question]) -> None:
+    """Refuse questions that share an id, by which answers are kept."""
+    if twice := [i for i, count in Counter(q.id for q in questions).items() if count > 1]:
+        raise C2CError(f"{named} has {len(twice)} ids twice, such as {twice[0]}; give every question its own")
 
 
 def examples_of(data: Data, seed: int) -> list[Example]:

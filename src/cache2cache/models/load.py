@@ -235,6 +235,11 @@ def load_lm(
         _group_attention()
         return LM(source.eval().requires_grad_(False), tokenizer, name)
 
+    if not isinstance(source, (str, Path, ModelSpec)):
+        raise C2CError(
+            f"a {type(source).__name__} is no model that can be loaded; expected a name, a folder, a ModelSpec or a "
+            "transformers model (of a PEFT model: what its merge_and_unload() returns)"
+        )
     spec = _spec(source, overrides)
     found = _find(spec)
     device = _device(spec)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..alignment.chat import render
+from ..analysis.runs import check_ids
 from ..decode import score
 from ..errors import C2CError
 from ..evaluation.statistics import accuracy
@@ -480,6 +481,7 @@ def run(
     if positions not in POSITIONS:
         raise C2CError(f"unknown positions {positions!r}; expected kept or rotated")
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)
+    check_ids("what is asked", kept)
     asked = choose(kept, limit, seed)
     if layers and len({one.half for one in asked}) < 2:
         raise C2CError(

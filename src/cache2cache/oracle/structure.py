@@ -296,6 +296,7 @@ def run(
     recorded = {
         **(data or {}),
         "count": count,
+        "batch_size": batch_size,  # the other question of the control is the next one in its batch
         "settings": list(settings),
         "forms": {form: FORMS[form] for form in forms},
         "max_message_tokens": max_message_tokens,

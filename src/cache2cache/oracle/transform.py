@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..analysis.runs import check_ids
 from ..config import FuserConfig
 from ..decode import score
 from ..errors import C2CError
@@ -531,6 +532,7 @@ def run(
         raise C2CError(
             f"{len(train)} questions to train on and {len(test)} to test on; expected {2 * HOLDOUT} or more, and one"
         )
+    check_ids("what is tested on", test)
     if shared := {q.question for q in train} & {q.question for q in test}:
         raise C2CError(f"{len(shared)} questions are both trained and tested on; give other splits")
     which = chosen_layers(pairs_of(layer_map, receiver.num_layers, sharer.num_layers), layers)
@@ -598,6 +600,7 @@ def run(
     results, made = summarize(pairs, rows, x, y, seed)
     layer = [t for t, _ in which].index(top)
     drawn = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(seed))[:tsne_samples]
+    perplexity = min(perplexity, 3 * len(drawn) - 1.0)  # short prompts have fewer positions than were asked for
     points = {
         name: side_by_side(each)[layer, drawn].cpu()
         for name, each in (("receiver", y), ("transformed", made["mlp"]), ("sharer", x))
