@@ -209,6 +209,29 @@ def test_save_and_load_are_identical(receiver: str, sharer: str, tmp_path: Path)
         assert torch.equal(pair.generate(a, **OPTIONS), again.generate(b, **OPTIONS))
 
 
+def test_a_model_that_is_given_is_frozen_and_put_into_evaluation_mode() -> None:
+    """PEFT returns models that are trained; with their dropout every score would be another."""
+    model = tiny_model("llama").train().requires_grad_(True)
+    lm = LM(model, tiny_tokenizer("words"), "given")
+    assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
+
+
+def test_a_fuser_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    pair = pair_of("llama", "qwen3")
+    pair.save_pretrained(tmp_path / "fuser")
+    file = tmp_path / "fuser" / "config.json"
+    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(C2CError, match=r"has fuser format 2, this version reads 1; update cache2cache"):
+        C2C.from_pretrained(tmp_path / "fuser", receiver=pair.receiver, sharers=pair.sharers)
+
+
+def test_continuations_are_no_text() -> None:
+    pair = pair_of("llama", "qwen3")
+    for prompts, continuations in ((CHATS[0], " A"), (CHATS[:2], [" A", " B"])):
+        with pytest.raises(C2CError, match=r"continuations are a list of texts .*not a text; put it into a list"):
+            pair.score(prompts, continuations)
+
+
 def test_score_is_the_log_likelihood_of_stock_transformers() -> None:
     pair = pair_of("qwen3", "llama", gate_init=0.0)
     model, tokenizer = pair.receiver.model, pair.receiver.tokenizer

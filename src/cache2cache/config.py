@@ -204,7 +204,7 @@ OneOrSeveral = Annotated[
 class TrainConfig(BaseModel):
     """A training run, as written in a recipe."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     receiver: ModelSpec = Field(description="the model that answers")
     sharer: OneOrSeveral[ModelSpec] = Field(

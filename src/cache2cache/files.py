@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
     try:
         save_file(dict(tensors), path, metadata=metadata)
+        path.chmod(0o644)  # it lets only the owner read; a wheel or a shared folder is read by others
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         if number is None:
@@ -80,9 +82,9 @@ def save_state(state: Any, path: Path) -> None:
         raise OSError(found.errno, found.strerror, str(path)) from error
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder that nobody else writes: hidden files that end in the
-    number of their process."""
-    for path in folder.glob(".*"):
-        if path.suffix[1:].isdigit():
-            path.unlink(missing_ok=True)
+def remove_partials(folder: Path, names: Iterable[str]) -> None:
+    """Remove what `replacing` has left of these files where it was killed. No other process may write them now."""
+    for name in names:
+        for path in folder.glob(f".{glob.escape(name)}.*"):
+            if path.suffix[1:].isdigit():
+                path.unlink(missing_ok=True)

@@ -606,6 +606,11 @@ class C2C:
             batch = as_batch(prompts)
             single = batch is not prompts and not (isinstance(prompts, Tensor) and prompts.dim() > 1)
         groups = [continuations] if single else continuations
+        if any(isinstance(group, str) for group in groups):
+            raise C2CError(
+                "continuations are a list of texts or of lists of token ids, for several prompts one each, not a text; "
+                "put it into a list"
+            )
         ids = [[self.receiver.continuation_ids(c) for c in group] for group in groups]
         fused = self._fused(prompts, prefix, options)
         if options:

@@ -95,13 +95,15 @@ def test_runs_that_do_not_go_together(tmp_path: Path) -> None:
     first = run_of(tmp_path / "first", {"one": {"c2c": "110"}})
     fewer = run_of(tmp_path / "fewer", {"one": {"c2c": "11"}})
     none = run_of(tmp_path / "none", {"one": {"receiver": "110"}})
+    other = run_of(tmp_path / "other", {"two": {"c2c": "110"}})
     short = run_of(tmp_path / "short", {"one": {"c2c": "110"}}, prompt="short")
     for runs, words in (
         ([first], "1 runs were given; expected two or more"),
         ([first, tmp_path / "." / "first"], "a run was given twice"),
         ([first, tmp_path], "holds no evaluation"),
         ([first, fewer], "2 answers of C2C and .*first 3, 1 of them to other questions"),
-        ([none, first], "none has 0 answers of C2C"),
+        ([none, first], "no set was answered by C2C in all runs .*none: none; .*first: one"),
+        ([first, other], "no set was answered by C2C in all runs .*first: one; .*other: two"),
         ([first, short], "short was made with another prompt than .*first"),
     ):
         with pytest.raises(C2CError, match=words):

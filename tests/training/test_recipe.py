@@ -181,6 +181,8 @@ def test_wrong_settings(recipe: Path, setting: str, words: str) -> None:
         ("", "holds NoneType; expected keys and values"),
         ("- a\n- b\n", "holds list; expected keys and values"),
         ("epochs: [1\n", "is no valid YAML"),
+        ("epochs: 3\nseed: 1\nepochs: 1\n", "the key epochs comes twice.*line 3"),
+        ("fuser:\n  dropout: 0\n  dropout: 0.1\n", "the key dropout comes twice"),
         ("epochs: 2\n", "receiver: Field required"),
         (SMALL + "learnin_rate: 1\n", "unknown key learnin_rate; did you mean learning_rate"),
         (b"epochs: \xff\n", "is no valid YAML"),

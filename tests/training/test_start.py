@@ -53,6 +53,28 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("name", ["fuser", "adapter", "checkpoint.pt", "log.jsonl"])
+def test_results_without_their_recipe_are_not_written_over(folder: Path, name: str) -> None:
+    there = folder / "run" / name
+    there.mkdir(parents=True)
+    trainer = started(folder)
+    with pytest.raises(C2CError, match=rf"holds {name}, but no recipe.json that says what of; choose another output"):
+        trainer.run()
+    assert [p.name for p in (folder / "run").iterdir() if p.name != ".lock"] == [name]
+
+
+def test_a_users_hidden_files_stay(folder: Path) -> None:
+    """What a run that was killed has left of its own files goes."""
+    trainer = started(folder)
+    (folder / "run").mkdir()
+    own = [folder / "run" / name for name in (".checkpoint.pt.123", ".recipe.json.7")]
+    others = [folder / "run" / name for name in (".notes.2024", ".npmrc.1")]
+    for path in (*own, *others):
+        path.write_text("x")
+    trainer.run()
+    assert [path.exists() for path in (*own, *others)] == [False, False, True, True]
+
+
 def test_goes_on_where_the_other_run_ended(earlier: Path, folder: Path) -> None:
     """The same weights and statistics, so the same loss; then it learns, and says what it went on from."""
     rows = write_rows(folder / "more.jsonl", 30)  # names and so ids of their own
@@ -164,7 +186,7 @@ def test_a_loaded_pair_goes_on_without_the_key(earlier: Path, folder: Path) -> N
 
 def test_one_of_several_in_a_folder(earlier: Path, folder: Path) -> None:
     shutil.copytree(earlier, folder / "both" / "1")
-    with pytest.raises(C2CError, match=r"holds no fuser itself, but both/1 does; name that"):
+    with pytest.raises(C2CError, match=r"holds no fuser itself, but .*both/1 does; name that"):
         started(folder, start_from=str(folder / "both"), fuser={})
     source = {"source": str(folder / "both"), "subfolder": "1"}
     assert started(folder, start_from=source, fuser={}).objective.pair.fusers[0].loaded

@@ -322,9 +322,13 @@ def test_a_killed_fill_goes_on_where_it_was(sharer: LM, tmp_path: Path, monkeypa
     assert computed == []
 
     (stale,) = folder.glob(".shard-*")
-    os.utime(stale, times=(time.time() - 4000,) * 2)  # an hour later nobody is writing it any more
+    others = folder / ".secrets.toml"
+    others.write_text("not the store's")
+    for path in (stale, others):
+        os.utime(path, times=(time.time() - 4000,) * 2)  # an hour later nobody is writing it any more
     store.fill(sharer, [*PROMPTS, [5, 6]])
-    assert not stale.exists()
+    assert not stale.exists() and others.exists()
+    assert all(shard.stat().st_mode & 0o444 == 0o444 for shard in folder.glob("shard-*"))  # by whoever shares it
 
 
 @pytest.mark.parametrize("broken", ["save_tensors", "fsync", "replace"])

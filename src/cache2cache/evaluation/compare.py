@@ -47,6 +47,9 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
     c2c = {folder: [a for a in rows if a.method == "c2c"] for folder, rows in answers.items()}
     # By likelihood where every run has that, else in words.
     everywhere = set.intersection(*({(a.task, a.answers) for a in rows} for rows in c2c.values()))
+    if not everywhere:
+        asked = [f"{folder}: {', '.join(sorted({a.task for a in rows})) or 'none'}" for folder, rows in c2c.items()]
+        raise C2CError(f"no set was answered by C2C in all runs ({'; '.join(asked)}); give runs of the same")
     ways = {a.task: LIKELIHOOD if (a.task, LIKELIHOOD) in everywhere else GENERATION for a in c2c[first]}
     of_way = {folder: [a for a in rows if a.answers == ways.get(a.task, a.answers)] for folder, rows in c2c.items()}
     for folder in folders:

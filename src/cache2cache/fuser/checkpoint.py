@@ -62,7 +62,6 @@ def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, trainin
     }
     with replacing(folder / "fuser.safetensors") as partial:
         save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.chmod(0o644)  # safetensors lets only the owner read; a wheel or a shared folder is read by others
     replace_text(folder / "config.json", json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -106,7 +105,7 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
         below: list[Path] = []
         with suppress(OSError):  # a name too long for any folder
             below = sorted(p.parent for pattern in ("*", "fuser/*") for p in place.glob(f"{pattern}/config.json"))
-        if there := [f"{place.name}/{p.relative_to(place).as_posix()}" for p in below if _layout(p)]:
+        if there := [p.as_posix() for p in below if _layout(p)]:
             does = f"{', '.join(there[:20])} do; name each" if len(there) > 1 else f"{there[0]} does; name that"
             raise C2CError(f"{place} holds no fuser itself, but {does}")
         raise C2CError(
@@ -177,6 +176,10 @@ def read_config(folder: Path) -> tuple[FuserConfig, dict[str, Any]]:
     fields = saved.get("fuser") if isinstance(saved, dict) else None
     if not isinstance(fields, dict):
         raise C2CError(f"{folder / 'config.json'} is no fuser configuration: it has no entry 'fuser'; write it again")
+    if (version := saved.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        raise C2CError(
+            f"{folder} has fuser format {short(version)}, this version reads {FORMAT_VERSION}; update cache2cache"
+        )
     if unknown := sorted(set(fields) - set(FuserConfig.model_fields)):
         names = short(", ".join(unknown), 200)
         warnings.warn(f"{folder}: ignored settings of a newer version: {names}", stacklevel=3)

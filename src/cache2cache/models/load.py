@@ -67,6 +67,9 @@ class LM:
     name: str
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+
     @property
     def _embedding(self) -> Tensor:
         return cast(Tensor, self.model.get_input_embeddings().weight)
@@ -233,7 +236,7 @@ def load_lm(
             return source if tokenizer is None else replace(source, tokenizer=tokenizer)
         name = source.config.name_or_path or type(source).__name__
         _group_attention()
-        return LM(source.eval().requires_grad_(False), tokenizer, name)
+        return LM(source, tokenizer, name)
 
     if not isinstance(source, (str, Path, ModelSpec)):
         raise C2CError(
@@ -260,7 +263,7 @@ def load_lm(
         if "device_map" not in options:
             model = cast(Any, model).to(device)
     _group_attention()
-    return LM(model.eval().requires_grad_(False), tokenizer or own_tokenizer, found.name, found.revision)
+    return LM(model, tokenizer or own_tokenizer, found.name, found.revision)
 
 
 def _group_attention() -> None:

@@ -132,8 +132,8 @@ def prepare(
     if not train or (config.holdout and not holdout):
         raise C2CError(
             f"{len(train) + len(holdout)} examples are left ({counts['too_long']} longer than max_tokens "
-            f"{config.max_tokens}), {len(holdout)} of them for the hold-out of {config.holdout}; give more data or "
-            "raise max_tokens"
+            f"{config.max_tokens}), {len(holdout)} of them for the hold-out of {config.holdout}; give more data, "
+            "raise max_tokens or lower holdout"
         )
     weights = [source.weight for source in config.data if source.weight is not None]
     return Prepared(

@@ -33,12 +33,14 @@ from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..files import remove_partials, replace_text, replacing, save_state
+from ..fuser import checkpoint
 from ..pair import C2C
 from .items import Item, Prepared
 from .objective import FuserObjective, Objective, Stores
 from .start import check_loaded, only_run, start_run
 from .store import Store
 
+WRITTEN = ("recipe.json", "checkpoint.pt", "log.jsonl", "fuser.safetensors", "config.json", checkpoint.IDS)
 HELD = 3_500_000_000  # bytes that buffers may take between two steps, of those that are free then
 
 
@@ -363,7 +365,7 @@ class Trainer:
         if self.is_main:
             result = self.output / self.objective.folder
             for folder in (self.output, result, *result.glob("*")):
-                remove_partials(folder)
+                remove_partials(folder, WRITTEN)
         if known:
             self._resume()
             if self.is_main:

@@ -28,10 +28,21 @@ def read_recipe(path: Path, settings: Sequence[str] = ()) -> TrainConfig:
     return checked(TrainConfig, with_settings(read_yaml(path), settings), str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's last of two equal keys would win silently."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in reversed(node.value):
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} comes twice", key.start_mark)
+        return dict(super().construct_mapping(node, deep))
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The keys and values of a recipe, as they are written."""
     try:
-        recipe = yaml.safe_load(path.read_bytes())
+        recipe = yaml.load(path.read_bytes(), _Loader)
     except OSError as error:
         raise C2CError(
             f"no recipe at {path} ({error.strerror}); give the path of a YAML file such as recipes/default.yaml"

@@ -198,7 +198,7 @@ def load_single(receiver: LM, folder: str | Path) -> LM:
             f"{receiver.fingerprint[:12]}; answers may be worse",
             stacklevel=2,
         )
-    return LM(model.base_model.model.eval().requires_grad_(False), lm.tokenizer, lm.name, lm.revision)
+    return LM(model.base_model.model, lm.tokenizer, lm.name, lm.revision)
 
 
 def _peft() -> Any:

@@ -22,6 +22,8 @@ from ..fuser.ridge import Fitted
 from ..models.load import LM
 from ..pair import C2C, check_fit
 
+# What a run leaves in its folder beside its recipe.
+RESULTS = ("fuser", "adapter", "checkpoint.pt", "log.jsonl")
 # With others a run goes on: the steps are the same but for what noise is drawn.
 HOW = ("accumulate", "save_every", "weights_on_disk")
 # Of `fuser:`, what says how a fuser is trained, and so holds for one that is gone on from too.
@@ -80,6 +82,11 @@ def _differing(config: TrainConfig) -> list[str] | None:
     """The keys in which the run in the output folder has another recipe; None: there is none."""
     path = config.output / "recipe.json"
     if not path.is_file():
+        if there := [name for name in RESULTS if (config.output / name).exists()]:
+            raise C2CError(
+                f"{config.output} holds {' and '.join(there)}, but no recipe.json that says what of; choose another "
+                "output, or remove it"
+            )
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
     with contextlib.suppress(ValidationError):  # of a version with other keys: as it stands

@@ -359,8 +359,8 @@ class Store:
             finally:
                 partial.unlink(missing_ok=True)
         self.config = self._settings(sharer, self.config["precision"])  # another process may have been first
-        for stale in self.folder.glob(".s*"):  # left by a process that was killed
-            with suppress(FileNotFoundError):  # another process's, done with by now
+        for stale in (p for kind in (".shard-*.safetensors.*", ".store.json.*") for p in self.folder.glob(kind)):
+            with suppress(FileNotFoundError):  # left by a process that was killed, or another's, done with by now
                 if time.time() - stale.stat().st_mtime > 3600:
                     stale.unlink()
 
