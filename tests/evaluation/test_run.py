@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -227,6 +228,22 @@ def test_few_shot_that_cannot_be_put_fails_alone(tmp_path: Path) -> None:
     long = [Question("e", "water " * 2500, ("a", "b"), 0, "law")] * 3
     row = evaluate(pair_of(), "own", asked[:2], tmp_path / "u.jsonl", **{**options, "examples": long})
     assert [(a.id, a.method) for a in row if a.error] == [("q0", "few-shot"), ("q1", "few-shot")]
+
+
+def test_questions_that_the_fuser_was_trained_on_are_counted(
+    tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fuser = tmp_path / "fuser"
+    shutil.copytree(tiny_pair_folder, fuser)
+    config = config_of(fuser, tmp_path / "run", methods=["receiver", "c2c"], answers="likelihood")
+    config["tasks"] = config["tasks"][:1]
+    task = config["tasks"][0]["task"]
+    ids = [json.loads(line)["id"] for line in Path(task).read_text().splitlines()]
+    (fuser / "training_ids.txt").write_text(f"{task}:{ids[0]}\n{task}:{ids[3]}\nanother:{ids[1]}\n")
+    assert run(EvalConfig.model_validate(config))["trained_on"] == {"own": 2}
+    assert f"trained on 2 of the {len(ids)} questions of own" in " ".join(capsys.readouterr().err.split())
+    (fuser / "training_ids.txt").unlink()
+    assert "trained_on" not in run(EvalConfig.model_validate(config))
 
 
 def test_limits_end_no_run(tiny_pair_folder: Path, tmp_path: Path) -> None:

@@ -63,6 +63,9 @@ def run(config: EvalConfig) -> dict[str, Any]:
     console = Console(stderr=True, quiet=not processes.is_main_process)
     questions = {task.label: questions_of(task, config) for task in config.tasks}
     setup, settings = load(config)
+    trained = trained_on(config, questions)
+    for label, count in trained.items():
+        console.print(f"the fuser was trained on {count} of the {len(questions[label])} questions of {label}")
     samples = config.output / SAMPLES
     plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
     # A router learns from letters, for which cot is no prompt.
@@ -90,6 +93,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
             [*answers, *routed], list(questions), expanded(config.methods, setup.pair), config.seed
         )
         summary["asked"] = {label: len(rows) for label, rows in questions.items()}
+        summary |= {"trained_on": trained} if trained else {}
         if times is not None:
             summary["timing"] = times
         replace_text(config.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -133,6 +137,15 @@ def questions_of(task: EvalTask, config: EvalConfig) -> list[AnyQuestion]:
     if not rows:
         raise C2CError(f"{task.task} holds no questions; give at least one")
     return drawn(rows, task.limit or config.limit, config.seed)
+
+
+def trained_on(config: EvalConfig, questions: Mapping[str, Sequence[AnyQuestion]]) -> dict[str, int]:
+    """By set, how many of its questions the fusers were trained on, where their folders name any."""
+    count = max(len(config.fuser), len(config.subfolder))
+    named = zip(*(x * count if len(x) == 1 else x for x in (config.fuser, config.subfolder)), strict=True)
+    ids = set().union(*(checkpoint.training_ids(checkpoint.resolve(f, subfolder=s)) for f, s in named))
+    found = {t.label: sum(f"{t.task}:{q.id}" in ids for q in questions[t.label]) for t in config.tasks}
+    return {label: n for label, n in found.items() if n}
 
 
 def plan_of(
