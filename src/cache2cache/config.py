@@ -127,7 +127,18 @@ class FuserConfig(BaseModel):
         return self
 
 
-class DataSource(BaseModel):
+class _Places(BaseModel):
+    """With "~" in its paths as a shell would read it."""
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [cls._at_home(entry) for entry in value]
+        return value.expanduser() if isinstance(value, Path) else value
+
+
+class DataSource(_Places):
     """One source of training examples: a question set (`task`) or instruction data (`rows` on the hub or `jsonl`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -201,7 +212,7 @@ OneOrSeveral = Annotated[
 ]
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(_Places):
     """A training run, as written in a recipe."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -412,7 +423,7 @@ class RouterConfig(BaseModel):
     penalty: float = Field(1.0, gt=0, description="on the squared weights of the regression, whose inputs are whitened")
 
 
-class EvalConfig(BaseModel):
+class EvalConfig(_Places):
     """An evaluation, as written in a recipe or given by options."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

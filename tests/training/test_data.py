@@ -194,6 +194,7 @@ def test_rows_that_are_none(row: Any, words: str) -> None:
     [
         (b'{"prompt": "Q", "completion": "A"}\n{half\n', "rows.jsonl, row 1 cannot be read as JSON"),
         (b"\xff\xfe\xfd\n", "rows.jsonl, row 0 cannot be read as JSON"),
+        (b'{"prompt": "half \\ud83d a pair", "completion": "A"}\n', "rows.jsonl, row 0 cannot be read as JSON"),
         (b"[" * 200_000 + b"\n", "rows.jsonl, row 0 cannot be read as JSON"),
         (b'{"prompt": "Q", "completion": "A"}\n\n{"prompt": "Q"}\n', "rows.jsonl, row 1 has fields prompt;"),
         (b'"text"\n', "rows.jsonl, row 0 is str"),

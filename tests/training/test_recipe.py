@@ -199,6 +199,15 @@ def test_wrong_files(tmp_path: Path, content: str | bytes, words: str, monkeypat
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    more = "output: ~/run\nstore: [~/store]\ndata: [{jsonl: ~/rows.jsonl}]\n"
+    (tmp_path / "recipe.yaml").write_text("receiver: {source: a}\nsharer: [{source: b}]\n" + more)
+    config = read_recipe(tmp_path / "recipe.yaml")
+    assert config.output == tmp_path / "run" and config.stores == [tmp_path / "store"]
+    assert config.data[0].jsonl == tmp_path / "rows.jsonl"
+
+
 def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(C2CError, match=r"no recipe at .* \(.* directory\); give the path of a YAML file"):

@@ -290,7 +290,10 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 if not line.strip():
                     continue
                 try:
-                    yield json.loads(line.decode("utf-8"))
+                    row = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
+                    if b"\\ud" in line.lower():  # half a pair is no text, and no tokenizer takes it
+                        json.dumps(row, ensure_ascii=False).encode()
+                    yield row
                 except (ValueError, RecursionError) as error:
                     yield C2CError(
                         f"{path}, row {number} cannot be read as JSON ({error}); give one JSON object per line"
