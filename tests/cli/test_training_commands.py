@@ -274,9 +274,13 @@ def test_ctrl_c_during_training(
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_train_step", stop)
         assert c2c("train", recipe, "--live") == 130
-    assert capsys.readouterr().err.rstrip().endswith("interrupted")
+    said = capsys.readouterr().err
+    assert "the same command goes on from the last checkpoint" in said and said.rstrip().endswith("interrupted")
     assert sorted(files(tmp_path / "run")) == [".lock", "checkpoint.pt", "log.jsonl", "recipe.json"]
     assert c2c("train", recipe, "--live") == 0
+    assert "going on behind step 5" in capsys.readouterr().err
+    assert c2c("train", recipe, "--live") == 0
+    assert "this run had come to its end, at step 12" in capsys.readouterr().err
     assert files(tmp_path / "run")["fuser/fuser.safetensors"] == files(trained)["fuser/fuser.safetensors"]
 
 

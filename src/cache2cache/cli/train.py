@@ -154,6 +154,8 @@ def train(
         def show(record: dict[str, Any]) -> None:
             nonlocal said
             if "loss" in record:  # else of what there was before the first step
+                if not recent and record["step"] > 1:
+                    console.print(f"going on behind step {record['step'] - 1}")
                 recent.append(record)
                 live_table.update(status(recent, trainer.steps))
             if recent and not console.is_terminal and time.monotonic() - said > EVERY:
@@ -173,7 +175,14 @@ def train(
                 said = time.monotonic()
                 console.print(what)
 
-        folder = trainer.run(show, calibrating)
+        try:
+            folder = trainer.run(show, calibrating)
+        except KeyboardInterrupt:
+            if (config.output / "checkpoint.pt").is_file():
+                console.print("the same command goes on from the last checkpoint")
+            raise
+    if not recent:
+        console.print(f"this run had come to its end, at step {trainer.step}")
     if not console.is_terminal:
         console.print()  # rich ends a live table's last line only on a terminal
     if trainer.out_of_patience:
