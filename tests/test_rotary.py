@@ -9,6 +9,7 @@ import torch
 
 from cache2cache import C2CError
 from cache2cache.kv import CACHE, KV, pad_left, prefill
+from cache2cache.pair import PromptIds, where_to_fuse
 from cache2cache.rotary import Rotary
 from cache2cache.training.objective import response_loss
 from tiny import FAMILIES
@@ -131,3 +132,15 @@ def test_a_fuser_without_its_models_says_so() -> None:
     fuser.rotary = None
     with pytest.raises(C2CError, match="doesn't know the models' rotary embeddings; use it in a C2C pair"):
         pair.prefill(CHATS[0])
+
+
+def test_each_token_is_turned_at_its_own_position() -> None:
+    """The receiver's by the receiver's position ids, the sharer's by the sharer's, padding or not."""
+    prompt = PromptIds([9] * 5, [[20, 21, 22]], [[-1, 0, -1, 2, 2]])
+    where, read = where_to_fuse([prompt], 0, 6, 4, [3])  # two positions and one of padding in front
+    assert where.tolist() == [[0, 0], [3, 5], [0, 0], [1, 3], [1, 3], [0, 2]] and read == 2
+    moved = PromptIds(
+        [9] * 5, [[20, 21, 22]], [[-1, 0, -1, 2, 2]], positions=[0, 4, 5, 6, 7], sharer_positions=[[1, 2, 9]]
+    )
+    where, _ = where_to_fuse([moved], 0, 4, 3, [3])
+    assert where[4:].tolist() == [[4, 6], [1, 9]]

@@ -41,6 +41,8 @@ def test_summary_by_hand() -> None:
     assert summary["harmed_share"] == 50
     counts = {m: (p["only_first"], p["only_second"], p["p"], p["difference"]) for m, p in summary["paired"].items()}
     assert counts == {"receiver": (5, 1, 0.219, 40), "sharer": (0, 3, 0.25, -30), "other": (4, 1, 0.375, 30)}
+    # One question of ten is right with another's cache alone: of ten draws none to three are.
+    assert summary["presence_interval"] == [0, 30]
     # Differences of one question in ten: the interval of a mean of ten draws from five 1, one -1 and four 0.
     assert summary["paired"]["receiver"]["interval"] == [0, 80] == summary["gain_interval"]
     # Of all draws of ten questions, 2.0% recover less than nothing and 2.8% more than nine tenths; the next values are

@@ -781,6 +781,36 @@ def test_pieces_of_like_length(runs: Run) -> None:
     assert seen[-1] == (of, of)
 
 
+def test_a_channel_that_hardly_moves_is_not_blown_up(runs: Run) -> None:
+    """Its deviation is a hundredth of the mean one at least."""
+    fuser, channels = runs.trainer().trained, objective.Channels()
+    torch.manual_seed(0)
+    pieces = [tuple(torch.randn(len(x), 50, x.shape[-1]) for x in (fuser.sharer_mean, fuser.receiver_mean))]
+    pieces[0][0][:, :, 0] = 7.0
+    list(channels.of(pieces))
+    channels.put_into(fuser)
+    moving = pieces[0][0][..., 1:].std(1)
+    floor = 0.01 * moving.sum(-1) / (moving.shape[-1] + 1)  # the constant channel counts in the mean, as nothing
+    torch.testing.assert_close(fuser.sharer_std[:, 0, 0], floor)
+    torch.testing.assert_close(fuser.sharer_std[:, 0, 1:], moving)
+
+
+def test_gradients_are_clipped(runs: Run) -> None:
+    trainer = runs.trainer(clip=1e-3, epochs=1)
+    step, norms = trainer.optimizer.step, []
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        norms.append(torch.stack([p.grad.norm() for p in trainer.trained.parameters() if p.grad is not None]).norm())
+        return step(*arguments, **named)
+
+    trainer.optimizer.step = noted
+    records: list[dict[str, Any]] = []
+    trainer.run(records.append)
+    before = [record["gradient"] for record in records if "gradient" in record]
+    assert len(norms) == len(before) > 1 and min(before) > 1e-3  # what the log has is the norm before
+    assert all(norm == pytest.approx(1e-3, rel=1e-3) for norm in norms)
+
+
 def test_calibration_measures_what_is_fused(runs: Run) -> None:
     """Mean and deviation of each channel over the positions that the first prompts fuse, computed one by one."""
     trainer = runs.trainer()
