@@ -170,6 +170,7 @@ class Run:
             found = re.search(r"about ([\d.]+) s each", said)
             assert found is not None, said
             steps = round(60 * self.options.budget / max(float(found[1]), 0.01))
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps({"steps": max(1, steps)}) + "\n")
         return int(json.loads(path.read_text())["steps"])
 

@@ -55,8 +55,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["fuser", "adapter", "checkpoint.pt", "log.jsonl"])
 def test_results_without_their_recipe_are_not_written_over(folder: Path, name: str) -> None:
-    there = folder / "run" / name
-    there.mkdir(parents=True)
+    there = folder / "run" / name / ("config.json" if "." not in name else "")
+    there.parent.mkdir(parents=True)
+    there.write_text("{}")
     trainer = started(folder)
     with pytest.raises(C2CError, match=rf"holds {name}, but no recipe.json that says what of; choose another output"):
         trainer.run()

@@ -82,7 +82,7 @@ def _differing(config: TrainConfig) -> list[str] | None:
     """The keys in which the run in the output folder has another recipe; None: there is none."""
     path = config.output / "recipe.json"
     if not path.is_file():
-        if there := [name for name in RESULTS if (config.output / name).exists()]:
+        if there := [name for name in RESULTS if _holds_something(config.output / name)]:
             raise C2CError(
                 f"{config.output} holds {' and '.join(there)}, but no recipe.json that says what of; choose another "
                 "output, or remove it"
@@ -93,6 +93,11 @@ def _differing(config: TrainConfig) -> list[str] | None:
         found = _identity(TrainConfig.model_validate(found))
     ours = _identity(config)
     return sorted(key for key in {*found, *ours} - {*HOW} if found.get(key) != ours.get(key))
+
+
+def _holds_something(place: Path) -> bool:
+    """Whether a file is there, or a folder with more in it than what a writer that was killed has left."""
+    return place.is_file() or (place.is_dir() and any(not path.name.startswith(".") for path in place.iterdir()))
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
