@@ -126,6 +126,11 @@ class FuserConfig(BaseModel):
             )
         return self
 
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether the token map gives prompts tokens and positions that no answer and no store has: first, longest."""
+        return self.token_map in ("first", "longest")
+
 
 class _Places(BaseModel):
     """With "~" in its paths as a shell would read it."""
@@ -346,7 +351,7 @@ class TrainConfig(_Places):
             raise ValueError("give a weight to every source of data or to none")
         if self.min_response_tokens >= self.max_tokens:
             raise ValueError("min_response_tokens leaves no room for a prompt; it must be below max_tokens")
-        if self.fuser.token_map not in ("span", "same"):
+        if self.fuser.moves_tokens:
             raise ValueError(
                 f"training is on the token maps span and same, not yet on {self.fuser.token_map}; leave token_map out"
             )

@@ -61,7 +61,7 @@ def chosen(pair: C2C, fuse_response: bool | None) -> list[int]:
     if fuse_response is not None:
         return list(range(len(pair.fusers))) if fuse_response else []
     configs = [_config(pair, j) for j in range(len(pair.fusers))]
-    return [j for j, config in enumerate(configs) if config.fuse_response and config.token_map in ("span", "same")]
+    return [j for j, config in enumerate(configs) if config.fuse_response and not config.moves_tokens]
 
 
 def _config(pair: C2C, j: int) -> FuserConfig:
@@ -96,13 +96,13 @@ class Answering(Prefilled):
                 "prefill with keep=True, or give fuse_response=False"
             )
         for j in sharers:
-            sharer, token_map = pair.sharers[j], _config(pair, j).token_map
-            if token_map not in ("span", "same"):
+            sharer, config = pair.sharers[j], _config(pair, j)
+            if config.moves_tokens:
                 raise C2CError(
-                    f"the token map {token_map} says which tokens of a prompt go together, not which of an answer; "
-                    "give fuse_response=False, or a fuser with the token map span"
+                    f"the token map {config.token_map} says which tokens of a prompt go together, not which of an "
+                    "answer; give fuse_response=False, or a fuser with the token map span"
                 )
-            as_ids = token_map == "same" or any(t.prompt.text is None for t in fused.turns)
+            as_ids = config.token_map == "same" or any(t.prompt.text is None for t in fused.turns)
             if as_ids and sharer.vocab_size != pair.receiver.vocab_size:
                 raise C2CError(
                     f"{sharer.name} ({sharer.vocab_size} tokens) would read the answer's ids of {pair.receiver.name} "

@@ -20,11 +20,12 @@ from .. import __version__
 from ..config import DataSource
 from ..errors import C2CError
 from ..evaluation.answers import GENERATION, drawn
-from ..evaluation.asking import PROMPTS, check_names, plain
+from ..evaluation.asking import PROMPTS, check_names
 from ..evaluation.controls import sharer_cache
 from ..evaluation.run import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
 from ..files import replace_text, replacing, save_tensors
+from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
 from ..progress import Bar
@@ -154,7 +155,9 @@ def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
     if len(pair.sharers) != 1:
         raise C2CError(f"the analyses look at a pair with one sharer, {len(pair.sharers)} were given")
     store = open_store(*setup.store, pair.sharers[0])
-    if store is not None and not plain(pair):
+    fuser = pair.fusers[0]
+    assert isinstance(fuser, C2CFuser)
+    if store is not None and fuser.config.moves_tokens:
         raise C2CError(
             "a store knows prompts by their tokens, and with a published token map the sharer reads them at positions "
             "of their own; leave out --store"

@@ -205,7 +205,7 @@ def load(source: str | Path | None = None, *, revision: str | None = None, subfo
     """
     folder = resolve(source, revision, subfolder)
     config, tensors, record = read(folder)
-    if config.fuse_response and config.token_map not in ("span", "same"):
+    if config.fuse_response and config.moves_tokens:
         # No error: the prompt is fused just as in training, and the published evaluation fuses no more than that.
         warnings.warn(
             f"{folder} was trained with include_response and the token map {config.token_map}, for which the tokens of "
