@@ -111,6 +111,22 @@ def test_the_stated_error_holds_and_padding_spoils_nothing(seed: int) -> None:
     assert torch.equal(pack(unpack(packed, counts), counts), packed)
 
 
+def test_the_relative_error_by_hand() -> None:
+    """Off by 3 and 4 in the values of the second layer, whose channel spreads by 30 and 40 about its means of 5 and 7:
+    5 of 50. The first layer is off by less of what it spreads; a channel's mean counts for nothing."""
+    exact = torch.zeros(2, 2, 4, 1, 1)  # layers, kinds, positions of rows of two, heads, channels
+    exact[:, 0] = 1000.0
+    exact[1, 1] = torch.tensor([5 + 30, 5 - 30, 7 + 40, 7 - 40]).view(4, 1, 1) / 2**0.5
+    exact[0, 1] = torch.tensor([100.0, -100, 100, -100]).view(4, 1, 1)
+    exact[1, 0, :2, 0, 0] += torch.tensor([8.0, -8.0])
+    decoded = exact.clone()
+    decoded[1, 1, 0] += 3
+    decoded[1, 1, 3] -= 4
+    decoded[0, 1, 0] += 6
+    assert relative_error(decoded, exact, [2, 2]) == pytest.approx(5 / 50)
+    assert relative_error(exact, exact, [2, 2]) == 0
+
+
 @pytest.mark.parametrize("numbers", FORMATS)
 def test_formats(numbers: str) -> None:
     lm = lm_of("qwen3")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cache2cache import C2C, C2CError
+from cache2cache import C2C, C2CError, decode
 from cache2cache.config import DataSource
 from cache2cache.evaluation import chat
 from cache2cache.evaluation.chat import (
@@ -26,6 +26,7 @@ from cache2cache.evaluation.chat import (
     summarize,
     to_answer,
 )  # fmt: skip
+from cache2cache.evaluation.controls import with_others_cache
 from cache2cache.evaluation.writing import Written, written
 from cache2cache.training.data import Example, examples, split
 from cache2cache.training.store import Store
@@ -108,6 +109,35 @@ def test_c2c_is_scored_on_its_fused_cache(tmp_path: Path) -> None:
     for n, (asked, said) in enumerate(TEXTS.items()):
         (expected,) = pair.score([{"role": "user", "content": asked}], [said])
         assert found["c2c"][f"own:{n}"].nll == pytest.approx(-expected.logprob, abs=1e-2)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rows", [2, 5, 6])
+def test_the_control_has_the_cache_of_the_row_beside_it(rows: int, tmp_path: Path) -> None:
+    """Whatever the size of a batch; as if that row's sharer tokens had been this one's."""
+    pair = pair_of(gate_init=1.0)
+    texts = {"A" + " and more" * n + "?": f"That is {n}" for n in range(rows)}
+    cases = cases_of(pair, rows_of(texts), 500)
+    ids = [c.example.id for c in cases]
+    beside = {2: [1, 0], 5: [1, 0, 3, 4, 2], 6: [1, 0, 3, 2, 5, 4]}[rows]
+    expected = {}
+    for case, other in zip(cases, (cases[i] for i in beside), strict=True):
+        (score,) = decode.score(
+            pair.receiver, pair.fuse([with_others_cache(case.prompt, other.prompt)]), [[case.receiver]]
+        )
+        expected[case.example.id] = -score[0].logprob
+    for size in (2, 3, 4, 8):
+        found = by_method(score_rows(pair, cases, tmp_path / f"{size}.jsonl", batch_size=size))
+        assert [found["other"][i].partner for i in ids] == [ids[k] for k in beside]
+        assert {found["c2c"][i].partner for i in ids} == {None}
+        for i in ids:
+            assert found["other"][i].nll == pytest.approx(expected[i], abs=1e-3)
+            assert found["other"][i].nll != pytest.approx(found["c2c"][i].nll, abs=1e-3)
+
+
+def test_a_row_alone_has_no_control(tmp_path: Path) -> None:
+    pair = pair_of()
+    with pytest.raises(C2CError, match="another row"):
+        score_rows(pair, cases_of(pair, rows_of({"Who?": "I"}), 500), tmp_path / "s.jsonl")
 
 
 def test_summary_by_hand() -> None:

@@ -61,6 +61,18 @@ def test_recovered_gap_with_an_interval() -> None:
     assert summary["recovered"] == 50 and 20 < low < 35 and 65 < high < 80
 
 
+def test_the_interval_too_starts_at_the_better_of_the_receivers_answers() -> None:
+    """By its letters the receiver knows none of 40 questions, in words 10, which C2C has all of and 10 more of 30."""
+    letters = answers_of(receiver="0" * 40, sharer="1" * 40, c2c="1" * 20 + "0" * 20)
+    words = [replace(a, answers="generation") for a in answers_of(receiver="1" * 10 + "0" * 30)]
+    found = summarize_run([*letters, *words], ["own"], METHODS[:3])["likelihood"]["tasks"]["own"]
+    low, high = found["recovered_interval"]
+    # A share of about 30 draws, of which a third is closed: its deviation is near 100 * sqrt(2 / 9 / 30) = 8.6.
+    assert found["recovered"] == pytest.approx(33.33) and 12 < low < 22 and 45 < high < 55
+    alone = summarize(letters, METHODS[:3])
+    assert alone["recovered"] == 50 and alone["recovered_interval"][0] > 30
+
+
 def test_summary_without_all_methods() -> None:
     answers = answers_of(receiver="10", c2c="01")
     made = summarize(answers, ["receiver", "c2c"])

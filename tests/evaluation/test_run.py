@@ -523,6 +523,37 @@ def test_from_which_length_on() -> None:
     assert short[-1] == "C2C is cheaper than the sharer alone for short answers only."
 
 
+def test_times_are_summarized_by_hand() -> None:
+    def row(number: int, method: str, seconds: dict[str, float], **more: Any) -> timing.Timed:
+        return timing.Timed("own", f"q{number}", method, number / 10, seconds, **more)
+
+    rows = [
+        row(1, "c2c", {"2": 1.0, "5": 3.0}, bytes_passed=10, memory=70),
+        row(2, "c2c", {"2": 2.0}, bytes_passed=20, memory=90),
+        row(6, "c2c", {"2": 6.0, "5": 9.0}, bytes_passed=90),
+        row(5, "text", {"2": 7.5}, message_tokens=3),
+    ]
+    found = timing.summarize(rows)
+    # Linear between the order statistics: 95% of the way through three values is 0.9 of that from the second on.
+    assert found["c2c"] == {
+        "prompts": 3,
+        "first_token": {"median": 0.2, "p95": 0.56},
+        "seconds": {"2": {"median": 2.0, "p95": 5.6}},  # one prompt had no room for 5 tokens
+        "bytes_passed": 20,
+        "message_tokens": 0,
+        "memory": 90,
+    }
+    assert found["text"] == {
+        "prompts": 1,
+        "first_token": {"median": 0.5, "p95": 0.5},
+        "seconds": {"2": {"median": 7.5, "p95": 7.5}},
+        "bytes_passed": 0,
+        "message_tokens": 3,
+        "memory": None,
+    }
+    assert set(found) == {"c2c", "text"}  # nothing to compare without the sharer
+
+
 def test_the_clock_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     """Prompts that leave no room for a message or an answer; and rows of another set with the same ids."""
     pair = pair_of()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import VARIANTS, C2CFuser, make_fuser
-from cache2cache.fuser.c2c import dropout
+from cache2cache.fuser.c2c import StackedFFN, dropout
 from cache2cache.kv import KV
 
 RECEIVER = ModelIdentity(name="receiver", num_layers=4, num_kv_heads=3, head_dim=4)
@@ -249,6 +249,17 @@ def test_dropout_only_in_training() -> None:
     assert torch.equal(fuser(receiver, sharer, WHERE).keys, fuser(receiver, sharer, WHERE).keys)
     fuser.train()
     assert not torch.equal(fuser(receiver, sharer, WHERE).keys, fuser(receiver, sharer, WHERE).keys)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_block_drops_out(variant: str) -> None:
+    fuser = make_fuser(FuserConfig(receiver=RECEIVER, sharer=SHARER, variant=variant, dropout=0.25, num_layers=4))
+    blocks = [module for module in fuser.modules() if isinstance(module, StackedFFN)]
+    assert len(blocks) == 4  # mlp1, two of proj_mlp2, scalar_mlp2
+    for block in blocks:
+        x = torch.randn(len(block.w1.weight), 200, block.w1.weight.shape[1])
+        assert (block.train().inner(x) == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+        assert not (block.eval().inner(x) == 0).any()
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:

@@ -1099,6 +1099,36 @@ def test_a_run_cut_anywhere_ends_the_same(runs: Run, tmp_path: Path) -> None:
         assert log_of(output) == log
 
 
+def test_seconds_go_on_behind_a_stop(runs: Run) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 3:  # as often as a checkpoint is saved, which is behind this
+            trainer.seconds = 1000.0
+        if record["step"] == 4:
+            raise Cut
+
+    trainer = runs.trainer()
+    with pytest.raises(Cut):
+        trainer.run(stop)
+    fuser = runs.trainer().run()
+    rows = [json.loads(line) for line in (runs.folder / "run" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["seconds"] < 1000] == [1, 2, 3]
+    assert json.loads((fuser / "config.json").read_text())["training"]["seconds"] >= 1000
+
+
+def test_the_first_step_has_the_first_temperature(runs: Run) -> None:
+    """It falls geometrically from then on, and is what the step computes with; see `C2CFuser.set_progress`."""
+    settings = {"initial_temperature": 1.0, "final_temperature": 2.0**-8, "anneal_steps": 8}
+    pair, config, seen = pair_of(**settings), config_of(runs.folder), []
+
+    def look(fuser: Any, _: Any) -> None:
+        if fuser.training:
+            seen.append(fuser.temperature.item())
+
+    pair.fusers[0].register_forward_pre_hook(look)
+    Trainer(pair, config, None, prepare(pair, config)).run()
+    assert seen == pytest.approx([2.0 ** -min(step, 8) for step in range(12)])
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, losses: Sequence[float]) -> list[float]:
     """Let the hold-out have these losses, one evaluation after the other."""
     left = list(losses)

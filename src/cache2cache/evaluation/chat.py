@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from ..training.data import Example, draw, examples, row_name, split
 from ..training.items import response_ids
 from ..training.store import Store, check_room
 from .asking import plain
-from .controls import fuse_others, next_rows, rows_of, sharer_cache
+from .controls import fuse_others, rows_of, sharer_cache
 from .run import claim, load_pair, open_store
 from .runner import batches_of
 from .statistics import bootstrap
@@ -49,13 +50,17 @@ WRITERS = ("receiver", "c2c")
 
 @dataclass(frozen=True)
 class Scored:
-    """How likely a row's response is for one method: `nll` in nats, over `tokens`, of a text of `bytes` bytes."""
+    """How likely a row's response is for one method: `nll` in nats, over `tokens`, of a text of `bytes` bytes.
+
+    `partner`: the row whose cache the control was given.
+    """
 
     id: str
     method: str
     nll: float
     tokens: int
     bytes: int
+    partner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -238,10 +243,13 @@ def score_rows(
     batch_size: int = 4,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> list[Scored]:
-    """Every method's likelihood of every row's response; rows that stand in the file are not computed again."""
+    """Every method's likelihood of every row's response; rows that stand in the file are not computed again.
+
+    Each row's control gets the cache of the row beside it in `cases`, whatever the size of a batch.
+    """
     done = read_rows(path, Scored)
     have = {(s.id, s.method) for s in done}
-    for batch in batches_of(cases, batch_size):
+    for batch in _even(cases, batch_size):
         if any((c.example.id, m) not in have for c in batch for m in SCORED):
             new = [s for s in _score(pair, batch, store) if (s.id, s.method) not in have]
             add_rows(path, new)
@@ -251,25 +259,41 @@ def score_rows(
     return [s for s in done if s.id in ids]
 
 
+def _even(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
+    """Batches of an even size, up to `size` or 2; the last one takes what would be alone."""
+    size = max(2, size - size % 2)
+    bounds = [*range(0, max(1, len(cases) - 1), size), len(cases)]
+    return [cases[a:b] for a, b in pairwise(bounds)]
+
+
+def _beside(count: int) -> list[int]:
+    """Rows by twos, each beside the other; of three that are left each beside the next."""
+    if count < 2:
+        raise C2CError("the control needs another row; give at least two")
+    threes = count % 2 * 3
+    return [row ^ 1 for row in range(count - threes)] + [count - threes + (k + 1) % 3 for k in range(threes)]
+
+
 def _score(pair: C2C, batch: Sequence[Case], store: Store | None) -> list[Scored]:
     prompts = [c.prompt for c in batch]
     cache = sharer_cache(pair, 0, prompts, store)
     clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
     known = [(cache, [len(p.sharers[0]) for p in prompts])]
-    turned = next_rows(len(prompts))
+    beside = _beside(len(prompts))
     states: dict[str, Callable[[], Prefilled]] = {  # made one by one, so that one at a time takes memory
         "receiver": lambda: clean,
         "sharer": lambda: prefilled(pair.sharers[0], [p.sharers[0] for p in prompts], cache),
         "c2c": lambda: pair.fuse(prompts, clean=clean, sharers=known),
-        "other": lambda: fuse_others(pair, prompts, [prompts[i] for i in turned], clean, rows_of(known, turned)),
+        "other": lambda: fuse_others(pair, prompts, [prompts[i] for i in beside], clean, rows_of(known, beside)),
     }
     made = []
     for method, state in states.items():
         lm = pair.sharers[0] if method == "sharer" else pair.receiver
         responses = [[c.sharer if method == "sharer" else c.receiver] for c in batch]
-        for case, (found,) in zip(batch, score(lm, state(), responses), strict=True):
+        for row, (case, (found,)) in enumerate(zip(batch, score(lm, state(), responses), strict=True)):
             size = len(case.example.response.encode())
-            made.append(Scored(case.example.id, method, round(-found.logprob, 5), found.num_tokens, size))
+            partner = batch[beside[row]].example.id if method == "other" else None
+            made.append(Scored(case.example.id, method, round(-found.logprob, 5), found.num_tokens, size, partner))
     return made
 
 
