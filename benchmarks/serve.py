@@ -8,7 +8,8 @@ The load: prompts of mixed lengths up to 64 tokens, 128 new tokens, greedy, half
 is compared with the library's own to the same chat: a sample asked and clocked one at a time, the others in batches,
 and one at a time where the batch's answer is another. Reported: requests lost, answers that differ, throughput over
 that of one at a time, time to first token under load. Then a second turn behind a history of 1,000 tokens: its time to
-first token over the prefill of its new tokens alone, and whether its tokens are those without reuse.
+first token over what plain transformers take to read its new tokens, of both models, behind their caches of the rest;
+and whether its tokens are those without reuse.
 
 The chaos: nothing may be lost, stuck or answered with the wrong code, and memory is back within 5 %.
 
@@ -24,17 +25,20 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import measure
+import torch
+from first_token import again, plain_prefill
 
 from cache2cache import heap
 from cache2cache.cli.options import load_pair
-from cache2cache.kv import prefill_prompts
+from cache2cache.kv import CACHE, _lowest_layers, common_start
+from cache2cache.models.load import LM
 from cache2cache.pair import C2C
 from cache2cache.serving.engine import EngineError, Finished, Job, Limits, PairEngine, PairSpec, Piece, Started
 
@@ -209,8 +213,21 @@ def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespa
     }
 
 
+def plain_pass(lm: LM, num_layers: int, ids: Sequence[int], known: int) -> Callable[[], None]:
+    """What reads the tokens behind the first `known` ones, whose cache is there, as transformers does it."""
+    past = plain_prefill(lm, [list(ids[:known])], num_layers)
+    decoder = lm.decoder if num_layers == lm.num_layers else _lowest_layers(lm.decoder, num_layers)
+    new = torch.tensor([list(ids[known:])], device=lm.device)
+
+    @torch.no_grad()
+    def read() -> None:
+        decoder(input_ids=new, use_cache=True, **{CACHE: again(past)})
+
+    return read
+
+
 def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
-    """A second turn: time to first token against the prefill of what is new, and its tokens with and without reuse."""
+    """A second turn: time to first token against reading what is new, and its tokens with and without reuse."""
 
     async def ask(chat: list[Any], new: int) -> tuple[str, float, int, int]:
         began, first, text, started = time.perf_counter(), 0.0, "", None
@@ -229,21 +246,22 @@ def run_turns(pair: C2C, engine: PairEngine, history: int) -> dict[str, Any]:
     told, _, _, _ = asyncio.run(ask(chat, 16))
     chat += [{"role": "assistant", "content": told}, {"role": "user", "content": "Which of these is the hardest?"}]
     text, first, tokens, reused = asyncio.run(ask(chat, 16))
-    prompt = pair.encode(chat)
-    new = list(prompt.receiver)[reused:]
+    begin, prompt = pair.encode(chat[:1]), pair.encode(chat)
+    passes = [plain_pass(pair.receiver, pair.receiver.num_layers, prompt.receiver, reused)]
+    for sharer, fuser, old, ids in zip(pair.sharers, pair.fusers, begin.sharers, prompt.sharers, strict=True):
+        passes.append(plain_pass(sharer, fuser.sharer_depth, ids, len(common_start([old, ids]))))
     seconds = []
     for _ in range(3):
         began = time.perf_counter()
-        prefill_prompts(pair.receiver, [new])
-        for sharer in pair.sharers:
-            prefill_prompts(sharer, [list(prompt.sharers[0])[-len(new) :]])
+        for read in passes:
+            read()
         seconds.append(time.perf_counter() - began)
     return {
         "history_tokens": history,
         "prompt_tokens": tokens,
         "reused_tokens": reused,
         "first_token_s": first,
-        "prefill_of_new_s": median(seconds),
+        "reading_new_s": median(seconds),
         "ratio": first / median(seconds),
         "same_tokens": text == pair.chat(chat, max_new_tokens=16, do_sample=False),
     }
@@ -352,7 +370,7 @@ def criteria(results: dict[str, Any]) -> list[tuple[str, str, Any, bool]]:
     if turn := results.get("second_turn"):
         ratio = turn["ratio"]
         found += [
-            ("second turn's first token over the prefill of its new tokens", "≤ 1.3", ratio, ratio <= 1.3),
+            ("second turn's first token over reading its new tokens", "≤ 1.3", ratio, ratio <= 1.3),
             ("second turn's tokens as without reuse", "True", turn["same_tokens"], turn["same_tokens"]),
         ]
     return found

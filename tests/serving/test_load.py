@@ -11,7 +11,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
+from cache2cache import load_lm
+from cache2cache.kv import KV
 from cache2cache.methods import Answer
 from cache2cache.pair import C2C
 from cache2cache.serving.engine import Limits
@@ -47,6 +50,24 @@ def test_a_load(bench: ModuleType, served: Served, tiny_pair_folder: Path) -> No
     assert figures["throughput_ratio"] > 0 and figures["first_token_s"]["median"] > 0
     turns = bench.run_turns(pair, engine, 400)
     assert turns["same_tokens"] and turns["reused_tokens"] > 390 and turns["prompt_tokens"] < 500
+    assert turns["ratio"] == turns["first_token_s"] / turns["reading_new_s"] > 0
+
+
+def test_what_a_second_turn_is_compared_with_reads_what_is_new(bench: ModuleType, tiny_pair_folder: Path) -> None:
+    """The same keys and values as reading all of it at once, of as many layers as are wanted."""
+    lm = load_lm(tiny_pair_folder.parent / "llama")
+    ids, made = list(range(20, 50)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "again", lambda past: made.append(again(past)) or made[-1])
+        again = importlib.import_module("first_token").again
+        for layers in (lm.num_layers, 2):
+            read = bench.plain_pass(lm, layers, ids, 23)
+            for _ in range(2):
+                read()
+                whole, cache = KV.from_cache(bench.plain_prefill(lm, [ids], layers)), KV.from_cache(made.pop())
+                assert whole.keys.shape[0] == layers and cache.length == 30
+                torch.testing.assert_close(cache.keys, whole.keys)
+                torch.testing.assert_close(cache.values, whole.values)
 
 
 def test_chaos(bench: ModuleType, served: Served) -> None:
