@@ -558,6 +558,19 @@ def test_a_fuser_for_other_shapes_or_weights(tmp_path: Path) -> None:
         C2C.from_pretrained(tmp_path, receiver=pair.receiver, sharers=lm_of("qwen3", seed=99))
 
 
+def test_one_fuser_and_several_are_not_put_into_one_folder(tmp_path: Path) -> None:
+    """Which of them `from_pretrained` reads would be anybody's guess."""
+    one, two = pair_of("llama", "qwen3"), pair_of("llama", "qwen3", "qwen2")
+    for first, second, words in ((one, two, "holds one fuser"), (two, one, "holds several fusers")):
+        folder = tmp_path / words
+        first.save_pretrained(folder)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(C2CError, match=rf"{words}, and would hold .* besides; choose another folder"):
+            second.save_pretrained(folder)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        first.save_pretrained(folder)  # itself again
+
+
 def test_unknown_names() -> None:
     with pytest.raises(C2CError, match="unknown fuser variant 'c3c'; expected one of c2c, c2c-c"):
         pair_of("llama", "qwen3", variant="c3c")

@@ -305,9 +305,12 @@ class TrainConfig(_Places):
     )
     save_every: int = Field(50, gt=0, description="steps between checkpoints")
     trackers: list[Literal["tensorboard"]] = Field([], description="who else gets the log, under output")
-    seed: int = Field(42, description="of draws, order, first weights and noise")
+    seed: int = Field(42, ge=0, lt=2**32, description="of draws, order, first weights and noise")
     data_seed: int | None = Field(
-        None, description="draws and mixes rows in place of seed, so that runs of several seeds read one store"
+        None,
+        ge=0,
+        lt=2**32,
+        description="draws and mixes rows in place of seed, so that runs of several seeds read one store",
     )
     weights_on_disk: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of the fuser that is left")
 
@@ -467,7 +470,7 @@ class EvalConfig(_Places):
     store_precision: str | None = Field(None, description="of a new store, bfloat16 or int8; bfloat16")
     max_gb: float = Field(20.0, ge=0, description="refuse to put more than that into a store")
     timing: int = Field(0, ge=0, description="clock so many questions, one by one; 0: no clock")
-    seed: int = Field(0, description="of the questions drawn, of noise and of resampling")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the questions drawn, of noise and of resampling")
     output: Path = Field(Path("runs/evaluation"), description="folder for samples, summary and report")
     results: Path | None = Field(None, description="folder that also gets numbers and ids, without any text")
 

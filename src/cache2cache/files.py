@@ -30,6 +30,15 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise a C2CError where a folder can't be made or written to: before long work, which would end with that."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    if not there.is_dir():
+        raise C2CError(f"{folder} can't be a folder: {there} is a file; choose another output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise C2CError(f"{there} can't be written to; choose another output than {folder}")
+
+
 @contextmanager
 def holding(lock: Path, taken: str) -> Iterator[None]:
     """Hold a lock of the system's, which goes with its holder, however that ends; a C2CError that says `taken` where

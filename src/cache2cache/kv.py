@@ -27,9 +27,6 @@ from .models.load import LM
 _KEYWORDS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _KEYWORDS else "past_key_values"
 
-# Layers that hold one key and one value per position, which is what can be fused position by position.
-_FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
-
 
 OnLayer = Callable[[int, "KV"], None]
 
@@ -241,35 +238,6 @@ class _StackedCache(Cache):
         """One layer as a cache of its own, (1, B, H, T, D), a view."""
         assert self.keys is not None and self.values is not None
         return KV(self.keys[index : index + 1], self.values[index : index + 1])
-
-
-def check_fusable(config: PretrainedConfig, decoder: nn.Module, name: str) -> None:
-    """Refuse a model whose cache isn't one key and one value per position and layer, or whose layers aren't found.
-
-    Raises:
-        C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches;
-            a decoder without `layers`.
-    """
-    if getattr(config, "kv_lora_rank", None):
-        raise C2CError(
-            f"{name} ({config.model_type}) keeps compressed keys and values (multi-head latent attention); fusing "
-            "needs keys and values of one size for every KV head; choose another model"
-        )
-    cache = DynamicCache(config=config)
-    odd = [
-        type(layer).__name__ for layer in cache.layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-    ]
-    if odd:
-        raise C2CError(
-            f"{name} ({config.model_type}) keeps {', '.join(sorted(set(odd)))} in its cache; fusing needs one key "
-            "and one "
-            f"value per position in every layer ({', '.join(_FUSABLE)}); choose another model"
-        )
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise C2CError(
-            f"{name} ({config.model_type}) has its layers elsewhere than in `layers` of its decoder, where they are "
-            "run from here; choose a model of another architecture"
-        )
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from .config import FuserConfig, ModelIdentity, ModelSpec, is_address
 from .decode import Chunk, Score
 from .errors import C2CError
 from .fuser import C2CFuser, checkpoint, make_fuser
-from .kv import KV, Prefilled, Read, ToRead, check_fusable, pad_left, positions_from, prefill, prefill_prompts
+from .kv import KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
 from .remote import Incoming, RemoteSharer, Transfer
 from .rotary import Rotary
@@ -130,9 +130,6 @@ class C2C:
             )
         if isinstance(receiver, RemoteSharer):
             raise C2CError(f"the receiver can't be at {receiver.url}; it answers, so it has to be loaded here")
-        for lm in (receiver, *sharers):
-            if not isinstance(lm, RemoteSharer):  # whoever serves it has checked
-                check_fusable(lm.text_config, lm.decoder, lm.name)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             check_fit(fuser, receiver, sharer)
         self.receiver = receiver
@@ -235,10 +232,20 @@ class C2C:
         )
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the fuser (with several sharers: the fusers, into folders 0, 1, … of `folder`)."""
+        """Write the fuser (with several sharers: the fusers, into folders 0, 1, … of `folder`).
+
+        Raises:
+            C2CError: the folder holds one fuser where several would be written, or the other way round.
+        """
+        several = len(self.fusers) > 1
+        if any(Path(folder).glob("config.json" if several else "[0-9]*/config.json")):
+            found, other = ("one fuser", "several") if several else ("several fusers", "one")
+            raise C2CError(
+                f"{folder} holds {found}, and would hold {other} besides; choose another folder, or remove it"
+            )
         for index, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
-            checkpoint.save(fuser, folder if len(self.fusers) == 1 else Path(folder) / str(index), dtype=dtype)
+            checkpoint.save(fuser, Path(folder) / str(index) if several else folder, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload the fuser, or the fusers, with a model card; returns the address."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from cache2cache.models import load_lm
 from cache2cache.pair import C2C, FusedCache
 from cache2cache.tasks import load
 from serving.wire import served
+from training.runs import write_recipe
 
 
 def c2c(*arguments: str) -> int:
@@ -288,6 +290,55 @@ def test_piped_chat(
     assert [past is not None for past in pasts] == [False, True, False]  # the second turn reads only what is new
     lines = capsys.readouterr().out
     assert lines.count("you>") == 0
+
+
+def test_outputs_are_tried_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file where a folder has to be, or the other way round; and a folder that nobody may write."""
+    (tmp_path / "file").touch()
+    below, picture = tmp_path / "file" / "run", str(tmp_path)
+    recipe = write_recipe(tmp_path, output=str(below), data=[{"task": "none"}], store=str(below))
+    commands = [
+        ["train", recipe],
+        ["precompute", recipe],
+        ["rewrite", recipe, below, "--teacher", "none"],
+        ["inspect", "Why?", "--output", tmp_path],
+        ["ask", "Why?", "--picture", picture],
+        ["evaluate", "--task", "none", "--output", below],
+        ["evaluate", "--task", "none", "--results", below],
+    ]
+    for command in ("chat-quality", "analyze rank", "analyze gates", "oracle enrich", "oracle structure", "lm-eval"):
+        commands.append([*command.split(), "--output", below])
+    there = sorted(tmp_path.rglob("*"))
+    for command in commands:
+        assert c2c(*map(str, command)) == 1, command
+        said = capsys.readouterr().err
+        assert "is a file; choose another output" in said or "is a folder; expected a file" in said, (command, said)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert c2c("train", str(recipe), "--output", str(tmp_path / "new")) == 1
+    assert f"{tmp_path} can't be written to; choose another output than" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_chat_that_draws(
+    tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*more: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAnd now?\n"))
+        assert c2c("chat", "--fuser", str(tiny_pair_folder), "--max-new-tokens", "12", *more) == 0
+        return capsys.readouterr().out
+
+    greedy, drawn = said(), ("--temperature", "1.5", "--seed")
+    assert said(*drawn, "1") == said(*drawn, "1") != greedy
+    assert said(*drawn, "1") != said(*drawn, "2")
+    assert said("--temperature", "1.5") != said("--temperature", "1.5")
+    assert said(*drawn, "3", "--top-p", "0") == greedy  # of the likeliest token alone
+    assert said("--temperature", "0") == greedy
+    for wrong in (("--seed", "1"), ("--top-p", "0.9")):
+        assert c2c("chat", "--fuser", str(tiny_pair_folder), *wrong) == 1
+        assert "give --temperature too" in capsys.readouterr().err
+    assert c2c("chat", "--temperature", "3") == 2
 
 
 class Terminal(io.StringIO):

@@ -17,7 +17,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.utils import logging
 
 from cache2cache.config import ModelSpec
@@ -280,6 +280,13 @@ def test_options_that_cannot_be(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "pip install bitsandbytes" in refused(folder, quantization="4bit")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch sees no GPU" in refused(folder, device="cuda")
+    assert "torch sees no GPU" in refused(folder, device="meta")
+    for kind in ("xpu", "mps"):
+        if not torch.get_device_module(kind).is_available():
+            assert "torch sees no GPU" in refused(folder, device=kind)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "torch sees 1 GPU of that kind" in refused(folder, device="cuda:1")
 
 
 # --- names and the hub -----------------------------------------------------------------------------------------------
@@ -460,6 +467,34 @@ def test_a_gguf_on_the_hub(hub: Hub, tmp_path: Path) -> None:
     hub.asked.clear()
     assert load_lm("me/mine", gguf_file="sub/tiny.gguf").revision == Hub.commit and hub.asked == []
     assert "no file none.gguf; it holds sub/tiny.gguf" in refused("me/mine", gguf_file="none.gguf")
+
+
+TINY = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+ODD = {
+    "mamba": ({"state_size": 4}, "keeps LinearAttentionLayer in its cache"),
+    "deepseek_v3": ({"kv_lora_rank": 8, "first_k_dense_replace": 2}, "compressed keys and values"),
+    "gemma4_text": ({"head_dim": 8, "global_head_dim": 16}, "another head_dim in some of its layers"),
+    "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2}, "has its layers elsewhere"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_models_whose_caches_cannot_be_fused(kind: str, tmp_path: Path) -> None:
+    """Said when they are loaded, from wherever, and not by what reads their caches."""
+    more, words = ODD[kind]
+    try:
+        config = AutoConfig.for_model(kind, **{**TINY, **more})
+        model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        pytest.skip(f"this transformers makes no such model: {error}")
+    expected = rf"\({kind}\).* {words}.*; choose (another model|a model of another architecture)"
+    with pytest.raises(C2CError, match=expected):
+        load_lm(model)
+    with pytest.raises(C2CError, match=expected):
+        LM(model, None, "mine")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(C2CError, match=expected):
+        load_lm(tmp_path)
 
 
 def test_lm_can_be_made_by_hand() -> None:

@@ -74,6 +74,7 @@ def test_rows_are_written_one_by_one_and_never_asked_for_twice(tmp_path: Path) -
         "messages": [{"role": "user", "content": "What is 8?"}, {"role": "assistant", "content": "WHAT IS 8?"}],
         "ends": True,
         "teacher": "T",
+        "generation": {},
     }
     assert [row["ends"] for row in rows] == [True, False, True, True, True, True, True]
     seen.clear()
@@ -110,6 +111,20 @@ def test_other_files_stay_as_they_are(tmp_path: Path, content: bytes, words: str
     with pytest.raises(C2CError, match=words):
         rewrite(asked(2), output, "T", teacher())
     assert output.read_bytes() == content
+
+
+def test_answers_of_other_options_are_not_mixed(tmp_path: Path) -> None:
+    output, how = tmp_path / "out.jsonl", {"max_new_tokens": 4, "temperature": 0.0}
+    rewrite(asked(2), output, "T", teacher(), options=how)
+    before = output.read_bytes()
+    assert rows_of(output)[0]["generation"] == how
+    with pytest.raises(C2CError, match=r'was written with .*"max_new_tokens": 4.*, not with .*"max_new_tokens": 8'):
+        rewrite(asked(3), output, "T", teacher(), options={**how, "max_new_tokens": 8})
+    assert output.read_bytes() == before
+    assert rewrite(asked(3), output, "T", teacher(), options=how).written == 1
+    rows = [{name: value for name, value in row.items() if name != "generation"} for row in rows_of(output)]
+    output.write_text("".join(json.dumps(row) + "\n" for row in rows))  # as of an earlier version
+    assert rewrite(asked(4), output, "T", teacher(), options=how).there == 3
 
 
 def test_two_runs_at_once(tmp_path: Path) -> None:
@@ -398,7 +413,8 @@ def test_rows_from_a_server_by_the_command(tmp_path: Path, capsys: pytest.Captur
         assert sum(request.get("top_k") == 2 for request in seen) == 5
         assert "5 rows written, 0 were there, 0 failed" in capsys.readouterr().err
         (row, *_more) = rows_of(tmp_path / "out.jsonl")
-        assert row["teacher"] == "m" and row["messages"][-1]["content"] == row["messages"][0]["content"].upper()
+        assert row["teacher"] == "m" and row["generation"] == {"max_new_tokens": 512, "temperature": 0.0, "top_k": 2}
+        assert row["messages"][-1]["content"] == row["messages"][0]["content"].upper()
     with openai(bad) as (url, _):
         assert c2c("rewrite", packed, tmp_path / "new.jsonl", "--teacher", url, "--model", "x") == 1
         assert "error: no row could be rewritten; the first: " in capsys.readouterr().err

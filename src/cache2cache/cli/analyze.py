@@ -28,7 +28,7 @@ Sharer = Annotated[str | None, typer.Option(help="Instead of the fuser's own sha
 ReceiverDtype = Annotated[str, typer.Option(help="What the receiver computes in.")]
 SharerDtype = Annotated[str, typer.Option(help="What the sharer computes in.")]
 MaxGb = Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")]
-Seed = Annotated[int, typer.Option(help="Which of the prompts a limit takes.")]
+Seed = Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Which of the prompts a limit takes.")]
 DEFAULT_TASKS = ("arc-easy", "openbookqa")
 
 
@@ -54,7 +54,9 @@ def rank(
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder for result.json and the figure.")] = Path("runs/rank"),
+    output: Annotated[
+        Path, typer.Option(callback=options.folder, help="Folder for result.json and the figure.")
+    ] = Path("runs/rank"),
 ) -> None:
     """Effective rank of keys and values, layer by layer: sharer, receiver, fused.
 
@@ -94,7 +96,9 @@ def gates(
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder for result.json and the figures.")] = Path("runs/gates"),
+    output: Annotated[
+        Path, typer.Option(callback=options.folder, help="Folder for result.json and the figures.")
+    ] = Path("runs/gates"),
 ) -> None:
     """Which layers are open, how large the weights are over data, and what closing each layer costs.
 
@@ -143,9 +147,9 @@ def positions(
     max_gb: MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder for answers, result.json and the figure.")] = Path(
-        "runs/positions"
-    ),
+    output: Annotated[
+        Path, typer.Option(callback=options.folder, help="Folder for answers, result.json and the figure.")
+    ] = Path("runs/positions"),
 ) -> None:
     """Accuracy where only some positions are fused: from the front, from the back, content, template.
 
@@ -162,7 +166,9 @@ def agreement(
     context: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="Output folders of c2c evaluate, with receiver, sharer and c2c.")],
     bins: Annotated[int, typer.Option(min=2, help="Parts by the sharer's confidence.")] = 5,
-    output: Annotated[Path, typer.Option(help="Folder for result.json and the figures.")] = Path("runs/agreement"),
+    output: Annotated[
+        Path, typer.Option(callback=options.folder, help="Folder for result.json and the figures.")
+    ] = Path("runs/agreement"),
 ) -> None:
     """Which questions receiver, sharer, text-to-text and C2C get right together; several runs side by side."""
     from cache2cache.analysis.agreement import run

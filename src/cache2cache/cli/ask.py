@@ -44,7 +44,9 @@ def ask(
     device: options.Device = None,
     system: options.System = None,
     skip: options.Skip = None,
-    picture: Annotated[Path | None, typer.Option(help="Also write what was shown to this SVG file.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(callback=options.file, help="Also write what was shown to this SVG file.")
+    ] = None,
 ) -> None:
     """Answer a question in each way, side by side; each runs alone, so that its clock is true."""
     from cache2cache.config import is_address

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from cache2cache.cli import options
 from cache2cache.errors import C2CError
@@ -23,12 +25,26 @@ def chat(
     device: options.Device = None,
     system: options.System = None,
     skip: options.Skip = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 answers greedily.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Draw from the fewest tokens that are together as likely as this.")
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=options.MAX_SEED, help="Of what is drawn.  [default: another each time]")
+    ] = None,
 ) -> None:
     """Chat with the pair. /clear starts over, /exit or Ctrl-D leaves, Ctrl-C stops an answer.
 
     Where stdin is no terminal, each of its lines is one user turn.
     """
+    if not temperature and (top_p < 1 or seed is not None):
+        raise C2CError("--top-p and --seed are for answers that are drawn; give --temperature too, such as 0.7")
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, **(drawn if temperature else {"do_sample": False})}
     pair = options.load_pair(fuser, subfolder, receiver, sharer, dtype, device)
+    import torch
+
+    torch.manual_seed(seed if seed is not None else torch.seed())
     typing = sys.stdin.isatty()
     if typing:
         import readline  # noqa: F401  (gives input() a history and an editable line)
@@ -40,7 +56,7 @@ def chat(
         elif said:
             asked = [*messages, {"role": "user", "content": said}]
             try:
-                text, past = _answer(pair, asked, past, max_new_tokens, typing, skip)
+                text, past = _answer(pair, asked, past, how, typing, skip)
             except C2CError as error:  # such as a chat that has outgrown the context: /clear mends that
                 if not typing:
                     raise
@@ -69,7 +85,7 @@ def _answer(
     pair: C2C,
     messages: list[dict[str, str]],
     past: FusedCache | None,
-    max_new_tokens: int,
+    how: dict[str, Any],
     typing: bool,
     skip: float | None,
 ) -> tuple[str, FusedCache | None]:
@@ -83,7 +99,7 @@ def _answer(
     text = ""
     try:
         past = pair.prefill(messages, past=past, keep=True, skip=skip)  # reads only what is new
-        with closing(pair.stream(past, do_sample=False, max_new_tokens=max_new_tokens)) as chunks:
+        with closing(pair.stream(past, **how)) as chunks:
             for chunk in chunks:
                 text += chunk.text
                 print(clean(chunk.text), end="", flush=True)

@@ -31,7 +31,9 @@ def chat_quality(
     sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
     receiver_dtype: Annotated[str, typer.Option(help="What the receiver computes in.")] = "auto",
     sharer_dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
-    output: Annotated[Path, typer.Option(help="Folder for scores, answers and summary.json.")] = Path("runs/chat"),
+    output: Annotated[
+        Path, typer.Option(callback=options.folder, help="Folder for scores, answers and summary.json.")
+    ] = Path("runs/chat"),
 ) -> None:
     """How likely held-out responses are for receiver, sharer and C2C, on rows that the fuser was not trained on.
 

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import options
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of c2c evaluate with the method c2c.")],
     against: Annotated[
         list[Path] | None, typer.Option(help="Such a folder of a baseline, not part of the mean; repeatable.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="File for the same as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=options.file, help="File for the same as JSON.")] = None,
 ) -> None:
     """Accuracy of C2C with mean and spread, the recovered gap, and whether any two runs differ (McNemar's test)."""
     from rich.console import Console

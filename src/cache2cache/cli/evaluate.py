@@ -91,12 +91,20 @@ def evaluate(
     ] = None,
     timing: Annotated[int | None, typer.Option(min=0, help="Also clock so many questions, one by one.")] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the questions drawn, of noise and resampling.  [default: 0]")
+        int | None,
+        typer.Option(
+            min=0, max=options.MAX_SEED, help="Of the questions drawn, of noise and resampling.  [default: 0]"
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder for samples, summary and report.  [default: runs/evaluation]")
+        Path | None,
+        typer.Option(
+            callback=options.folder, help="Folder for samples, summary and report.  [default: runs/evaluation]"
+        ),
     ] = None,
-    results: Annotated[Path | None, typer.Option(help="Folder that also gets numbers and ids, without text.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(callback=options.folder, help="Folder that also gets numbers and ids, without text.")
+    ] = None,
 ) -> None:
     """Accuracy on question sets, and whether a gain is what the sharer knows or its mere presence.
 

@@ -22,7 +22,9 @@ def inspect(
     sharer: Sharer = None,
     receiver_dtype: ReceiverDtype = "auto",
     sharer_dtype: SharerDtype = "auto",
-    output: Annotated[Path, typer.Option(help="The page; its numbers go beside it as .json.")] = Path("inspect.html"),
+    output: Annotated[
+        Path, typer.Option(callback=options.file, help="The page; its numbers go beside it as .json.")
+    ] = Path("inspect.html"),
 ) -> None:
     """Token map, layer map, gates, weights per token and layer, and next tokens of receiver, sharer and C2C."""
     from cache2cache.analysis.inspect import run

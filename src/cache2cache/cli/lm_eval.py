@@ -27,7 +27,9 @@ def lm_eval(
     sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    output: Annotated[Path, typer.Option(help="Folder for results.json and samples.")] = Path("runs/lm-eval"),
+    output: Annotated[Path, typer.Option(callback=options.folder, help="Folder for results.json and samples.")] = Path(
+        "runs/lm-eval"
+    ),
 ) -> None:
     """Tasks of the lm-evaluation-harness, answered by C2C or by one of its models alone."""
     from cache2cache import heap

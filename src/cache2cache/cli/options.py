@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from cache2cache.pair import C2C
 
+MAX_SEED = 2**32 - 1  # of NumPy
 Fusers = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,6 +62,26 @@ Against = Annotated[
     list[Path] | None, typer.Option(help="Output folder of another such run, drawn in the same figures; repeatable.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+def folder(value: Path | None) -> Path | None:
+    """The callback of an option that names an output folder: said before anything is loaded."""
+    from cache2cache.files import check_writable
+
+    if value is not None:
+        check_writable(value)
+    return value
+
+
+def file(value: Path | None) -> Path | None:
+    """The same of an output file."""
+    from cache2cache.errors import C2CError
+
+    if value is not None:
+        if value.is_dir():
+            raise C2CError(f"{value} is a folder; expected a file to write")
+        folder(value.parent)
+    return value
 
 
 def typed(context: typer.Context) -> str:

@@ -45,9 +45,11 @@ def enrich(
     ] = "kept",
     layers: Annotated[bool, typer.Option(help="Also layer by layer.")] = True,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Which questions, and which half chooses the layers.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, help="Which questions, and which half chooses the layers.")
+    ] = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/enrich"),
+    output: Annotated[Path, typer.Option(callback=options.folder, help="Folder of the results.")] = Path("runs/enrich"),
 ) -> None:
     """Is a cache better for having read exemplars, when their slots are gone again? And in which layers?
 
@@ -109,9 +111,13 @@ def transform(
     perplexity: Annotated[float, typer.Option(min=1, help="Of t-SNE.")] = 50.0,
     receiver_dtype: Dtype = "auto",
     sharer_dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of draws, order, first weights and t-SNE.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, help="Of draws, order, first weights and t-SNE.")
+    ] = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/transform"),
+    output: Annotated[Path, typer.Option(callback=options.folder, help="Folder of the results.")] = Path(
+        "runs/transform"
+    ),
 ) -> None:
     """Can a sharer's cache be turned into the receiver's, and does the receiver answer from it?
 
@@ -176,9 +182,11 @@ def structure(
     sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
     receiver_dtype: Dtype = "auto",
     sharer_dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the generated documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Of the generated documents.")] = 0,
     against: options.Against = None,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/structure"),
+    output: Annotated[Path, typer.Option(callback=options.folder, help="Folder of the results.")] = Path(
+        "runs/structure"
+    ),
 ) -> None:
     """What text loses and a cache keeps: roles and nesting in markup, keys in JSON, argument order in code.
 
@@ -211,7 +219,9 @@ def structure(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of one c2c oracle command.")],
-    output: Annotated[Path, typer.Option(help="Folder of the figures.")] = Path("runs/figures"),
+    output: Annotated[Path, typer.Option(callback=options.folder, help="Folder of the figures.")] = Path(
+        "runs/figures"
+    ),
 ) -> None:
     """Draw finished runs of one study into the same figures, such as of other models."""
     from cache2cache.oracle.report import draw_together

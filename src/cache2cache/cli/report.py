@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import options
+
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Output folders of c2c evaluate.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for report.md and report.html.  [default: the first run's]")
+        Path | None,
+        typer.Option(callback=options.folder, help="Folder for report.md and report.html.  [default: the first run's]"),
     ] = None,
 ) -> None:
     """Write the report anew, or that of several runs: Markdown, and one HTML file that needs nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from cache2cache.cli import options
 
 def rewrite(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML), or rows (.jsonl, .jsonl.gz).")],
-    output: Annotated[Path, typer.Argument(help="File of JSON lines; rows that it has are not asked for again.")],
+    output: Annotated[
+        Path,
+        typer.Argument(callback=options.file, help="File of JSON lines; rows that it has are not asked for again."),
+    ],
     teacher: Annotated[
         str, typer.Option(help="A model as for --receiver of c2c ask, or an OpenAI-compatible http://host/v1.")
     ],
@@ -62,13 +65,12 @@ def rewrite(
         raise C2CError(f"{recipe} has no instruction rows (rows or jsonl) to rewrite")
     if any(source.jsonl and source.jsonl.resolve() == output.resolve() for source in sources):
         raise C2CError(f"{output} is what would be rewritten; choose another file")
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     found = without_held_out([example for source in sources for example in draw(source, seed, data_dir)])
     if is_address(teacher):
         server = run.Server(teacher)
         name = model or server.model()
-        answers = run.served(
-            server, name, max_new_tokens=max_new_tokens, parallel=batch_size, temperature=temperature, extra_body=more
-        )
+        answers = run.served(server, name, **how, parallel=batch_size, extra_body=more)
     else:
         if model:
             raise C2CError("--model is for a served teacher; name the model here with --teacher")
@@ -76,7 +78,8 @@ def rewrite(
             raise C2CError("--extra-body is for a served teacher; a model here takes the other options")
         lm = load_lm(teacher, None, **({} if dtype == "auto" else {"dtype": dtype}))
         name = lm.name
-        answers = run.local(lm, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature)
+        answers = run.local(lm, **how, batch_size=batch_size)
+        how["dtype"] = str(lm.dtype).removeprefix("torch.")
     with Bar(console) as bar:
         task = bar.add_task("rewriting", total=len(found))
         done = run.rewrite(
@@ -85,6 +88,7 @@ def rewrite(
             name,
             answers,
             lambda there, failed: bar.update(task, completed=there, description=f"rewriting, {failed} failed"),
+            {**how, **more},
         )
     console.print(f"{done.written} rows written, {done.there} were there, {len(done.failed)} failed")
     if done.failed:

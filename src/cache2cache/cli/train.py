@@ -41,7 +41,9 @@ def train(
         ),
     ] = False,
     data_dir: options.DataDir = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(callback=options.folder, help="Folder of the run; otherwise the recipe's.")
+    ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
     ] = False,
@@ -61,6 +63,7 @@ def train(
 
     from cache2cache import heap
     from cache2cache.errors import C2CError
+    from cache2cache.files import check_writable
     from cache2cache.fuser.ridge import Fitted
     from cache2cache.models.load import load_lm
     from cache2cache.pair import C2C
@@ -68,7 +71,7 @@ def train(
     from cache2cache.training.data import examples
     from cache2cache.training.fit import fit
     from cache2cache.training.items import Encoder, prepare, this_process
-    from cache2cache.training.loop import Trainer, in_half
+    from cache2cache.training.loop import Trainer, check_trackers, in_half
     from cache2cache.training.plan import SAMPLE, plan
     from cache2cache.training.recipe import read_recipe
     from cache2cache.training.sharding import shard
@@ -85,8 +88,10 @@ def train(
     console = Console(stderr=True, quiet=not processes.is_main_process)
     if not processes.is_main_process:
         warnings.simplefilter("ignore")  # the first one says the same
-    # First: what is wrong with stores, fusers and data shows before models are loaded.
+    # First: what is wrong with outputs, stores, fusers and data shows before models are loaded.
+    check_trackers(config)
     if not dry_run:
+        check_writable(config.output)
         is_begun(config)
     starts_of(config)
     if config.method != "single":

@@ -18,7 +18,7 @@ from rich.console import Console
 from .. import tasks as sets
 from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec, is_address
 from ..errors import C2CError
-from ..files import replace_text
+from ..files import check_writable, replace_text
 from ..fuser import checkpoint
 from ..methods.base import Ask
 from ..models.load import LM
@@ -58,6 +58,8 @@ def run(config: EvalConfig) -> dict[str, Any]:
     With several processes (Accelerate) each does its share of the batches; the first one writes the rest.
     """
     config = named(config)
+    for folder in filter(None, [config.output, config.results]):
+        check_writable(folder)
     # Before anything is loaded: this also chooses each process's GPU. One may wait for another's last batches.
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     console = Console(stderr=True, quiet=not processes.is_main_process)

@@ -36,9 +36,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import ModelSpec
 from ..errors import C2CError
@@ -47,6 +50,9 @@ from . import catalogue
 HUB_SECONDS = 5.0  # how long the hub may take to say whether it has a model
 FINGERPRINT_VALUES = 1024  # values read of each tensor
 
+# Layers that hold one key and one value per position, which is what can be fused position by position.
+_FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
+_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READING_GGUF = threading.Lock()
@@ -60,6 +66,9 @@ class LM:
 
     `model` is in evaluation mode without gradients; `tokenizer` may be None where only token ids are used. `name` says
     where it came from and `revision` which bytes: a hub commit, or the SHA-256 of a catalogue model's GGUF.
+
+    Raises:
+        C2CError: its cache can't be fused, see `check_fusable`.
     """
 
     model: PreTrainedModel
@@ -68,6 +77,7 @@ class LM:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        check_fusable(self.text_config, self.decoder, self.name)
         self.model.eval().requires_grad_(False)
 
     @property
@@ -186,6 +196,37 @@ class LM:
         if self.tokenizer is None:
             return None
         return _digest([self.tokenizer.chat_template, self.tokenizer.bos_token, self.tokenizer.eos_token])
+
+
+def check_fusable(config: PretrainedConfig, decoder: nn.Module, name: str) -> None:
+    """Refuse a model whose cache isn't one key and one value per position and layer, or whose layers aren't found.
+
+    Raises:
+        C2CError: linear attention or state space layers, layers that share another layer's cache, compressed caches,
+            heads that differ from layer to layer; a decoder without `layers`.
+    """
+    model, another = f"{name} ({config.model_type})", "choose another model"
+    needs = f"fusing needs one key and one value per position in every layer ({', '.join(_FUSABLE)})"
+    if getattr(config, "kv_lora_rank", None):
+        raise C2CError(
+            f"{model} keeps compressed keys and values (multi-head latent attention); fusing needs keys and values of "
+            f"one size for every KV head; {another}"
+        )
+    odd = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) not in _LAYERS}
+    if odd:
+        raise C2CError(f"{model} keeps {', '.join(sorted(odd))} in its cache; {needs}; {another}")
+    for what in ("head_dim", "num_key_value_heads"):
+        try:
+            getattr(config, what, None)
+        except RuntimeError as error:  # as transformers says that layers differ
+            raise C2CError(
+                f"{model} has another {what} in some of its layers; {needs}, all of one size; {another}"
+            ) from error
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise C2CError(
+            f"{model} has its layers elsewhere than in `layers` of its decoder, where they are run from here; choose a "
+            "model of another architecture"
+        )
 
 
 def _digest(value: Any) -> str:
@@ -325,8 +366,17 @@ def _device(spec: ModelSpec) -> torch.device:
         device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise C2CError(f"unknown device {spec.device!r}; expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise C2CError(f"device {spec.device!r} is asked for, but torch sees no GPU here; use device cpu")
+    if device.type != "cpu":
+        try:
+            there = torch.get_device_module(device)
+            count = there.device_count() if there.is_available() else 0
+        except (RuntimeError, AttributeError):  # a kind of device that torch has nothing for
+            count = 0
+        if (device.index or 0) >= count:
+            seen = f"{count or 'no'} GPU{'' if count == 1 else 's'} of that kind"
+            raise C2CError(
+                f"device {spec.device!r} is asked for, but torch sees {seen} here; use another device, or cpu"
+            )
     return device
 
 

@@ -33,7 +33,7 @@ from ..decode import score
 from ..errors import C2CError
 from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
-from ..kv import CACHE, KV, Prefilled, Read, check_fusable, prefill_prompts
+from ..kv import CACHE, KV, Prefilled, Read, prefill_prompts
 from ..models.load import LM
 from ..progress import Bar
 from ..rotary import Rotary
@@ -477,7 +477,6 @@ def run(
         data: what the settings say of where the questions come from.
         command: how the study was called, for the record.
     """
-    check_fusable(lm.text_config, lm.decoder, lm.name)
     if positions not in POSITIONS:
         raise C2CError(f"unknown positions {positions!r}; expected kept or rotated")
     kept, exemplars, left_out = fitting(lm, questions, dev, shots, max_tokens)

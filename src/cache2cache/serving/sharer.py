@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..alignment.chat import Rendered, render
 from ..errors import C2CError
-from ..kv import KV, Read, check_fusable, pad_left, positions_from, prefill
+from ..kv import KV, Read, pad_left, positions_from, prefill
 from ..models.load import LM
 from ..models.owner import Owner
 from ..packing import encode, format_of, pack
@@ -67,7 +67,6 @@ class Sharer:
     """
 
     def __init__(self, lm: LM, *, max_tokens: int = 16384, keep_bytes: int = 256 << 20) -> None:
-        check_fusable(lm.text_config, lm.decoder, lm.name)
         lm.need_tokenizer()
         self.lm, self.max_tokens, self.keep_bytes = lm, max_tokens, keep_bytes
         self.owner = Owner.of(lm)

@@ -473,12 +473,17 @@ class Trainer:
         return self.output / self.objective.folder
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
-    """This process's part of a run; alone unless a launcher started several."""
+def check_trackers(config: TrainConfig) -> None:
+    """Raise a C2CError for trackers that are not installed."""
     if config.trackers and not all(importlib.util.find_spec(name) for name in config.trackers):
         raise C2CError(
             f"trackers: {', '.join(config.trackers)} is not installed; pip install 'cache2cache[tensorboard]'"
         )
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    """This process's part of a run; alone unless a launcher started several."""
+    check_trackers(config)
     return Accelerator(
         device_placement=False,  # models are where they were loaded
         mixed_precision="no",  # `precision` decides, not the launcher

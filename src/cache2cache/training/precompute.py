@@ -11,6 +11,7 @@ from rich.console import Console
 
 from ..config import TrainConfig
 from ..errors import C2CError
+from ..files import check_writable
 from ..kv import pad_left, prefill
 from ..models.load import LM, load_lm
 from ..models.packed import pack
@@ -29,6 +30,9 @@ def precompute(
     if config.method == "single":
         raise C2CError("method single has no sharer, so there is nothing to precompute; train at once")
     console = Console(stderr=True)
+    if not dry_run:
+        for folder in (*config.stores, *filter(None, [config.receiver_store])):
+            check_writable(folder)
     found = examples(config)  # first: what is wrong with them shows before models are loaded
     sharers = [load_lm(spec, None, **({} if dtype == "auto" else {"dtype": dtype})) for spec in config.sharers]
     stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]

@@ -65,11 +65,12 @@ def rewrite(
     name: str,
     teacher: Teacher,
     progress: Callable[[int, int], None] = lambda done, failed: None,
+    options: Mapping[str, Any] | None = None,
 ) -> Rewritten:
     """Append a row per example to a JSONL file, each on the disk before the next; go on where an earlier run ended.
 
-    A row is {"id", "messages", "ends", "teacher"}: the chat, the teacher's answer as its last turn, and whether that is
-    whole. Rows that failed are not written, so the next run tries them again.
+    A row is {"id", "messages", "ends", "teacher", "generation"}: the chat, the teacher's answer as its last turn,
+    whether that is whole, and `options`. Rows that failed are not written, so the next run tries them again.
 
     Args:
         found: what to answer; the examples' own responses are not looked at.
@@ -77,21 +78,27 @@ def rewrite(
         name: the teacher's.
         teacher: see the module.
         progress: called with how many examples have a row, and how many have failed.
+        options: what the teacher answers with, as JSON has it.
 
     Raises:
-        C2CError: the file holds something else; another run writes it; the teacher fails 20 times in a row, prompts
-            too long for it not counted.
+        C2CError: the file holds something else, or answers with other options; another run writes it; the teacher
+            fails 20 times in a row, prompts too long for it not counted.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     taken = f"another run is writing {output}; wait for it, or choose another file"
     with holding(output.with_name(f".{output.name}.lock"), taken):
-        return _rewrite(found, output, name, teacher, progress)
+        return _rewrite(found, output, name, teacher, progress, dict(options or {}))
 
 
 def _rewrite(
-    found: Sequence[Example], output: Path, name: str, teacher: Teacher, progress: Callable[[int, int], None]
+    found: Sequence[Example],
+    output: Path,
+    name: str,
+    teacher: Teacher,
+    progress: Callable[[int, int], None],
+    options: dict[str, Any],
 ) -> Rewritten:
-    there, length = _finished(output, name, {e.id: e for e in found})
+    there, length = _finished(output, name, {e.id: e for e in found}, options)
     todo = [e for e in found if e.id not in there]
     before = len(found) - len(todo)
     written, failed, in_a_row = 0, [], 0
@@ -112,7 +119,7 @@ def _rewrite(
                 in_a_row = 0
                 messages = [*example.messages, {"role": "assistant", "content": answer.text}]
                 row = {"id": example.id, "messages": messages, "ends": answer.ends, "teacher": name}
-                file.write(json.dumps(row).encode() + b"\n")
+                file.write(json.dumps({**row, "generation": options}).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
                 written += 1
@@ -120,7 +127,7 @@ def _rewrite(
     return Rewritten(written, before, failed)
 
 
-def _finished(output: Path, name: str, examples: dict[str, Example]) -> tuple[set[str], int]:
+def _finished(output: Path, name: str, examples: dict[str, Example], options: dict[str, Any]) -> tuple[set[str], int]:
     """The ids that have a row, and the length of the file's whole lines."""
     if not output.exists():
         return set(), 0
@@ -139,6 +146,11 @@ def _finished(output: Path, name: str, examples: dict[str, Example]) -> tuple[se
                 raise _foreign(output, number) from error
             if teacher != name:
                 raise C2CError(f"{output} was written by {teacher}, not by {name}; choose another file, or remove it")
+            if (known := row.get("generation", options)) != options:  # earlier versions didn't say it
+                raise C2CError(
+                    f"{output} was written with {json.dumps(known)}, not with {json.dumps(options)}; give the same "
+                    "options, or choose another file"
+                )
             if key in examples and prompt != [dict(m) for m in examples[key].messages]:
                 raise C2CError(f"{output}, line {number} answers another prompt than {key}; choose another file")
             there.add(key)
