@@ -7,29 +7,25 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
-from cache2cache import C2C, C2CError, FuserConfig, decode, load_lm
+from cache2cache import C2C, C2CError, FuserConfig, decode
 from cache2cache.cli import main
 from cache2cache.evaluation import lm_eval as adapter
-from cache2cache.evaluation import runner
-from cache2cache.evaluation.lm_eval import HarnessLM, shortened, task_of
+from cache2cache.evaluation.lm_eval import HarnessLM, shortened
 from cache2cache.models import LM
 from cache2cache.pair import PromptIds
 from cache2cache.tasks import Question, load
 from cache2cache.tasks.prompts import ANSWER_PREFIX
+from evaluation.harness import compare, own_tasks_only, run_task
 from training.runs import lm_of, pair_of, write_questions
 
-own_tasks_only = partial(TaskManager, include_defaults=False)
 TEXTS = [
     "Question: What is the capital of France?\nAnswer:",
     "Plants need light, ",
@@ -51,35 +47,11 @@ def answers(model: Any, *arguments: tuple[str, dict[str, Any]]) -> list[str]:
     return list(model.generate_until(asked("generate_until", *arguments), disable_tqdm=True))
 
 
-def run_task(
-    model: HarnessLM | str, questions: Sequence[Question], task: dict[str, Any] | None = None, **options: Any
-) -> dict[str, Any]:
-    settings = {"apply_chat_template": True, "bootstrap_iters": 0, "task_manager": own_tasks_only(), **options}
-    found = simple_evaluate(model=model, tasks=[task_of(questions) | (task or {})], **settings)
-    assert found is not None
-    return dict(found)
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes the harness seconds each time: the index of its own tasks, and a list of what is installed."""
     monkeypatch.setattr("lm_eval.tasks.TaskManager", own_tasks_only)
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-def compare(pair: C2C, questions: Sequence[Question], folder: Path, methods: Sequence[str], tolerance: float) -> None:
-    """Sample by sample: the letters' log-likelihoods, whether the answer is right, and the accuracy."""
-    ours = runner.evaluate(pair, "own", questions, folder / "samples.jsonl", methods=methods, batch_size=4)
-    for method in methods:
-        mine = {a.id: a for a in ours if a.method == method}
-        found = run_task(HarnessLM(pair, method=method, batch_size=5), questions)  # type: ignore[arg-type]
-        samples = {row["doc"]["id"]: row for row in found["samples"]["own"]}
-        assert samples.keys() == mine.keys()
-        for name, row in samples.items():
-            logprobs = [logprob for logprob, _ in row["filtered_resps"]]
-            assert logprobs == pytest.approx(mine[name].logprobs, abs=tolerance), (method, name)
-            assert row["acc"] == mine[name].correct, (method, name)
-        assert found["results"]["own"]["acc,none"] == sum(a.correct for a in mine.values()) / len(mine)
 
 
 @pytest.fixture
@@ -390,19 +362,3 @@ def test_the_command(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.Capt
     common[-1] = tmp_path / "other"
     assert c2c(*common, "--tasks", "nothing") == 1
     assert "the harness has no task 'nothing'" in capsys.readouterr().err
-
-
-# ---- a real model ---------------------------------------------------------------------------------------------------
-
-
-def test_arc_easy_with_smollm2(data_dir: Path, tmp_path: Path) -> None:
-    """The same answers as our own evaluation, question by question, from a real model and an open fuser."""
-    try:
-        lm = load_lm("smollm2-135m-instruct")
-    except C2CError as error:
-        if "cannot be reached" in str(error):
-            pytest.skip(str(error))
-        raise
-    torch.manual_seed(0)
-    pair = C2C.from_models(lm, lm, FuserConfig(hidden_dim=8, intermediate_dim=8, gate_init=1.0))
-    compare(pair, load("arc-easy", "validation", data_dir)[:6], tmp_path, ["receiver", "c2c"], 1e-2)

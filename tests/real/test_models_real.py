@@ -7,20 +7,9 @@ import json
 import pytest
 import torch
 
-from cache2cache.errors import C2CError
 from cache2cache.models import LM, catalogue, load_lm
 
 NAME = "smollm2-135m-instruct"
-
-
-@pytest.fixture(scope="module")
-def smollm2() -> LM:
-    try:
-        return load_lm(NAME)
-    except C2CError as error:
-        if "cannot be reached" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 def test_it_knows_the_capital_of_france(smollm2: LM) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -292,6 +293,28 @@ def test_bad_requests(served: Served, body: Any, status: int, param: str | None)
     if param is not None:
         assert error["param"].startswith(param)
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "words"),
+    [
+        (good(stop=5), "stop", "valid string or .* valid array"),
+        (good(stop=["a"] * 5), "stop", "at most 4 items"),
+        (good(stop=["a", 5]), "stop.1", "valid string$"),
+        (good(messages=[*CHAT, {"role": "user", "content": 5}]), "messages.1.content", "string or .* valid array"),
+        (
+            good(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
+            "messages.0.content.0.type",
+            "should be 'text'$",
+        ),
+        (good(c2c={"sharers": [0, 1.5]}), "c2c.sharers.1", "valid integer or .* valid string"),
+        (good(str=1), "str", "not permitted"),
+    ],
+)
+def test_of_several_kinds_that_is_named_which_was_meant(served: Served, body: Any, where: str, words: str) -> None:
+    """And the place as the client knows it, without the kinds of a union in it."""
+    _, answer = post(served, body)
+    assert answer["error"]["param"] == where and re.match(rf"{where}: .*{words}", answer["error"]["message"])
 
 
 def test_what_is_null_says_nothing(served: Served, client: openai.OpenAI) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
+import re
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -106,9 +107,28 @@ async def read_json(request: Request, kind: type[_T], seconds: float) -> _T:
             raise Refused(400, "the body: nested too deep") from error
         if error.error_count() > MAX_ERRORS:  # to say them all takes longer than to find them
             raise Refused(400, f"the body: {error.error_count()} things in it are wrong") from None
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))[:200]
-        raise Refused(400, f"{where or 'the body'}: {first['msg'][:300]}", where or None) from error
+        where, words = what_is_wrong(error)
+        raise Refused(400, f"{where or 'the body'}: {words}", where or None) from error
+
+
+def what_is_wrong(error: ValidationError) -> tuple[str, str]:
+    """Where, and in which words. Of something that may be one of several kinds every kind has an error: those that got
+    furthest are said."""
+    places = []
+    for one in error.errors():
+        extra = one["loc"][-1:] if one["type"] == "extra_forbidden" else ()  # a name that the client chose
+        named = [str(part) for part in one["loc"][: len(one["loc"]) - len(extra)]]
+        places.append(((*(part for part in named if not _KIND.match(part)), *map(str, extra)), one["msg"]))
+    first = places[0][0]
+    alike = [(where, words) for where, words in places if where[: len(first)] == first]
+    furthest = max(len(where) for where, _ in alike)
+    place = next(where for where, _ in alike if len(where) == furthest)
+    said = dict.fromkeys(words for where, words in alike if where == place)
+    return ".".join(place)[:200], " or ".join(said)[:300]
+
+
+# Kinds of a union, in pydantic's places.
+_KIND = re.compile(r"(str|int|float|bool)$|constrained-|(list|tuple|function-\w+)\[")
 
 
 class Streamed(StreamingResponse):
