@@ -49,11 +49,12 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "compare.yaml"
 class Method:
     """Settings over the recipe; in them {steps} stands for the number of steps.
 
-    `fitted`: in closed form, without steps.
+    `fitted`: in closed form, without steps. `times`: as many steps for each of `--steps`, of batches as much smaller.
     """
 
     settings: Sequence[str] = ()
     fitted: bool = False
+    times: int = 1
 
 
 GATES = ("fuser.gating=true", "fuser.anneal_steps={steps}")
@@ -82,6 +83,10 @@ METHODS = {
     "last-aligned": Method(["fuser.layer_map=last_aligned"]),
     "nearest-layers": Method(["fuser.layer_map=k_nearest"]),
     "loss-by-token": Method(["loss=token"]),
+    "rate-2e-3": Method(["learning_rate=2e-3"]),
+    "rate-5e-4": Method(["learning_rate=5e-4"]),
+    "batch-8": Method(["batch_size=8", "evaluate_every=182"], times=2),
+    "batch-4": Method(["batch_size=4", "evaluate_every=364"], times=4),
     "c2c-c": Method(["fuser.variant=c2c-c"]),
     "bottleneck": Method(["fuser.variant=bottleneck"]),
     "ridge": Method(["fuser.variant=ridge", "fuser.normalize=false", "fuser.zero_init=false"], fitted=True),
@@ -133,7 +138,7 @@ class Run:
     def read(self, base: Future[dict[str, Any]]) -> dict[str, Any]:
         """What came out, if it is of these settings and questions."""
         found: dict[str, Any] = json.loads(self.said.read_text())
-        steps = found["steps"] if self.options.steps is None and "steps" in found else self.options.steps
+        steps = found["steps"] if self.options.steps is None and "steps" in found else self.steps()
         if found["settings"] != self.settings(steps) or found["answers"].keys() != base.result()["answers"].keys():
             raise C2CError(f"{self.said} is of other settings or questions; choose another --results")
         return found
@@ -163,7 +168,7 @@ class Run:
         if self.method.fitted:
             return 1
         if self.options.steps:
-            return int(self.options.steps)
+            return int(self.options.steps) * self.method.times
         path = Path(self.options.output) / f"{self.name}.json"
         if not path.exists():
             said = self.train(self.folder, self.settings(1), "--dry-run")
