@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, LogitsProcessorList
+from tokenizers import Tokenizer, normalizers
+from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
@@ -569,6 +571,34 @@ def test_one_fuser_and_several_are_not_put_into_one_folder(tmp_path: Path) -> No
             second.save_pretrained(folder)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
         first.save_pretrained(folder)  # itself again
+
+
+def test_a_model_saved_by_a_training_without_caches_answers() -> None:
+    """`use_cache: false` of its settings is for training; asked for, it is refused as ever."""
+    pair = pair_of("llama", "qwen3")
+    expected = pair.chat(CHATS[0], **OPTIONS)
+    settings = pair.receiver.model.generation_config
+    settings.use_cache = False
+    assert pair.chat(CHATS[0], **OPTIONS) == expected
+    for asked in ({"use_cache": False}, {"generation_config": copy.deepcopy(settings)}):
+        with pytest.raises(C2CError, match="use_cache doesn't go with a prefilled cache"):
+            pair.chat(CHATS[0], max_new_tokens=2, **asked)
+
+
+def test_a_continuation_has_no_space_that_its_tokenizer_puts_before_texts() -> None:
+    """As SentencePiece's do: behind a prompt " A" is one token, as in the whole text."""
+    lm = lm_of("gemma3")
+    plain = {text: lm.continuation_ids(text) for text in (" A", "A", "The river", "\n\nA")}
+    backend = lm.need_tokenizer().backend_tokenizer
+    whole = Tokenizer.from_str(backend.to_str())
+    whole.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
+    other = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=whole), "spaced")
+    spaced = other.need_tokenizer()
+    assert spaced("A", add_special_tokens=False)["input_ids"] != plain["A"]
+    for text in (" A", "A", "The river"):
+        behind = spaced(f"The\n{text}", add_special_tokens=False)["input_ids"]
+        made = other.continuation_ids(text)
+        assert made == plain[text] and behind[-len(made) :] == made
 
 
 def test_unknown_names() -> None:

@@ -56,11 +56,15 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     """
     given, asked = kwargs.get("generation_config"), partial(_asked, lm, kwargs)
     for name, (fits, reason) in _UNFIT.items():
-        if not fits(asked(name)):
+        # Saved by a training that checkpointed gradients, use_cache: false says nothing of how to answer.
+        value = kwargs.get(name, getattr(given, name, None)) if name == "use_cache" else asked(name)
+        if not fits(value):
             raise C2CError(f"{name} doesn't go with a prefilled cache: {reason}; leave it out")
     tokens, new = prompt.input_ids.shape[1], asked("max_new_tokens")
     check_room(lm, tokens, new or 0)
-    ours: dict[str, Any] = {"pad_token_id": lm.pad_token_id} if given is None or given.pad_token_id is None else {}
+    ours: dict[str, Any] = {"use_cache": True}
+    if given is None or given.pad_token_id is None:
+        ours["pad_token_id"] = lm.pad_token_id
     static_length = None
     if asked("cache_implementation") == "static":
         if new is None:

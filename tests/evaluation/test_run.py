@@ -31,6 +31,7 @@ from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.evaluation.summary import summarize, summarize_run
 from cache2cache.models import packed
+from cache2cache.response import Answering
 from cache2cache.tasks import OPEN_TASKS, TASKS, Question
 from cache2cache.training.recipe import checked, read_yaml
 from evaluation.scripted import marked, scripted_pair
@@ -569,6 +570,32 @@ def test_the_clock_leaves_out_what_does_not_fit(tmp_path: Path) -> None:
     others = [replace(c, task="two") for c in unit.cases]
     more = timing.measure(pair, others, ["text"], path)
     assert {r.task for r in more} == {"two"} and len(more) == 2
+
+
+def test_answers_that_are_fused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a fuser trained for that, in words: where nothing is skipped `skip` is C2C; and that is what is clocked."""
+    pair = pair_of(fuse_response=True, gate_init=1.0)
+    asked = [Question(f"q{n}", f"What is {n}?", ("a", "b"), 0) for n in range(4)]
+    rows = runner.evaluate(
+        pair, "own", asked, tmp_path / "s.jsonl", methods=["c2c", "skip", "self"], answers="generation", skip=1.0,
+        identical=pair_of("llama", "llama", fuse_response=True, gate_init=1.0), max_new_tokens=40,
+    )  # fmt: skip
+    said = {m: {a.id: a.text for a in rows if a.method == m} for m in ("c2c", "skip", "self")}
+    assert said["skip"] == said["c2c"] and not any(a.skipped for a in rows if a.method == "skip")
+    (unit,), _ = runner.plan(asking.Setup(pair), "own", asked, methods=["receiver"])
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 40}
+    assert said["c2c"] == {c.id: pair.chat(c.ask.chat(), **options) for c in unit.cases}
+    assert said["c2c"] != {c.id: pair.chat(c.ask.chat(), fuse_response=False, **options) for c in unit.cases}
+    made: list[Any] = []
+    stream = timing.decode.stream
+
+    def watched(lm: Any, state: Any, **more: Any) -> Any:
+        made.append(state)
+        return stream(lm, state, **more)
+
+    monkeypatch.setattr(timing.decode, "stream", watched)
+    timing.measure(pair, unit.cases, ["c2c"], tmp_path / "t.jsonl")
+    assert made and all(isinstance(state, Answering) for state in made)
 
 
 def test_the_clock(tiny_pair_folder: Path, tmp_path: Path) -> None:

@@ -295,6 +295,19 @@ def test_bad_requests(served: Served, body: Any, status: int, param: str | None)
     assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
 
 
+def test_what_other_servers_clients_send_unasked(served: Served) -> None:
+    """vllm bench serve, lm-eval's local-chat-completions of 2025; in other values it is refused, as it would count."""
+    unasked = {"repetition_penalty": 1.0, "top_k": -1, "min_p": 0.0, "ignore_eos": False, "skip_special_tokens": True}
+    typed = [{**message, "type": "text"} for message in CHAT]
+    plain = post(served, good(temperature=0))
+    assert plain[0] == 200
+    got = post(served, good(temperature=0, messages=typed, **unasked))
+    assert got[0] == 200 and got[1]["choices"] == plain[1]["choices"]
+    for name, value in (("repetition_penalty", 1.2), ("top_k", 5), ("min_p", 0.1), ("ignore_eos", True)):
+        status, answer = post(served, good(**{name: value}))
+        assert status == 400 and f"{name} is not supported here" in answer["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "where", "words"),
     [

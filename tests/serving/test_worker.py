@@ -18,9 +18,9 @@ from cache2cache.methods import text_to_text
 from cache2cache.pair import C2C
 from cache2cache.remote import RemoteSharer
 from cache2cache.serving import worker as service
-from cache2cache.serving.engine import WAYS, Failed, Finished, Job, Limits, PairSpec, Piece, Started
+from cache2cache.serving.engine import WAYS, Failed, Finished, Job, Limits, PairSpec, Piece, Started, Token
 from cache2cache.serving.kept import Kept
-from cache2cache.serving.worker import Worker, draw
+from cache2cache.serving.worker import Worker, _refusal, draw
 from serving.wire import served
 from test_pair import CHATS, pair_of
 
@@ -320,7 +320,8 @@ def test_cancelling(pair: C2C, desk: Desk) -> None:
     [
         (Job([{"role": "user", "content": " "}]), "empty"),
         (Job("Hi", max_tokens=4000), "don't fit the context"),
-        (Job([4, 5, 399]), "outside the vocabulary"),
+        (Job([4, 5, 399]), "token ids are read alike by all models"),
+        (Job([399], "sharer"), "outside the vocabulary"),
         (Job([-1], "receiver"), "outside the vocabulary"),
         (Job(CHATS[0], sharers=9), "sharer mask"),
         (Job(CHATS[0], positions="middle"), "unknown choice of positions"),
@@ -333,6 +334,63 @@ def test_what_can_not_be_answered_is_refused(pair: C2C, job: Job, says: str) -> 
     bad, good = desk.run(job, Job(CHATS[0], max_tokens=2))
     assert isinstance(bad[-1], Failed) and bad[-1].reason == "invalid" and says in bad[-1].message
     assert isinstance(good[-1], Finished) and not desk.worker._all
+
+
+def test_token_ids_are_for_models_that_read_them_alike() -> None:
+    pair = pair_of("qwen3", "qwen2")
+    ids = list(pair.encode(CHATS[0]).receiver)
+    (ended,) = Desk(pair).run(Job(ids, max_tokens=3))
+    assert isinstance(ended[-1], Finished)
+
+
+def test_text_to_text_starts_from_what_its_sharer_has_read(pair: C2C, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, seen = Desk(pair, keep_bytes=10**8), []
+    known = desk.worker._known
+
+    def watched(work: Any, kind: str, ids: Any) -> Any:
+        found = known(work, kind, ids)
+        seen.append((kind, found[1]))
+        return found
+
+    desk.run(Job(CHATS[0], "sharer", max_tokens=3, owner="me"))
+    monkeypatch.setattr(desk.worker, "_known", watched)
+    desk.run(Job(CHATS[0], "text", max_tokens=3, owner="me"))
+    assert {kind for kind, _ in seen} == {"mesharer", "mereceiver"}
+    assert all(count > 0 for kind, count in seen if kind == "mesharer")  # the template's start at least
+
+
+def test_settings_of_the_model_change_no_answer_of_the_api(pair: C2C, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(CHATS[0], max_tokens=6, logprobs=0)
+    (plain,) = Desk(pair).run(job)
+    monkeypatch.setattr(pair.receiver.model.generation_config, "repetition_penalty", 5.0)
+    (again,) = Desk(pair).run(job)
+    assert [e for e in again if isinstance(e, (Piece, Token))] == [e for e in plain if isinstance(e, (Piece, Token))]
+
+
+def test_a_sharer_that_is_down_is_not_asked_again_at_once(
+    pair: C2C, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    asked = []
+
+    def encode(prompt: Any) -> Any:
+        asked.append(prompt)
+        raise Unreachable("the sharer at http://10.0.0.1:8600 doesn't answer")
+
+    monkeypatch.setattr(pair, "encode", encode)
+    desk = Desk(pair)
+    for _ in range(3):
+        ended, other = desk.run(Job(CHATS[0], max_tokens=2), Job(CHATS[0], "receiver", max_tokens=2))
+        assert isinstance(ended[-1], Failed) and ended[-1].reason == "unavailable"
+        assert isinstance(other[-1], Finished)
+    assert len(asked) == 1
+    desk.worker._down_until = 0.0
+    desk.run(Job(CHATS[0], max_tokens=2))
+    assert len(asked) == 2 and "10.0.0.1" in capfd.readouterr().err
+
+
+def test_a_client_is_not_told_where_the_sharer_is(capfd: Any) -> None:
+    told = _refusal(C2CError("8 rows are more than the sharer at http://10.0.0.1:8600 takes; start it with more"))
+    assert told.reason == "invalid" and "10.0.0.1" not in told.message and "10.0.0.1" in capfd.readouterr().err
 
 
 def test_a_batch_that_fails_is_answered_one_by_one(pair: C2C, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

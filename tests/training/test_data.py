@@ -33,7 +33,7 @@ from cache2cache.training.data import (
 )
 from cache2cache.training.items import prepare
 from cache2cache.training.recipe import read_recipe
-from training.runs import config_of, pair_of, write_rows
+from training.runs import config_of, pair_of, write_questions, write_rows
 
 ROOT = Path(__file__).parents[2]
 TASKS = ("arc-easy", "arc-challenge", "openbookqa")
@@ -166,7 +166,10 @@ def test_every_response_of_a_row(row: dict[str, Any], responses: list[str]) -> N
         ({"question": "Q", "choices": ["x", "y"], "answer": 1}, "has fields question, choices, answer; expected"),
         ({"context": "C", "input": " ", "answers": ["A"]}, "row 7 asks nothing about its context"),
         ({"context": "C", "input": "Q", "answers": [""]}, "row 7 asks nothing about its context, or its first answer"),
-        ({"context": "C", "input": "Q", "answers": []}, "has fields context, input, answers; expected"),
+        (
+            {"context": "C", "input": "Q", "answers": []},
+            "has fields context, input, answers \\(empty: answers\\); expected",
+        ),
         ({"instruction": "Q", "response": "  "}, "file, row 7 has fields instruction, response; expected"),
         ({"instruction": 5, "response": "A"}, "expected messages"),
         ({"messages": [user("Q")]}, "file, row 7 has no assistant turn with text behind a user turn"),
@@ -362,6 +365,10 @@ def test_the_part_of_longbench_that_is_measured_on(tmp_path: Path) -> None:
     kept = {int(e.id.rpartition(":")[2]) for e in made}
     ids = {n: hashlib.sha256(row["_id"].encode()).hexdigest() for n, row in enumerate(rows)}
     assert kept == {n for n, digest in ids.items() if digest[-1] not in "159d"} and 50 < len(kept) < 70
+    # A copy elsewhere is known by its fields.
+    (tmp_path / "copy.jsonl").write_bytes(gzip.decompress(path.read_bytes()))
+    copied = examples(config_of(tmp_path, data=[{"jsonl": str(tmp_path / "copy.jsonl")}]))
+    assert {int(e.id.rpartition(":")[2]) for e in copied} == kept
     # Rows keep their number, whatever is left out before them.
     assert all(e.messages[0]["content"] == f"C\n\n{e.id.rpartition(':')[2]}?" for e in made)
 
@@ -382,6 +389,63 @@ def test_a_source_named_twice(tmp_path: Path) -> None:
     source = {"jsonl": str(write_rows(tmp_path / "rows.jsonl"))}
     with pytest.raises(C2CError, match="two sources of the recipe give the same rows"):
         examples(config_of(tmp_path, data=[source, {**source, "limit": 2}]))
+    (tmp_path / "own.jsonl").write_text(
+        "".join(json.dumps({"id": "q", "question": f"{n}?", "options": ["a", "b"], "answer": "A"}) + "\n" for n in "12")
+    )
+    with pytest.raises(C2CError, match=r"own.jsonl gives the id .*:q twice; give each row an id of its own|twice"):
+        examples(config_of(tmp_path, data=[{"task": str(tmp_path / "own.jsonl")}]))
+
+
+def test_two_splits_of_a_set(tmp_path: Path) -> None:
+    for part in ("train", "train_gen"):
+        path = tmp_path / f"owner/chats/default/{part}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path, "wt") as file:
+            file.writelines(json.dumps({"prompt": f"{part} {n}?", "completion": "yes"}) + "\n" for n in range(3))
+    sources = [{"rows": "owner/chats", "split": part} for part in ("train", "train_gen")]
+    made = examples(config_of(tmp_path, data=sources, data_dir=tmp_path))
+    names = sorted(e.id for e in made)
+    assert names == [f"owner/chats{more}:{n}" for more in ("", "@train_gen") for n in range(3)]
+    assert all(("train_gen" in e.messages[0]["content"]) == ("@" in e.id) for e in made)
+
+
+def test_a_limit_draws_the_same_rows_wherever_the_file_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setenv("HOME", str(tmp_path / "b"))
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        write_rows(tmp_path / place / "rows.jsonl", 20)
+        monkeypatch.chdir(tmp_path / place)
+        for name in (tmp_path / place / "rows.jsonl", "rows.jsonl", "~/rows.jsonl"):
+            if place == "b" or name != "~/rows.jsonl":
+                found = examples(config_of(tmp_path, data=[{"jsonl": str(name), "limit": 6}]))
+                drawn.append([e.messages for e in found])
+    assert len(drawn) == 5 and all(rows == drawn[0] for rows in drawn)
+    write_questions(tmp_path / "b" / "questions.jsonl", 3)
+    assert len(examples(config_of(tmp_path, data=[{"task": "~/questions.jsonl"}]))) == 3
+
+
+def test_what_is_wrong_with_a_row_names_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.jsonl"
+    rows = [{"instruction": "Why?", "input": "", "output": text} for text in ("So.", "")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"jsonl": str(path)}
+    with pytest.raises(C2CError, match=r"row 1 has .* \(empty: input, output\); .*; or set on_bad_rows: skip at this"):
+        examples(config_of(tmp_path, data=[source]))
+    with pytest.warns(UserWarning, match="1 of 2 rows"):
+        assert len(examples(config_of(tmp_path, data=[{**source, "on_bad_rows": "skip"}]))) == 1
+
+
+def test_questions_and_answers_in_other_words() -> None:
+    orca = {"id": "niv.1", "system_prompt": "Be brief.", "question": "Why?", "response": "So."}
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"})
+    assert read_chat(orca, "row") == [(messages, "So.")]
+    assert read_chat({"instruction": "Why?", "context": "C", "response": "So.", "answers": ["x"]}, "row") == [
+        (({"role": "user", "content": "Why?\n\nC"},), "So.")
+    ]
+    for row in ({"question": "Why?", "options": ["a"], "answer": "A"}, {"prompt": "Why?", "choices": 1, "answer": "A"}):
+        with pytest.raises(C2CError, match="expected messages"):
+            read_chat(row, "row")
 
 
 def test_held_out_rows_are_dropped_and_move_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

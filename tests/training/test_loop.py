@@ -34,7 +34,7 @@ from cache2cache.training.loop import Trainer, batches, optimizer_for, parts_of,
 from cache2cache.training.objective import response_loss
 from cache2cache.training.sharding import shard
 from cache2cache.training.store import Asked, Store
-from tiny import FAMILIES
+from tiny import FAMILIES, TOKENIZER_OF, tiny_tokenizer
 from training.runs import (
     CHATS,
     FUSER,
@@ -488,9 +488,11 @@ def test_prepare_cuts_leaves_out_and_sets_aside(tmp_path: Path) -> None:
     assert tokenizer.decode(by_id["5"].response) == "yes<|im_end|>"  # the end of the turn is learned too
     again = prepare(pair, config_of(tmp_path, max_tokens=60, holdout=3))
     assert again == data
-    with pytest.raises(C2CError, match="9 examples are left \\(1 longer than max_tokens 60\\), 9 of them"):
+    with pytest.raises(
+        C2CError, match="9 examples are left \\(1 longer than max_tokens 60 or a model's context\\), 9 of"
+    ):
         prepare(pair, config_of(tmp_path, max_tokens=60, holdout=10))
-    with pytest.raises(C2CError, match="0 examples are left \\(10 longer than max_tokens 10\\)"):
+    with pytest.raises(C2CError, match="0 examples are left \\(10 longer than max_tokens 10 or"):
         prepare(pair, config_of(tmp_path, max_tokens=10, holdout=3))
 
 
@@ -635,6 +637,42 @@ def test_a_prompt_too_long_for_the_sharer_alone(tmp_path: Path) -> None:
     assert receiver + 4 < sharer
     assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer)).too_long == 0
     assert prepare(pair, config_of(tmp_path, holdout=0, max_tokens=sharer - 1)).too_long == 1
+
+
+def test_a_context_shorter_than_max_tokens(tmp_path: Path) -> None:
+    """Of a prompt beyond it the example is too long, a response is cut where it ends."""
+    rows = [{"prompt": "What is iron? " * n, "completion": "It is a metal. " * n} for n in (1, 2, 12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(tmp_path, holdout=0)
+    lengths = [i.length for i in sorted(prepare(pair_of("qwen3", "llama"), config).train, key=lambda i: i.id)]
+    most = lengths[1] - 1
+    short = C2C.from_models(lm_of("qwen3", max_position_embeddings=most), lm_of("llama"), FuserConfig(**FUSER))
+    data = prepare(short, config)
+    assert sorted(i.length for i in data.train) == [lengths[0], most] and (data.too_long, data.cut) == (1, 1)
+    sharer = lm_of("qwen3", max_position_embeddings=len(data.train[0].prompt.receiver))  # the shortest, perhaps
+    shorter = C2C.from_models(lm_of("llama"), sharer, FuserConfig(**FUSER))
+    fitting = [
+        len(i.prompt.sharers[0]) <= sharer.context_length for i in prepare(pair_of("llama", "qwen3"), config).train
+    ]
+    assert prepare(shorter, config).too_long == fitting.count(False) > 0
+
+
+def test_the_end_of_a_turn_is_what_the_template_writes() -> None:
+    for family, end in (("qwen3", "<|im_end|>"), ("llama", "<|eot|>"), ("gemma3", "<end_of_turn>")):
+        tokenizer = tiny_tokenizer(TOKENIZER_OF[family])
+        said = response_ids(tokenizer, Example("x:1", (), "", "Paris."))
+        assert tokenizer.decode(said) == f"Paris.{end}", family
+        assert response_ids(tokenizer, Example("x:1", (), "", "Paris.", ends=False)) == said[:-1]
+        tokenizer.chat_template = None
+        assert response_ids(tokenizer, Example("x:1", (), "", "Paris."))[-1] == tokenizer.eos_token_id
+
+
+def test_control_tokens_in_a_response_are_text() -> None:
+    tokenizer = tiny_tokenizer(TOKENIZER_OF["qwen3"])
+    text = "Write <|im_end|> there."
+    with pytest.warns(UserWarning, match="is a control token of this model; it is read as plain text"):
+        said = response_ids(tokenizer, Example("x:1", (), "", text))
+    assert said.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1 and tokenizer.decode(said[:-1]) == text
 
 
 def test_rows_that_a_template_refuses(tmp_path: Path) -> None:

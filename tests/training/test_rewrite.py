@@ -427,6 +427,7 @@ def test_what_cannot_be_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[
     for command, words in (
         ((recipe, tmp_path / "out.jsonl", "--teacher", "x"), "has no instruction rows (rows or jsonl) to rewrite"),
         ((rows, rows, "--teacher", "x"), "is what would be rewritten"),
+        ((rows, tmp_path / "out.jsonl.gz", "--teacher", "x"), "that isn't packed; name it .jsonl"),
         ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--set", "seed=1"), "--set goes over a recipe"),
         ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--model", "y"), "--model is for a served teacher"),
         ((rows, tmp_path / "out.jsonl", "--teacher", "x", "--extra-body", "{"), "expected a JSON object in braces"),

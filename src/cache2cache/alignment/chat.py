@@ -111,6 +111,41 @@ def render(
     return Rendered(text, ids, offsets, segments)
 
 
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """An answer's tokens, behind a prompt; control tokens spelled out in it are read as text, with a warning."""
+    control = _control_tokens(tokenizer, tokenizer.chat_template)
+    return _encode(tokenizer, text, [Segment(0, len(text), PREFIX)], [], control, plain=False)[0]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an assistant's turn: the special one that the chat template writes behind its content, or,
+    without a template that does, the one that ends a text. None: there is neither."""
+    state = len(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template
+    known = _ends.get(tokenizer)
+    if known is None or known[0] != state:
+        _ends[tokenizer] = known = state, _read_end(tokenizer)
+    return known[1]
+
+
+_ends: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, int | None]] = WeakKeyDictionary()
+
+
+def _read_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    eos = tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        return eos
+    content = "Yes"
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": content}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
+    except Exception:  # whatever a template may raise
+        return eos
+    behind = text.rpartition(content)[2].lstrip()
+    special = _control_tokens(tokenizer, tokenizer.chat_template).special
+    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    return ids[0] if ids and ids[0] in special else eos
+
+
 def least_tokens(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Mapping[str, str]],

@@ -21,7 +21,7 @@ def precompute(
     precision: Annotated[
         str, typer.Option(help="bfloat16, or int8: half the size; its error is printed.")
     ] = "bfloat16",
-    dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="What the models compute in.")] = "auto",
     max_gb: Annotated[float, typer.Option(min=0, help="Refuse to start above this size.")] = 20.0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that go through the sharer at once.")] = 512,
     dry_run: Annotated[

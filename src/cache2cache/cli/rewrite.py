@@ -63,6 +63,8 @@ def rewrite(
             console.print(f"{', '.join(tasks)} stay as they are: questions have their answers")
     if not sources:
         raise C2CError(f"{recipe} has no instruction rows (rows or jsonl) to rewrite")
+    if output.name.endswith(".gz"):
+        raise C2CError(f"{output}: rows are appended one by one, to a file that isn't packed; name it .jsonl")
     if any(source.jsonl and source.jsonl.resolve() == output.resolve() for source in sources):
         raise C2CError(f"{output} is what would be rewritten; choose another file")
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}

@@ -99,11 +99,12 @@ def train(
             read_settings(folder)
     read = examples(config)
     # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
-    as_small: dict[str, Any] = {"dtype": "bfloat16", "device": "cpu"} if config.store and not config.distill else {}
+    on_cpu: dict[str, Any] = {"device": "cpu", "device_map": None}
+    as_small = {"dtype": "bfloat16", **on_cpu} if config.store and not config.distill else {}
     as_set = {} if config.precision == "auto" else {"dtype": config.precision}
     if config.shard:  # whole models needn't fit where their parts go
         as_set = {"dtype": "bfloat16" if in_half(config, processes.device) else "float32"}
-    where = {"device": "cpu"} if config.shard else {}
+    where = on_cpu if config.shard else {}
     receiver = load_lm(config.receiver, None, **where, **(as_set if config.receiver.dtype == "auto" else {}))
     torch.manual_seed(config.seed)  # the first weights
     what: C2C | SingleObjective
@@ -117,7 +118,16 @@ def train(
         sharers = [
             receiver
             if spec == config.receiver
-            else load_lm(spec, None, **(as_small or {**where, **(as_set if spec.dtype == "auto" else {})}))
+            else load_lm(
+                spec,
+                None,
+                # Quantised weights are told apart as they are.
+                **(
+                    as_small
+                    if as_small and not spec.quantization
+                    else {**where, **(as_set if spec.dtype == "auto" else {})}
+                ),
+            )
             for spec in config.sharers
         ]
         if config.shard:

@@ -300,19 +300,20 @@ class Batch:
         if method == "self":
             assert setup.identical is not None
             chats = [c.ask.chat() for c in cases]
-            encoded = [setup.identical.encode(chat, prefix=prefix) for chat in chats]
-            return State(receiver, setup.identical.fuse(encoded))
+            return self._fused(setup.identical, [setup.identical.encode(chat, prefix=prefix) for chat in chats], way)
         clean = self.clean(way)
         if method == "off":
             return State(receiver, pair.fuse(prompts, sharer_mask=0, clean=clean))
         if method == SKIP:
+            if way == GENERATION and response.chosen(pair, None):
+                return self._fused(pair, prompts, way, skip=setup.skip)
             # What is at hand, or in a store; otherwise the sharers read only what isn't skipped, as in earnest.
             at_hand = way in self._known or any(self.setup.stores)
             known = self.mine(way) if at_hand else None
             fused = pair.fuse(prompts, clean=clean, skip=setup.skip, sharers=known)
             return State(receiver, fused, skipped=fused.skipped)
-        if method == "c2c" and way == GENERATION and (fused_on := response.chosen(pair, None)):
-            return State(receiver, response.Answering.of(pair, pair.fuse(prompts, keep=True), fused_on))
+        if method == "c2c" and way == GENERATION and response.chosen(pair, None):
+            return self._fused(pair, prompts, way)
         if method == "c2c":
             return State(receiver, pair.fuse(prompts, clean=clean, sharers=self.mine(way)))
         if method == "other":
@@ -326,6 +327,13 @@ class Batch:
             assert method == "zeroed", method
             known = zeroed(self.mine(way))
         return State(receiver, pair.fuse(prompts, clean=clean, sharers=known))
+
+    def _fused(self, pair: C2C, prompts: Sequence[PromptIds], way: str, skip: float | None = None) -> State:
+        """The prompts fused; in words the answer's tokens too, where the fuser was trained for that."""
+        fused_on = response.chosen(pair, None) if way == GENERATION else ()
+        fused = pair.fuse(prompts, keep=bool(fused_on), skip=skip)
+        state = response.Answering.of(pair, fused, fused_on) if fused_on else fused
+        return State(pair.receiver, state, skipped=() if skip is None else fused.skipped)
 
     def answers(self, method: str, way: str) -> list[Answer]:
         """The method's answer to every case."""

@@ -74,6 +74,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
+    # Of vLLM, whose clients send them unasked.
+    "repetition_penalty": (1,),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
 }
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -166,6 +172,7 @@ class Said(_Model):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Text], Field(max_length=1000)]
+    type: Literal["text", "message"] | None = None
     name: str | None = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None

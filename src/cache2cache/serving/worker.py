@@ -61,6 +61,7 @@ Emit = Callable[[list[tuple[int, Event | Failed]]], None]
 
 GATHER_SECONDS = 0.005  # so long nobody comes before a batch is closed,
 MAX_GATHER_SECONDS = 0.03  # which isn't put off further than that
+DOWN_SECONDS = 10.0  # so long a sharer that couldn't be reached isn't asked again
 
 
 def main(connection: Connection, spec: PairSpec, limits: Limits, warmup: bool) -> None:
@@ -268,6 +269,7 @@ class Worker:
         self._all: dict[int, _Work | None] = {}  # every job that has not ended; None: not looked at yet
         self._gone: set[int] = set()  # cancelled before they were looked at
         self._arrived = threading.Condition()
+        self._down_until = 0.0
         self._ends = {
             id(lm): _end_tokens(lm) for lm in (pair.receiver, pair.sharers[0]) if not isinstance(lm, RemoteSharer)
         }
@@ -344,7 +346,9 @@ class Worker:
         self._bounded(job)
         mask = (1 << len(pair.sharers)) - 1
         if job.way == "c2c":
-            encoded = pair.encode(prompt)
+            if _is_ids(prompt):
+                self._check_alike()
+            encoded = self._encoded(prompt)
             pair._check([encoded])
             (encoded,) = pair._selected([encoded], job.sharers, job.positions)
             pair._check_room([encoded])
@@ -369,6 +373,28 @@ class Worker:
         ids = self._ids(sharer, chat[:-2])
         decode.check_room(sharer, len(ids), MAX_MESSAGE_TOKENS)
         return self._work(number, job, None, ids, pair.receiver, ("text",), "sharer", read)
+
+    def _check_alike(self) -> None:
+        """Raise a C2CError where token ids are another text for a sharer than for the receiver."""
+        receiver = self.pair.receiver
+        for sharer, fuser in zip(self.pair.sharers, self.pair.fusers, strict=True):
+            assert isinstance(fuser, C2CFuser)
+            if fuser.config.token_map != "same" and sharer.tokenizer_fingerprint != receiver.tokenizer_fingerprint:
+                raise C2CError(
+                    f"token ids are read alike by all models, and {sharer.name} has another tokenizer than "
+                    f"{receiver.name}; send the prompt as text"
+                )
+
+    def _encoded(self, prompt: Any) -> PromptIds:
+        """The prompt in all models' tokens. A sharer elsewhere that couldn't be reached isn't asked again at once: to
+        find that out takes a while, in which nobody's jobs are looked at."""
+        if time.monotonic() < self._down_until:
+            raise Unreachable("a sharer couldn't be reached a moment ago")
+        try:
+            return self.pair.encode(prompt)
+        except Unreachable:
+            self._down_until = time.monotonic() + DOWN_SECONDS
+            raise
 
     def _bounded(self, job: Job) -> None:
         """Raise a C2CError for a prompt that is far too long, before it is looked at in earnest."""
@@ -580,7 +606,7 @@ class Worker:
         """The sharer's messages, greedy; returns how many tokens each has."""
         sharer = self.pair.sharers[0]
         prompts = [work.ids for work in batch]
-        past, _ = self._past(batch, prompts, ["sharer"] * len(batch))
+        past, _ = self._past(batch, prompts, [work.kind for work in batch])
         prompt = prefill_prompts(sharer, prompts, past=cast("list[Read | None]", past))
         rows = [_Row(work, 0, Words(sharer), MAX_MESSAGE_TOKENS, message=True) for work in batch]
         self._decode(sharer, prompt, rows, emit)
@@ -601,7 +627,8 @@ class Worker:
         decode.generate(
             lm,
             prompt,
-            do_sample=False,  # the draws are in `_Draw`, per row
+            do_sample=False,  # the draws are in `_Draw`, per row,
+            repetition_penalty=1.0,  # of what the model says, and not of what its settings make of that
             max_new_tokens=max(row.max_new for row in rows),
             logits_processor=LogitsProcessorList([_Draw(step)]),
             stopping_criteria=[step],
@@ -628,6 +655,9 @@ def _refusal(error: C2CError) -> Failed:
     if isinstance(error, Unreachable):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return Failed("unavailable", "the sharer can't be reached; try again later")
+    if "://" in str(error):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return Failed("invalid", "the sharer can't take this request; send a shorter prompt, or ask for less")
     return Failed("invalid", str(error))
 
 

@@ -86,8 +86,13 @@ def examples(config: TrainConfig) -> list[Example]:
     found = [
         e for index, source in enumerate(config.data) for e in draw(source, config.drawn_by, config.data_dir, index)
     ]
-    if len({(same_row(e.row), e.turn) for e in found}) != len(found):
-        raise C2CError("two sources of the recipe give the same rows; name each source once")
+    seen: dict[tuple[str, int], Example] = {}
+    for e in found:
+        if (other := seen.setdefault((same_row(e.row), e.turn), e)) is e:
+            continue
+        if other.source == e.source:
+            raise C2CError(f"{config.data[e.source].name} gives the id {e.id} twice; give each row an id of its own")
+        raise C2CError(f"two sources of the recipe give the same rows, such as {e.id}; name each source once")
     random.Random(config.drawn_by).shuffle(found)
     return without_held_out(found)
 
@@ -111,7 +116,8 @@ def draw(source: DataSource, seed: int, data_dir: Path | None, index: int = 0) -
         raise C2CError(f"no rows are left of {source.name}; check split and limits")
     if source.limit and source.limit < len(rows):
         first = source.take == "first"
-        rows = rows[: source.limit] if first else random.Random(f"{seed}:{source.name}").sample(rows, source.limit)
+        name = source.jsonl.name if source.jsonl else source.name  # wherever the file lies
+        rows = rows[: source.limit] if first else random.Random(f"{seed}:{name}").sample(rows, source.limit)
     return [example for row in rows for example in row]
 
 
@@ -208,7 +214,7 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
     """The examples of each row: one, or with `supervise: all` one per assistant turn."""
     made, bad = [], []
     for number, read in enumerate(_rows(source, data_dir)):
-        if source.rows and source.rows.startswith(LONGBENCH) and measured_on(read):
+        if isinstance(read, dict) and read.keys() >= LONGBENCH and measured_on(read):
             continue
         try:
             if isinstance(read, C2CError):
@@ -219,7 +225,7 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
                 row = _examples(read, source, f"{source.name}:{number}", index, f"{source.name}, row {number}")
         except C2CError as error:
             if source.on_bad_rows == "error":
-                raise
+                raise C2CError(f"{error}; or set on_bad_rows: skip at this source") from error
             bad.append(str(error))
             continue
         if row := _short(row, source):
@@ -234,7 +240,7 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
     return made
 
 
-LONGBENCH = "THUDM/LongBench/"
+LONGBENCH = {"_id", "input", "context", "answers"}  # by these fields its rows are known, wherever they lie
 MEASURED = ("validation", "test", "dev")
 
 
@@ -254,7 +260,9 @@ def _examples(row: Mapping[str, Any], source: DataSource, name: str, index: int,
 
 def is_rewritten(row: Any) -> bool:
     """Whether `c2c rewrite` wrote this row."""
-    return isinstance(row, dict) and row.keys() == {"id", "messages", "ends", "teacher"} and isinstance(row["id"], str)
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        return False
+    return row.keys() - {"generation"} == {"id", "messages", "ends", "teacher"}  # which earlier versions didn't write
 
 
 def _rewritten(row: Mapping[str, Any], source: DataSource, index: int, where: str) -> list[Example]:
@@ -335,7 +343,7 @@ def read_chat(row: Any, where: str) -> list[tuple[Messages, str]]:
         chat = _turns(_as_turns(row.get("prompt"), "user"), where)
         start = len(chat)
         chat += _turns(_as_turns(row.get("completion"), "assistant"), where)
-    elif isinstance(row.get("answers"), list) and row["answers"] and row.get("context"):
+    elif isinstance(row.get("answers"), list) and row["answers"] and row.get("context") and "input" in row:
         task = _LONGBENCH_TASKS.get(str(row.get("dataset", "")).removesuffix("_e"), "")
         asked_for = [part for part in (task, _first(row, ("input",))) if part]
         response = _first({"answer": row["answers"][0]}, ("answer",))
@@ -346,14 +354,15 @@ def read_chat(row: Any, where: str) -> list[tuple[Messages, str]]:
             _message("assistant", response),
         ]
     else:
-        prompt = _first(row, ("instruction", "prompt"))
-        response = _first(row, ("response", "output", "completion"))
-        if not prompt and not response and not {"options", "choices"} & set(row):
-            prompt, response = _first(row, ("question",)), _first(row, ("answer",))
+        # A question with options is no chat: its answer is a letter, or a number.
+        plain = not {"options", "choices"} & set(row)
+        prompt = _first(row, ("instruction", "prompt", *["question"] * plain))
+        response = _first(row, ("response", "output", "completion", *["answer"] * plain))
         if not prompt or not response:
+            empty = ", ".join(name for name, value in row.items() if not value)
             raise C2CError(
-                f"{where} has fields {', '.join(row)}; expected messages, conversations, instruction and response, "
-                "prompt and completion, or question and answer, all filled"
+                f"{where} has fields {', '.join(row)}{f' (empty: {empty})' if empty else ''}; expected messages, "
+                "conversations, instruction and response, prompt and completion, or question and answer, all filled"
             )
         context = _first(row, ("context", "input"))
         chat = [_message("user", f"{prompt}\n\n{context}" if context else prompt), _message("assistant", response)]

@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from ..alignment.chat import answer_ids, end_of_turn
 from ..config import TrainConfig
 from ..errors import C2CError
 from ..models.load import LM
@@ -68,6 +69,7 @@ class Encoder(Protocol):
     """What turns prompts into token ids: a pair, or a receiver without sharers (`single.Alone`)."""
 
     receiver: LM
+    sharers: list[LM]
 
     def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds: ...
 
@@ -132,8 +134,8 @@ def prepare(
     if not train or (config.holdout and not holdout):
         raise C2CError(
             f"{len(train) + len(holdout)} examples are left ({counts['too_long']} longer than max_tokens "
-            f"{config.max_tokens}), {len(holdout)} of them for the hold-out of {config.holdout}; give more data, "
-            "raise max_tokens or lower holdout"
+            f"{config.max_tokens} or a model's context), {len(holdout)} of them for the hold-out of {config.holdout}; "
+            "give more data, raise max_tokens or lower holdout"
         )
     weights = [source.weight for source in config.data if source.weight is not None]
     return Prepared(
@@ -157,7 +159,8 @@ def compact(item: Item) -> Item:
 
 
 def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[Item | None, list[str]]:
-    """An example as token ids within `max_tokens`, and the counters of `Prepared` that what was done to it falls under.
+    """An example as token ids within `max_tokens` and what the models have room for, and the counters of `Prepared`
+    that what was done to it falls under.
 
     A response keeps its first `min_response_tokens` tokens, or all that it has (all, where `too_long` says drop); where
     the prompt leaves less room, the oldest turns go if `truncate` says so, else the example.
@@ -170,8 +173,10 @@ def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[It
             prompt = pair.encode(list(messages), prefix=example.prefix)
         except C2CError as error:
             raise C2CError(f"{example.id}: {error}") from error
-        room = config.max_tokens - len(prompt.receiver)
-        if room >= needed and all(len(s) <= config.max_tokens for s in prompt.sharers):
+        room = min(config.max_tokens, pair.receiver.context_length) - len(prompt.receiver)
+        read = zip(prompt.sharers, pair.sharers, strict=True)
+        fits = (len(ids) <= min(config.max_tokens, lm.context_length) for ids, lm in read)
+        if room >= needed and all(fits):
             cut = ["cut"] if room < len(response) else []
             return Item(example.id, prompt, response[:room]), changes + cut
         changes = ["shortened"]
@@ -179,10 +184,11 @@ def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[It
 
 
 def response_ids(tokenizer: Any, example: Example) -> list[int]:
-    """The response's tokens, with the token that ends a turn where it ends."""
-    ids = list(tokenizer(example.response, add_special_tokens=False)["input_ids"])
-    if example.ends and tokenizer.eos_token_id is not None:
-        ids.append(tokenizer.eos_token_id)
+    """The response's tokens, with the one that ends a turn where it ends. Control tokens spelled out in a response are
+    read as text, as in a prompt."""
+    ids = answer_ids(tokenizer, example.response)
+    if example.ends and (end := end_of_turn(tokenizer)) is not None:
+        ids.append(end)
     if not ids:
         raise C2CError(f"the response of {example.id} has no tokens; leave the row out")
     return ids

@@ -9,7 +9,7 @@ from itertools import accumulate
 
 from rich.console import Console
 
-from ..config import TrainConfig
+from ..config import ModelSpec, TrainConfig
 from ..errors import C2CError
 from ..files import check_writable
 from ..kv import pad_left, prefill
@@ -34,11 +34,17 @@ def precompute(
         for folder in (*config.stores, *filter(None, [config.receiver_store])):
             check_writable(folder)
     found = examples(config)  # first: what is wrong with them shows before models are loaded
-    sharers = [load_lm(spec, None, **({} if dtype == "auto" else {"dtype": dtype})) for spec in config.sharers]
+
+    def loaded(spec: ModelSpec) -> LM:
+        """As training loads what it computes with, unless `dtype` says otherwise."""
+        named = dtype if dtype != "auto" else config.precision if spec.dtype == "auto" else "auto"
+        return load_lm(spec, None, **({} if named == "auto" else {"dtype": named}))
+
+    sharers = [loaded(spec) for spec in config.sharers]
     stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]
     # A receiver that is a sharer too reads nothing here, so that its dtype doesn't matter.
     same = [lm for spec, lm in zip(config.sharers, sharers, strict=True) if spec == config.receiver]
-    pair = pair_to_train(same[0] if same else load_lm(config.receiver), sharers, config)
+    pair = pair_to_train(same[0] if same else loaded(config.receiver), sharers, config)
     with encoding(console) as progress:
         data = prepare(pair, config, found, progress)
     del found  # the texts of all rows

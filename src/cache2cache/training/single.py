@@ -37,6 +37,7 @@ class Alone:
 
     def __init__(self, receiver: LM) -> None:
         self.receiver = receiver
+        self.sharers: list[LM] = []
 
     def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds:
         rendered = render(self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=NO_THINKING)

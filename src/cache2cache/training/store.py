@@ -323,8 +323,8 @@ class Store:
             if self.config["computed_in"] != (here := _name(sharer.dtype)):
                 before = self.config["computed_in"]
                 raise C2CError(
-                    f"the store {self.folder} was computed in {before}, the sharer now computes in {here}; go on with "
-                    f"--dtype {before}, or use another folder"
+                    f"the store {self.folder} was computed in {before}, {sharer.name} now computes in {here}; go on in "
+                    f"{before} (c2c precompute --dtype, c2c evaluate --sharer-dtype), or use another folder"
                 )
             with (self.folder / "store.json").open("rb+") as lock:
                 for wait in (False, True):
