@@ -194,6 +194,26 @@ def test_options_over_the_recipe(recipe: Path, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "store").exists() and not (tmp_path / "run").exists()
 
 
+def test_a_sharer_on_several_devices_is_trained_with_from_its_store(recipe: Path, tmp_path: Path) -> None:
+    assert c2c("precompute", recipe) == 0
+    assert c2c("train", recipe, "--set", "sharer.device_map=cpu", "--set", "epochs=1") == 0
+    assert (tmp_path / "run" / "fuser" / "config.json").is_file()
+
+
+def test_stores_of_both_models_are_computed_in_what_is_said(recipe: Path, tmp_path: Path) -> None:
+    def computed_in(*words: str) -> list[str]:
+        places = [tmp_path / f"{'-'.join(words)}{who}" for who in ("sharer", "receiver")]
+        command = ["--set", f"store={places[0]}", "--set", f"receiver_store={places[1]}", *words]
+        assert c2c("precompute", recipe, *command) == 0
+        return [json.loads((place / "store.json").read_text())["computed_in"] for place in places]
+
+    half, full = "bfloat16", "float32"
+    assert computed_in() == [full, full]
+    assert computed_in("--dtype", half) == [half, half]
+    assert computed_in("--set", f"precision={half}") == [half, half]
+    assert computed_in("--set", f"precision={half}", "--set", f"receiver.dtype={full}") == [half, full]
+
+
 def test_two_sharers_from_end_to_end(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Stores, plan, training, and an answer from what is left; then nothing is left to do."""
     second = write_models(tmp_path / "more", ["qwen2"]) / "qwen2"
