@@ -65,11 +65,12 @@ def test_what_is_not_understood_is_refused() -> None:
     )
     with pytest.raises(C2CError, match=r"layer 0, don't follow its rotary embedding .* use key_space rotated"):
         Rotary.of(lm)
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import OPTConfig, OPTForCausalLM
 
     from cache2cache import load_lm
 
-    tiny = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=200)).eval()
+    shape = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    tiny = OPTForCausalLM(OPTConfig(vocab_size=200, **shape))
     with pytest.raises(C2CError, match="has no rotary embedding"):
         Rotary.of(load_lm(tiny))
 

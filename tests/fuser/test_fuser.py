@@ -255,7 +255,7 @@ def test_dropout_only_in_training() -> None:
 def test_every_block_drops_out(variant: str) -> None:
     fuser = make_fuser(FuserConfig(receiver=RECEIVER, sharer=SHARER, variant=variant, dropout=0.25, num_layers=4))
     blocks = [module for module in fuser.modules() if isinstance(module, StackedFFN)]
-    assert len(blocks) == 4  # mlp1, two of proj_mlp2, scalar_mlp2
+    assert len(blocks) == (0 if variant == "ridge" else 4)  # mlp1, two of proj_mlp2, scalar_mlp2
     for block in blocks:
         x = torch.randn(len(block.w1.weight), 200, block.w1.weight.shape[1])
         assert (block.train().inner(x) == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
