@@ -54,29 +54,31 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     Returns:
         What `generate` returns: token ids (B, T + new), prompt included, or its output object.
     """
-    given, asked = kwargs.get("generation_config"), partial(_asked, lm, kwargs)
+    given = copy.deepcopy(kwargs.get("generation_config"))
+    # In the model's own settings `use_cache: false` is of a training that checkpointed gradients.
+    ours: dict[str, Any] = {"use_cache": True, "pad_token_id": lm.pad_token_id}
+    if given is None:
+        kwargs = {**ours, **kwargs}
+    else:  # transformers deprecates options beside it
+        given.update(**{name: value for name, value in ours.items() if getattr(given, name) is None})
+        kwargs["generation_config"] = given
+    asked = partial(_asked, lm, kwargs)
     for name, (fits, reason) in _UNFIT.items():
-        # Saved by a training that checkpointed gradients, use_cache: false says nothing of how to answer.
-        value = kwargs.get(name, getattr(given, name, None)) if name == "use_cache" else asked(name)
-        if not fits(value):
+        if not fits(asked(name)):
             raise C2CError(f"{name} doesn't go with a prefilled cache: {reason}; leave it out")
     tokens, new = prompt.input_ids.shape[1], asked("max_new_tokens")
     check_room(lm, tokens, new or 0)
-    ours: dict[str, Any] = {"use_cache": True}
-    if given is None or given.pad_token_id is None:
-        ours["pad_token_id"] = lm.pad_token_id
     static_length = None
     if asked("cache_implementation") == "static":
         if new is None:
             raise C2CError("a static cache has a fixed length: say how long the answer may get, max_new_tokens")
         static_length = max(tokens + new - 1, asked("max_cache_len") or 0)  # the last token is never read
-        ours["cache_implementation"] = None  # or transformers would want to make one of its own
-        kwargs.pop("cache_implementation", None)
-    if given is None:
-        kwargs = {**ours, **kwargs}
-    else:  # transformers deprecates options beside it
-        kwargs["generation_config"] = given = copy.deepcopy(given)
-        given.update(**ours)
+        # Or transformers would want to make one of its own.
+        if given is None:
+            kwargs["cache_implementation"] = None
+        else:
+            kwargs.pop("cache_implementation", None)
+            given.cache_implementation = None
     copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
     inputs = prompt.inputs(copies, static_length)
     # A prompt may bring a criterion of its own, see `response`.

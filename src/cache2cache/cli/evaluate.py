@@ -97,14 +97,9 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            callback=options.folder, help="Folder for samples, summary and report.  [default: runs/evaluation]"
-        ),
+        Path | None, typer.Option(help="Folder for samples, summary and report.  [default: runs/evaluation]")
     ] = None,
-    results: Annotated[
-        Path | None, typer.Option(callback=options.folder, help="Folder that also gets numbers and ids, without text.")
-    ] = None,
+    results: Annotated[Path | None, typer.Option(help="Folder that also gets numbers and ids, without text.")] = None,
 ) -> None:
     """Accuracy on question sets, and whether a gain is what the sharer knows or its mere presence.
 

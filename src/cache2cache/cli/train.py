@@ -41,9 +41,7 @@ def train(
         ),
     ] = False,
     data_dir: options.DataDir = None,
-    output: Annotated[
-        Path | None, typer.Option(callback=options.folder, help="Folder of the run; otherwise the recipe's.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; otherwise the recipe's.")] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Compute the sharer's prefills instead of reading the store.")
     ] = False,
@@ -62,10 +60,11 @@ def train(
     from rich.live import Live
 
     from cache2cache import heap
+    from cache2cache.config import ModelSpec
     from cache2cache.errors import C2CError
     from cache2cache.files import check_writable
     from cache2cache.fuser.ridge import Fitted
-    from cache2cache.models.load import load_lm
+    from cache2cache.models.load import LM, load_lm
     from cache2cache.pair import C2C
     from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.data import examples
@@ -105,7 +104,17 @@ def train(
     if config.shard:  # whole models needn't fit where their parts go
         as_set = {"dtype": "bfloat16" if in_half(config, processes.device) else "float32"}
     where = on_cpu if config.shard else {}
-    receiver = load_lm(config.receiver, None, **where, **(as_set if config.receiver.dtype == "auto" else {}))
+
+    def loaded(spec: ModelSpec) -> LM:
+        return load_lm(spec, None, **where, **(as_set if spec.dtype == "auto" else {}))
+
+    def as_sharer(spec: ModelSpec) -> LM:
+        if spec == config.receiver:
+            return receiver
+        # Quantised weights are told apart as they are.
+        return load_lm(spec, None, **as_small) if as_small and not spec.quantization else loaded(spec)
+
+    receiver = loaded(config.receiver)
     torch.manual_seed(config.seed)  # the first weights
     what: C2C | SingleObjective
     encoder: Encoder
@@ -115,21 +124,7 @@ def train(
         what = SingleObjective(receiver, config.lora)
         encoder, trained = Alone(receiver), what.trained
     else:
-        sharers = [
-            receiver
-            if spec == config.receiver
-            else load_lm(
-                spec,
-                None,
-                # Quantised weights are told apart as they are.
-                **(
-                    as_small
-                    if as_small and not spec.quantization
-                    else {**where, **(as_set if spec.dtype == "auto" else {})}
-                ),
-            )
-            for spec in config.sharers
-        ]
+        sharers = [as_sharer(spec) for spec in config.sharers]
         if config.shard:
             shard([receiver, *([] if as_small else sharers)], processes.device)
         what = pair_to_train(receiver, sharers, config)

@@ -301,19 +301,17 @@ class Batch:
             assert setup.identical is not None
             chats = [c.ask.chat() for c in cases]
             return self._fused(setup.identical, [setup.identical.encode(chat, prefix=prefix) for chat in chats], way)
+        if method in ("c2c", SKIP) and way == GENERATION and response.chosen(pair, None):
+            return self._fused(pair, prompts, way, skip=setup.skip if method == SKIP else None)
         clean = self.clean(way)
         if method == "off":
             return State(receiver, pair.fuse(prompts, sharer_mask=0, clean=clean))
         if method == SKIP:
-            if way == GENERATION and response.chosen(pair, None):
-                return self._fused(pair, prompts, way, skip=setup.skip)
             # What is at hand, or in a store; otherwise the sharers read only what isn't skipped, as in earnest.
             at_hand = way in self._known or any(self.setup.stores)
             known = self.mine(way) if at_hand else None
             fused = pair.fuse(prompts, clean=clean, skip=setup.skip, sharers=known)
             return State(receiver, fused, skipped=fused.skipped)
-        if method == "c2c" and way == GENERATION and response.chosen(pair, None):
-            return self._fused(pair, prompts, way)
         if method == "c2c":
             return State(receiver, pair.fuse(prompts, clean=clean, sharers=self.mine(way)))
         if method == "other":

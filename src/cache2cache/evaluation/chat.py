@@ -33,7 +33,7 @@ from ..training.data import Example, draw, examples, row_name, split
 from ..training.items import response_ids
 from ..training.store import Store, check_room
 from .asking import plain
-from .controls import fuse_others, rows_of, sharer_cache
+from .controls import beside_of, fuse_others, rows_of, sharer_cache
 from .run import claim, load_pair, open_store
 from .runner import batches_of
 from .statistics import bootstrap
@@ -266,20 +266,12 @@ def _even(cases: Sequence[Case], size: int) -> list[Sequence[Case]]:
     return [cases[a:b] for a, b in pairwise(bounds)]
 
 
-def _beside(count: int) -> list[int]:
-    """Rows by twos, each beside the other; of three that are left each beside the next."""
-    if count < 2:
-        raise C2CError("the control needs another row; give at least two")
-    threes = count % 2 * 3
-    return [row ^ 1 for row in range(count - threes)] + [count - threes + (k + 1) % 3 for k in range(threes)]
-
-
 def _score(pair: C2C, batch: Sequence[Case], store: Store | None) -> list[Scored]:
     prompts = [c.prompt for c in batch]
     cache = sharer_cache(pair, 0, prompts, store)
     clean = prefill_prompts(pair.receiver, [p.receiver for p in prompts])
     known = [(cache, [len(p.sharers[0]) for p in prompts])]
-    beside = _beside(len(prompts))
+    beside = beside_of(len(prompts))
     states: dict[str, Callable[[], Prefilled]] = {  # made one by one, so that one at a time takes memory
         "receiver": lambda: clean,
         "sharer": lambda: prefilled(pair.sharers[0], [p.sharers[0] for p in prompts], cache),

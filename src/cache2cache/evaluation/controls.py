@@ -116,3 +116,12 @@ def next_rows(count: int) -> list[int]:
     if count < 2:
         raise C2CError("the control other needs another question; give at least two")
     return [(row + 1) % count for row in range(count)]
+
+
+def beside_of(count: int) -> list[int]:
+    """As `next_rows`, but by twos, each row beside the other, so that which one it is doesn't hang on where batches of
+    an even size end; of three that are left each beside the next."""
+    if count < 2:
+        raise C2CError("the control other needs another row; give at least two")
+    threes = count % 2 * 3
+    return [row ^ 1 for row in range(count - threes)] + [count - threes + (k + 1) % 3 for k in range(threes)]

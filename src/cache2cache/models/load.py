@@ -52,8 +52,8 @@ FINGERPRINT_VALUES = 1024  # values read of each tensor
 
 # Layers that hold one key and one value per position, which is what can be fused position by position.
 _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
-_LINE = "\n"  # what no tokenizer joins with letters or a space behind it
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
+_LINE = "\n"  # what no tokenizer joins with letters or a space behind it
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READING_GGUF = threading.Lock()
@@ -146,11 +146,11 @@ class LM:
         """Token ids of text that goes on behind a prompt (token ids pass through)."""
         if not isinstance(continuation, str):
             return [int(i) for i in continuation]
-        ids = self._ids(continuation)
         if self._begins_with_a_space:
             line, behind = self._ids(_LINE), self._ids(_LINE + continuation)
-            return behind[len(line) :] if behind[: len(line)] == line else ids
-        return ids
+            if behind[: len(line)] == line:
+                return behind[len(line) :]
+        return self._ids(continuation)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.need_tokenizer()(text, add_special_tokens=False)["input_ids"])

@@ -314,7 +314,7 @@ class Worker:
             try:
                 work = None if number in self._gone else self._checked(number, job)
             except C2CError as error:
-                self._end(number, _refusal(error))
+                self._end(number, _refusal(error, self.pair))
                 continue
             except Exception as error:
                 _complain("a prompt could not be read", error)
@@ -516,7 +516,7 @@ class Worker:
                     self._guarded([work])
                 return
             failed = (
-                _refusal(error)
+                _refusal(error, self.pair)
                 if isinstance(error, C2CError)
                 else Failed("internal", f"{type(error).__name__} while answering")
             )
@@ -650,12 +650,12 @@ def _size(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, str) or _is_ids(prompt) else sum(len(said["content"]) for said in prompt)
 
 
-def _refusal(error: C2CError) -> Failed:
+def _refusal(error: C2CError, pair: C2C) -> Failed:
     """What a client is told: of a sharer elsewhere neither where it is nor that the request was at fault."""
     if isinstance(error, Unreachable):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return Failed("unavailable", "the sharer can't be reached; try again later")
-    if "://" in str(error):
+    if any(isinstance(sharer, RemoteSharer) and sharer.url in str(error) for sharer in pair.sharers):
         print(f"error: {error}", file=sys.stderr, flush=True)
         return Failed("invalid", "the sharer can't take this request; send a shorter prompt, or ask for less")
     return Failed("invalid", str(error))
