@@ -34,7 +34,7 @@ def mirror(folder: Path, sources: Iterable[Mapping[str, Any]], count: int, start
 
 def question(task: str, name: str, i: int) -> dict[str, Any]:
     options = [str(i + (k - i) % 4 + 1) for k in range(4)]
-    asked, right = f"What is {i} plus 1?", options.index(str(i + 1))
+    asked, right = f"What is {i} plus 1 ({task})?", options.index(str(i + 1))
     if task == "mmlu":
         return {"question": asked, "choices": options, "answer": right, "subject": "anatomy"}
     if task == "mmlu-redux":

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,12 @@ def holding(lock: Path, taken: str) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def only_writer(folder: Path) -> AbstractContextManager[None]:
+    """Hold the folder of a run, made where it isn't there: a second process that would write there is refused."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return holding(folder / ".lock", f"another process writes to {folder}; wait for it, or choose another output")
 
 
 def replace_text(path: Path, text: str) -> None:

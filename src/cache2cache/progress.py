@@ -32,7 +32,7 @@ class Bar(Progress):
 
     def __init__(self, console: Console | None = None, unit: str = "") -> None:
         counted: list[ProgressColumn] = [MofNCompleteColumn(), *([TextColumn(unit)] if unit else [])]
-        columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeRemainingColumn())
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counted, TimeRemainingColumn())
         super().__init__(*columns, console=console or Console(stderr=True))
         self.unit, self._said = unit, time.monotonic()
 

@@ -73,7 +73,11 @@ def test_chat_quality(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.Cap
     held = ("--recipe", recipe, "--set", "holdout=3", "--output", tmp_path / "held")
     assert c2c(*common, *held) == 0
     assert "bits per byte of 3 responses" in capsys.readouterr().out
-    assert sorted(p.name for p in (tmp_path / "held").iterdir()) == ["scores.jsonl", "settings.json", "summary.json"]
+    assert sorted(p.name for p in (tmp_path / "held").glob("[!.]*")) == [
+        "scores.jsonl",
+        "settings.json",
+        "summary.json",
+    ]
     assert config_of(tmp_path).holdout == 6
     for arguments, words in (
         ((), "give exactly one source of rows"),
@@ -81,7 +85,7 @@ def test_chat_quality(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.Cap
         (("--jsonl", rows, "--set", "holdout=3"), "--set changes a recipe"),
         (("--rows", "dolly"), "expected owner/name"),
         (("--jsonl", rows, "--max-tokens", 9), "0 of 22 rows are short enough"),
-        (("--jsonl", rows, "--limit", 4, "--output", tmp_path / "held"), "another limit, source"),
+        (("--jsonl", rows, "--limit", 4, "--output", tmp_path / "held"), "another limit, rows_hash, source"),
     ):
         assert c2c(*common, *arguments) == 1
         assert words in " ".join(capsys.readouterr().err.split()), words

@@ -323,10 +323,14 @@ def test_a_run_and_its_files(tiny_pair_folder: Path, tmp_path: Path, capsys: pyt
     assert "4 rows; left out: 2 too long, 0 that the fuser was trained on" in " ".join(printed.err.split())
     assert summary["left_out"] == {"trained_on": 0, "too_long": 2}
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")}
     assert sorted(before) == ["answers.jsonl", "scores.jsonl", "settings.json", "summary.json"]
     assert chat.run(str(tiny_pair_folder), source, **options) == summary
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-    with pytest.raises(C2CError, match="another max_tokens, source; choose another --output"):
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("[!.]*")} == before
+    with pytest.raises(C2CError, match="another max_tokens, rows_hash, source; choose another --output"):
         other = DataSource(jsonl=write_rows(tmp_path / "more.jsonl", 8))
         chat.run(str(tiny_pair_folder), other, **{**options, "max_tokens": 300})
+    assert source.jsonl is not None
+    source.jsonl.write_text(source.jsonl.read_text().replace("a", "e"))  # the same ids, other texts
+    with pytest.raises(C2CError, match="another rows_hash; choose another --output"):
+        chat.run(str(tiny_pair_folder), source, **options)

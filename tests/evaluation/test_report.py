@@ -173,6 +173,13 @@ def test_methods_that_were_asked_fewer_questions() -> None:
     assert found["gain"] == 30 and found["paired"]["text"]["difference"] == pytest.approx(-33.33)
     # Of the first two questions the receiver has both right, C2C one, and another question's cache one.
     assert (found["presence"], found["content"], found["content_interval"][1]) == (-50, 0, 100)
+    assert found["parts_of"] == 2 and "parts_of" not in summarize(
+        answers_of(receiver="11", c2c="11", other="11"), methods
+    )
+    console = Console(width=200)
+    with console.capture() as printed:
+        console.print(table({"tasks": {"own": found}}, ""))
+    assert "-50.0 of 2" in printed.get() and "+30.0 of" not in printed.get()
     assert found["recovered"] == 50  # of the first four: 2, 3 and 4
     assert set(found["subjects"]["b"]) & set(methods) == {"receiver", "c2c"}
     two = [replace(a, task="two") for a in answers_of(receiver="11", c2c="11")]
@@ -230,7 +237,7 @@ def test_a_run_and_its_files(tiny_pair_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "evaluation"
     summary = run(tiny_pair_folder, output, task)
     assert json.loads((output / "summary.json").read_text()) == summary
-    assert sorted(p.name for p in output.iterdir()) == sorted(
+    assert sorted(p.name for p in output.glob("[!.]*")) == sorted(
         ["questions.jsonl", "report.html", "report.md", "samples.jsonl", "settings.json", "summary.json"]
     )
     answers = read_answers(output / "samples.jsonl")
@@ -240,9 +247,9 @@ def test_a_run_and_its_files(tiny_pair_folder: Path, tmp_path: Path) -> None:
     assert settings["fuser_hash"] == hashlib.sha256(weights).hexdigest()
     for role in ("receiver", "sharer"):
         assert len(settings[role]["fingerprint"]) == 64 and settings[role]["dtype"] == "torch.float32"
-    before = {p.name: p.read_bytes() for p in output.iterdir()}
+    before = {p.name: p.read_bytes() for p in output.glob("[!.]*")}
     assert run(tiny_pair_folder, output, task) == summary
-    assert {p.name: p.read_bytes() for p in output.iterdir()} == before
+    assert {p.name: p.read_bytes() for p in output.glob("[!.]*")} == before
 
 
 def test_other_settings_in_the_same_folder(tiny_pair_folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cache2cache.cli import main
 from cache2cache.config import EvalConfig
 from cache2cache.evaluation import asking, runner, timing
 from cache2cache.evaluation import run as running
-from cache2cache.evaluation.answers import Answer, drawn, read_answers
+from cache2cache.evaluation.answers import Answer, drawn, read_answers, read_asked
 from cache2cache.evaluation.asking import Batch
 from cache2cache.evaluation.page import page, regressions, venn
 from cache2cache.evaluation.report import Run, markdown, publish, read_run, told_apart, verdict
@@ -30,6 +30,7 @@ from cache2cache.evaluation.routing import Router, at_random, embed, fit, routed
 from cache2cache.evaluation.run import run
 from cache2cache.evaluation.runner import evaluate
 from cache2cache.evaluation.summary import summarize, summarize_run
+from cache2cache.files import only_writer
 from cache2cache.models import packed
 from cache2cache.response import Answering
 from cache2cache.tasks import OPEN_TASKS, TASKS, Question
@@ -243,6 +244,8 @@ def test_questions_that_the_fuser_was_trained_on_are_counted(
     (fuser / "training_ids.txt").write_text(f"{task}:{ids[0]}\n{task}:{ids[3]}\nanother:{ids[1]}\n")
     assert run(EvalConfig.model_validate(config))["trained_on"] == {"own": 2}
     assert f"trained on 2 of the {len(ids)} questions of own" in " ".join(capsys.readouterr().err.split())
+    (fuser / "training_ids.txt").write_text(f"elsewhere/{Path(task).name}:{ids[0]}\n")
+    assert run(EvalConfig.model_validate(config))["trained_on"] == {"own": 1}
     (fuser / "training_ids.txt").unlink()
     assert "trained_on" not in run(EvalConfig.model_validate(config))
 
@@ -860,6 +863,8 @@ def test_a_published_token_map(tmp_path: Path) -> None:
     fused = evaluate(pair_of("qwen3", "qwen2", token_map="first"), "own", questions, tmp_path / "c.jsonl", **options)
     chosen = {m: [a.logprobs for a in fused if a.method == m and a.logprobs] for m in ("receiver", "c2c", "other")}
     assert chosen["c2c"] != chosen["receiver"] and chosen["c2c"] != chosen["other"]
+    with pytest.raises(C2CError, match=r"moves the receiver's positions too, .* which the control off is to show"):
+        evaluate(pair_of("qwen3", "qwen2", token_map="first"), "own", questions, tmp_path / "d.jsonl", methods=["off"])
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/r*.yaml")), ids=lambda path: path.name)
@@ -915,3 +920,72 @@ def test_skipping_fills_no_store_beyond_its_size(tiny_pair_folder: Path, tmp_pat
     with pytest.raises(C2CError, match=r"the limit is 0\.0 GB"):
         run(EvalConfig.model_validate(config))
     assert not list((tmp_path / "store").glob("shard-*"))
+
+
+def test_two_runs_in_one_folder(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    config = EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, methods=["receiver"]))
+    with (
+        only_writer(tmp_path / "out"),
+        pytest.raises(C2CError, match=r"another process writes to .*out; wait for it, or choose another output"),
+    ):
+        run(config)
+    assert run(config)["asked"] == {"own": 9, "open": 5}
+
+
+def test_rows_that_are_lost_are_said(tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that another machine writes to, where no lock holds."""
+    config = EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, methods=["receiver", "c2c"]))
+    add_rows = runner.add_rows
+    monkeypatch.setattr(runner, "add_rows", lambda path, rows: add_rows(path, rows[1:]))
+    with pytest.raises(C2CError, match=r"samples.jsonl lacks \d+ of the rows that were written to it"):
+        run(config)
+    monkeypatch.setattr(runner, "add_rows", add_rows)
+    found = run(config)["likelihood"]["tasks"]["own"]
+    assert found["receiver"]["questions"] == found["c2c"]["questions"] == 9
+
+
+def test_fewer_questions_are_those_that_readers_see(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """And a piece of a run publishes no more than it says."""
+    few = {"methods": ["receiver", "c2c"], "answers": "likelihood"}
+    run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, **few)))
+    made = run(EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limit=4, **few)))
+    assert made["asked"]["own"] == 4
+    out = tmp_path / "out"
+    assert {len(read_answers(out / "samples.jsonl")), len(read_asked(out)[0])} == {28, 16}
+    piece = config_of(tiny_pair_folder, tmp_path, limit=4, results=str(tmp_path / "shown"), **few)
+    run(EvalConfig.model_validate({**piece, "methods": ["receiver"]}))
+    assert {a.method for a in read_answers(tmp_path / "shown" / "samples.jsonl")} == {"receiver"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "task"),
+    [("arc-easy-paper:q0", "arc-easy"), ("mmlu/virology:q0", "mmlu"), ("mmlu:q0", "mmlu/virology")],
+)
+def test_a_set_goes_by_several_names(
+    trained: str, task: str, tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuser = tmp_path / "fuser"
+    shutil.copytree(tiny_pair_folder, fuser)
+    (fuser / "training_ids.txt").write_text(f"{trained}\nopenbookqa:q1\n")
+    asked = [Question(f"q{n}", "?", ("a", "b"), 0) for n in range(3)]
+    config = EvalConfig.model_validate(config_of(fuser, tmp_path, tasks=[task]))
+    assert running.trained_on(config, {task: asked}) == {task: 1}
+
+
+def test_numbers_of_questions(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    for wrong in ({"c2c": 0}, {"c2c": -5}):
+        with pytest.raises(ValueError, match="greater than 0"):
+            EvalConfig.model_validate(config_of(tiny_pair_folder, tmp_path, limits=wrong))
+    config = config_of(tiny_pair_folder, tmp_path, methods=["c2c", "other"], limits={"other": 1})
+    with pytest.raises(C2CError, match="other is to be asked one question, and needs another one's cache"):
+        run(EvalConfig.model_validate(config))
+
+
+def test_names_are_no_markup(tiny_pair_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tiny_pair_folder, tmp_path, methods=["receiver"], answers="likelihood")
+    config["tasks"] = [{"task": config["tasks"][0]["task"], "name": "own [/long] [b]"}]
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as leaving:
+        main(["evaluate", str(tmp_path / "run.yaml")])
+    assert leaving.value.code in (0, None)
+    assert "own [/long] [b] (9)" in capsys.readouterr().out

@@ -24,7 +24,7 @@ from cache2cache.methods import Ask, text_to_text
 from cache2cache.methods.text_to_text import BACKGROUND
 from cache2cache.models import LM
 from cache2cache.pair import FusedCache, PromptIds
-from cache2cache.tasks import Question, load
+from cache2cache.tasks import OpenQuestion, Question, load
 from cache2cache.tasks.prompts import ANSWER_PREFIX, extract_letter, paper_prompt, short_prompt
 from cache2cache.training.store import Store
 from training.runs import pair_of, write_questions
@@ -569,3 +569,22 @@ def test_written_answers_are_completed(
     path.write_bytes(b"".join(likely))
     monkeypatch.setattr(asking, "write", lambda *_: pytest.fail("the messages are known"))
     assert evaluate(pair, "own", questions[:4], path, batch_size=2, **WRITTEN) == once and path.read_bytes() == whole
+
+
+def test_the_control_is_given_another_text() -> None:
+    """Questions about one text are of like length, and so neighbours."""
+    setup = asking.Setup(pair_of())
+
+    def given(documents: str, batch_size: int = 4) -> str:
+        rows = [
+            OpenQuestion(f"q{n}", f"What is it about, {n}?", ("a",), "f1", 4, document=text.strip())
+            for n, text in enumerate(documents)
+        ]
+        units, _ = runner.plan(setup, "own", rows, methods=["c2c", "other"], batch_size=batch_size)
+        return "".join(p.id[1:] for unit in units for p in unit.partners)
+
+    assert given("    ") == "1230"  # each about its own
+    assert given("aabb") == "2200"
+    assert given("aaab") == "3330"
+    assert given("aaaabb", batch_size=2) == "444400"  # from another batch
+    assert given("aaaa") == "1230"  # there is no other

@@ -113,6 +113,7 @@ def runs(tiny_pair_folder: Path, tmp_path: Path) -> tuple[Path, Path]:
     """Two evaluations of one pair, on 9 and on 5 questions of unlike sets."""
     for name, count in (("first", 9), ("second", 5)):
         task = write_questions(tmp_path / f"{name}.jsonl", count)
+        task.write_text(task.read_text().replace("number", f"the {name} number"))
         run(tiny_pair_folder, tmp_path / name, task, methods=["receiver", "c2c"])
     return tmp_path / "first", tmp_path / "second"
 
@@ -177,10 +178,28 @@ def test_failed_questions_are_left_out_and_counted() -> None:
 
 def test_questions_of_one_split_however_it_was_named(runs: tuple[Path, Path]) -> None:
     first, second = runs
-    shutil.copyfile(first / "samples.jsonl", second / "samples.jsonl")
+    for name in ("samples.jsonl", "questions.jsonl"):
+        shutil.copyfile(first / name, second / name)
     about = json.loads((second / "settings.json").read_text())
     task = read_answers(first / "samples.jsonl")[0].task
     about["split"] = "train"
     (second / "settings.json").write_text(json.dumps({**about, f"task {task}": {"split": "validation"}}))
     with pytest.raises(C2CError, match=r"9 questions of .* are in .* too; check on other questions"):
+        calibration(first, second)
+
+
+def test_questions_under_another_name_and_by_another_prompt(
+    runs: tuple[Path, Path], tiny_pair_folder: Path, tmp_path: Path
+) -> None:
+    first, second = runs
+    again = tmp_path / "again.jsonl"
+    shutil.copyfile(tmp_path / "second.jsonl", again)
+    run(tiny_pair_folder, tmp_path / "again", again, methods=["receiver", "c2c"])
+    with pytest.raises(C2CError, match=r"5 questions of .*again are in .*second too; check on other questions"):
+        calibration(second, tmp_path / "again")
+    about = json.loads((second / "settings.json").read_text())
+    (second / "settings.json").write_text(json.dumps({**about, "prompt": "short"}))
+    with pytest.raises(
+        C2CError, match=r"second has the prompt short, .*first has paper; a threshold holds for questions"
+    ):
         calibration(first, second)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
 
 from cache2cache import decode
-from cache2cache.evaluation.writing import Ended, Written, write, write_on, written
+from cache2cache.evaluation.writing import Ended, Written, add_rows, read_rows, write, write_on, written
 from cache2cache.kv import Prefilled, prefill_prompts
 from cache2cache.models import LM
 from tiny import TOKENIZER_OF, tiny_model, tiny_tokenizer
@@ -102,3 +105,23 @@ def test_a_control_token_as_a_text(lm: LM, monkeypatch: pytest.MonkeyPatch) -> N
     assert ended.limits.tolist() == [4, 6]
     assert [w.text for w in written(lm, made, ended.limits.tolist())] == ["ABC", "ABCDE"]
     assert Ended(lm, 3, [8, 8], [stop])(sequences[:, :7], None).all()  # half of them are a quarter and more
+
+
+@dataclass(frozen=True)
+class Line:
+    id: str
+    text: str
+
+
+def test_readers_change_nothing_and_writers_replace_what_a_kill_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    add_rows(path, [Line("a", "é"), Line("b", "x" * 9000)])
+    whole = path.read_bytes()
+    for size in (0, 1, 12, len(whole) - 1, len(whole)):
+        path.write_bytes(whole[:size])
+        found = read_rows(path, Line)
+        assert path.read_bytes() == whole[:size]  # its writer may be at it
+        assert [row.id for row in found] == ["a", "b"][: whole[:size].count(b"\n")]
+        add_rows(path, [Line("c", "")])
+        assert [row.id for row in read_rows(path, Line)] == [*(row.id for row in found), "c"]
+    assert read_rows(tmp_path / "none.jsonl", Line) == []

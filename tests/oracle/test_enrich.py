@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,7 +190,10 @@ def test_a_run_resumes_and_says_everything(positions: str, tmp_path: Path) -> No
     (tmp_path / "a" / "rows.jsonl").write_text("\n".join(rows[:5]) + "\n" + rows[5][:40])
     again = enrich.run(lm, questions(6, "test"), questions(2, "dev"), tmp_path / "a", **options)
     assert again == first
-    with pytest.raises(C2CError, match="another shots"):
+    others = [replace(q, question=f"{q.question} Now?") for q in questions(2, "dev")]
+    with pytest.raises(C2CError, match="another exemplars_hash"):
+        enrich.run(lm, questions(6, "test"), others, tmp_path / "a", **options)
+    with pytest.raises(C2CError, match="another exemplars_hash, shots"):
         enrich.run(lm, questions(6, "test"), questions(2, "dev"), tmp_path / "a", **{**options, "shots": 1})
 
 

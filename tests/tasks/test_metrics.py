@@ -209,6 +209,13 @@ def test_long_answers(metric: str, piece: str) -> None:
         ("5\\text{ cm}", "5"),
         ("5 \\text{ square units}", "5"),
         ("5.4 \\text{ cents}", "5.4"),
+        ("5 cm", "5"),
+        ("5\\text{ m}^2", "5"),
+        ("\\frac{1}{2} \\text{m}", "0.5"),
+        ("12 inches", "12"),
+        ("3 x", "3x"),
+        ("6 - 5 i", "6-5i"),
+        ("x^2 + 2 x", "x^2+2x"),
         ("\\text{even}", "even"),
         ("\\textbf{(C)}", "(C)"),
         ("\\$32,\\!348", "32348"),
@@ -232,7 +239,8 @@ def test_formulas_that_are_the_same(given_as: str, reference: str) -> None:
 @pytest.mark.parametrize(
     ("given_as", "reference"),
     [("2", "3"), ("\\frac{1}{2}", "\\frac{2}{1}"), ("(1,2)", "(2,1)"), ("x+1", "x-1"), ("1,2", "12"), ("", "0"),
-     ("\\sqrt{2}", "2"), ("y=2x+3", "y=2x-3"), ("[1,2)", "(1,2)"), ("-3", "3"), ("2x", "2")],
+     ("\\sqrt{2}", "2"), ("y=2x+3", "y=2x-3"), ("[1,2)", "(1,2)"), ("-3", "3"), ("2x", "2"), ("3 x", "3"),
+     ("5 y", "5")],
 )  # fmt: skip
 def test_formulas_that_differ(given_as: str, reference: str) -> None:
     assert score(OpenQuestion("1", "?", (reference,), "boxed", 9), f"\\boxed{{{given_as}}}") == 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cache2cache.errors import C2CError
@@ -63,6 +65,7 @@ def test_few_shot_prompt() -> None:
 
 def test_few_shot_examples_are_others() -> None:
     assert few_shot_prompt(DEV[2], DEV, 2).count("Question 2?") == 1  # not an example of itself
+    assert few_shot_prompt(replace(DEV[2], id="twin"), DEV, 2).count("Question 2?") == 1  # nor under another id
     assert "answers).\n\nQuestion 4?" in few_shot_prompt(Question("1", "Why?", ("a", "b"), 0), DEV, 1)  # no subject
     with pytest.raises(C2CError, match="5 examples about logic were asked for, 1 are there"):
         few_shot_prompt(Question("1", "Why?", ("a", "b"), 0, "logic"), DEV)

@@ -170,7 +170,10 @@ def test_ceval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tasks.load("c-eval", "val", tmp_path)
     assert found == tasks.load("c-eval", "validation", tmp_path)
     assert found[0] == tasks.Question("law-0", "哪个？", ("甲", "乙", "丙", "丁"), 3, "law")
-    assert [(q.id, q.letter) for q in tasks.load("c-eval", "dev", tmp_path)] == [("law-0", "C"), ("logic-0", "B")]
+    assert [(q.id, q.letter) for q in tasks.load("c-eval", "dev", tmp_path)] == [
+        ("law-dev-0", "C"),
+        ("logic-dev-0", "B"),
+    ]
     assert [q.subject for q in tasks.load("c-eval/logic", "dev", tmp_path)] == ["logic"]
     write_rows(tmp_path, f"{CEVAL}/law/test", [ceval_row(0, "")])
     with pytest.raises(C2CError, match=r"has no answer.*take val or dev"):

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import C2CError
-from ..evaluation.answers import LIKELIHOOD, Answer, read_answers, read_settings
+from ..evaluation.answers import LIKELIHOOD, Answer, read_asked, read_settings
 from ..evaluation.report import LABELS
 from ..evaluation.statistics import accuracy
 from ..evaluation.summary import paired
@@ -62,7 +62,7 @@ def run(
     results: list[tuple[str, dict[str, Any]]] = []
     files = {}
     for number, folder in enumerate(folders):
-        answers = [a for a in read_answers(folder / "samples.jsonl") if a.answers == LIKELIHOOD]
+        answers = [a for a in read_asked(folder)[0] if a.answers == LIKELIHOOD]
         settings = _settings(folder)
         rows = judged(answers, folder)
         found = {"run": str(folder), "settings": settings, **summarize(rows, bins)}

@@ -120,8 +120,16 @@ class Asked:
 
 
 def read_answers(samples: Path) -> list[Answer]:
-    """The rows of a samples file; a last line that a kill cut short is dropped from the file."""
+    """The rows of a samples file, see `read_rows`."""
     return read_rows(samples, _answer)
+
+
+def read_asked(folder: Path) -> tuple[list[Answer], dict[tuple[str, str], Asked]]:
+    """The answers in a run's folder, or in its published results, to the questions that it was last asked, and these as
+    far as they are there: a folder may hold answers to more from before."""
+    answers = [a for name in (SAMPLES, ROUTED_ROWS) for a in read_answers(folder / name)]
+    asked = {(q.task, q.id): q for q in read_rows(folder / QUESTIONS, Asked)}
+    return [a for a in answers if not asked or (a.task, a.id) in asked], asked
 
 
 def _answer(**row: Any) -> Answer:

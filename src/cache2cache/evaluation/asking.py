@@ -469,6 +469,11 @@ def check_setup(setup: Setup, methods: Sequence[str]) -> None:
         if method in methods and thing is None:
             raise C2CError(f"the method {method} needs {said[method]}")
     threshold(setup.skip)
+    if "off" in methods and any(f.config.moves_tokens for f in setup.pair.fusers if isinstance(f, C2CFuser)):
+        raise C2CError(
+            "the fuser's token map moves the receiver's positions too, so that with fusion off it isn't the receiver "
+            "alone, which the control off is to show; leave it out"
+        )
     if response.chosen(setup.pair, None) and (odd := set(methods) & {"other", "zeroed", "gaussian"}):
         raise C2CError(
             f"this fuser fuses the answer's tokens too, and the control {min(odd)} stands in only for the prompt's "

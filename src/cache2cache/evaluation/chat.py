@@ -6,6 +6,7 @@ the same text for both models, whatever their tokenizers.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -23,7 +24,7 @@ from rich.table import Table
 from ..config import DataSource, TrainConfig
 from ..decode import score
 from ..errors import C2CError
-from ..files import replace_text
+from ..files import only_writer, replace_text
 from ..fuser import checkpoint
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
@@ -126,41 +127,44 @@ def run(
     if len(cases) < 2:
         raise C2CError(f"{len(cases)} of {len(found)} rows are short enough; expected two or more: raise --max-tokens")
     prompts = to_answer(pair, cases, generate, max_new_tokens)
-    claim(
-        output,
-        {
-            **settings,
-            "store": prefills.config["precision"] if prefills else None,
-            "source": source.model_dump(mode="json", include={"data", "holdout", "seed", "rows", "jsonl", "split"}),
-            "limit": limit,
-            "max_tokens": max_tokens,
-            "max_new_tokens": max_new_tokens,
-        },
-    )
-    console = Console(stderr=True)
-    left_out = {"trained_on": trained_on, "too_long": len(found) - len(cases)}
-    console.print(
-        f"{len(cases)} rows; left out: {left_out['too_long']} too long, {trained_on} that the fuser was trained on"
-    )
-    with Bar(console) as bar:
-        scoring = bar.add_task("bits per byte", total=len(cases))
-        if prefills:
-            check_room([(prefills, [c.prompt.sharers[0] for c in cases])], max_bytes)
-        scores = score_rows(
-            pair, cases, output / "scores.jsonl", prefills, batch_size, lambda n: bar.advance(scoring, n)
+    said = "\n".join(json.dumps([e.id, list(map(dict, e.messages)), e.prefix, e.response]) for e in found)
+    with only_writer(output):
+        claim(
+            output,
+            {
+                **settings,
+                "rows_hash": hashlib.sha256(said.encode()).hexdigest(),
+                "store": prefills.config["precision"] if prefills else None,
+                "source": source.model_dump(mode="json", include={"data", "holdout", "seed", "rows", "jsonl", "split"}),
+                "limit": limit,
+                "max_tokens": max_tokens,
+                "max_new_tokens": max_new_tokens,
+            },
         )
-        speaking = bar.add_task("greedy answers", total=len(prompts), visible=bool(prompts))
-        answers = speak(
-            pair, prompts, output / "answers.jsonl", max_new_tokens, batch_size, lambda n: bar.advance(speaking, n)
+        console = Console(stderr=True)
+        left_out = {"trained_on": trained_on, "too_long": len(found) - len(cases)}
+        console.print(
+            f"{len(cases)} rows; left out: {left_out['too_long']} too long, {trained_on} that the fuser was trained on"
         )
-    summary: dict[str, Any] = {"settings": json.loads((output / "settings.json").read_text()), "left_out": left_out}
-    summary["responses"] = summarize(scores)
-    if answers:
-        summary["answers"] = fluency(answers)
-    replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
-    for made in tables(summary):
-        Console().print(made)
-    return summary
+        with Bar(console) as bar:
+            scoring = bar.add_task("bits per byte", total=len(cases))
+            if prefills:
+                check_room([(prefills, [c.prompt.sharers[0] for c in cases])], max_bytes)
+            scores = score_rows(
+                pair, cases, output / "scores.jsonl", prefills, batch_size, lambda n: bar.advance(scoring, n)
+            )
+            speaking = bar.add_task("greedy answers", total=len(prompts), visible=bool(prompts))
+            answers = speak(
+                pair, prompts, output / "answers.jsonl", max_new_tokens, batch_size, lambda n: bar.advance(speaking, n)
+            )
+        summary: dict[str, Any] = {"settings": json.loads((output / "settings.json").read_text()), "left_out": left_out}
+        summary["responses"] = summarize(scores)
+        if answers:
+            summary["answers"] = fluency(answers)
+        replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        for made in tables(summary):
+            Console().print(made)
+        return summary
 
 
 def check_pair(pair: C2C) -> None:

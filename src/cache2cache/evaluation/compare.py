@@ -8,10 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import GENERATION, LIKELIHOOD, Answer, read_answers, read_settings, split_of
+from .answers import GENERATION, LIKELIHOOD, Answer, read_asked, read_settings, split_of
 from .asking import METHODS
 from .summary import better_way, marks_of, paired, sets_of, summarize_all
 
@@ -42,7 +43,7 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
     answers, settings = {}, {}
     for folder in folders:
         settings[folder] = read_settings(folder)
-        answers[folder] = read_answers(folder / "samples.jsonl")
+        answers[folder] = read_asked(folder)[0]
     first = folders[0]
     c2c = {folder: [a for a in rows if a.method == "c2c"] for folder, rows in answers.items()}
     # By likelihood where every run has that, else in words.
@@ -127,10 +128,10 @@ def _pairs(first: Sequence[Answer], second: Sequence[Answer], tasks: Sequence[st
 def tables(result: dict[str, Any]) -> list[Table]:
     """Accuracies, with % of the gap that is recovered behind them, and p-values."""
     columns = list(result["mean"])
-    names = _short([row["run"] for row in result["runs"]])
+    names = {run: escape(name) for run, name in _short([row["run"] for row in result["runs"]]).items()}
     accuracies = Table(title="C2C, accuracy in % (% of the gap from the receiver to the sharer)")
     for heading in ("", *columns):
-        accuracies.add_column(heading, justify="right" if heading else "left")
+        accuracies.add_column(escape(heading), justify="right" if heading else "left")
     for baseline in (False, True):
         for row in (r for r in result["runs"] if r["baseline"] is baseline):
             cells = (_cell(row["columns"][c]) for c in columns)
@@ -140,7 +141,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     tests = Table(title="better than the other, each way, and p (McNemar, exact) where answers are right or wrong")
     tested = [c for c in columns if c != AVERAGE]
     for heading in ("", *tested):
-        tests.add_column(heading, justify="right" if heading else "left")
+        tests.add_column(escape(heading), justify="right" if heading else "left")
     for pair in result["paired"]:
         label = " / ".join(names[run] for run in pair["runs"])
         cells = (_split(pair["columns"][c]) for c in tested)

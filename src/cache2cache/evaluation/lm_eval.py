@@ -63,8 +63,7 @@ class HarnessLM(HarnessBase):
 
     def __init__(self, pair: C2C, *, method: Method = "c2c", batch_size: int | str = 16) -> None:
         super().__init__()
-        if method not in get_args(Method):
-            raise C2CError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
+        check_method(method)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise C2CError(f"batch size {batch_size!r}; expected how many prompts to read at once, from 1 on")
         self.pair, self.method, self.batch_size = pair, method, int(batch_size)
@@ -297,6 +296,12 @@ def task_of(questions: Sequence[Question], name: str = "own") -> dict[str, Any]:
     }
 
 
+def check_method(method: Any) -> None:
+    """Raise a C2CError for a method that doesn't exist."""
+    if method not in get_args(Method):
+        raise C2CError(f"unknown method {method!r}; expected one of {', '.join(get_args(Method))}")
+
+
 def run(
     fuser: str | None,
     *,
@@ -330,6 +335,9 @@ def run(
     """
     if (output / "results.json").exists():
         raise C2CError(f"{output} holds results already; choose another --output, or remove it")
+    if include_path is not None and not include_path.is_dir():
+        raise C2CError(f"no folder {include_path}; expected one with tasks of your own")
+    check_method(model_args.get("method", "c2c"))
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table

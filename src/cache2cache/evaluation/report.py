@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import C2CError
@@ -15,20 +16,18 @@ from ..files import replace_text
 from .answers import (
     GENERATION,
     LIKELIHOOD,
-    QUESTIONS,
-    ROUTED_ROWS,
     SAMPLES,
     SUMMARY,
     TASK,
     WAYS,
     Answer,
     Asked,
-    read_answers,
+    read_asked,
     split_of,
 )
 from .summary import AVERAGE, POOLED
 from .timing import LENGTHS, line_of_times
-from .writing import line_of, read_rows
+from .writing import line_of
 
 LABELS = {
     "receiver": "receiver alone",
@@ -95,12 +94,10 @@ def read_run(folder: Path) -> Run:
         raise C2CError(
             f"{folder} was summarized by an earlier version; run c2c evaluate on it again, which asks nothing anew"
         )
-    answers = [a for name in (SAMPLES, ROUTED_ROWS) for a in read_answers(folder / name)]
-    asked = {(q.task, q.id): q for q in read_rows(folder / QUESTIONS, Asked)}
-    tasks = set(summary["asked"])
-    return Run(
-        folder, summary, [a for a in answers if a.task in tasks and (not asked or (a.task, a.id) in asked)], asked
-    )
+    answers, asked = read_asked(folder)
+    # Of the methods and sets that the summary is of: it may be of a piece of what the folder holds.
+    shown = {(way, t, m) for way in WAYS if way in summary for t, found in summary[way]["tasks"].items() for m in found}
+    return Run(folder, summary, [a for a in answers if (a.answers, a.task, a.method) in shown], asked)
 
 
 def label_of(method: str) -> str:
@@ -144,12 +141,12 @@ def table(found: Mapping[str, Any], title: str) -> Table:
     made = Table(title=title)
     made.add_column("")
     for name, result in columns.items():
-        made.add_column(_task(name, result), justify="right")
+        made.add_column(escape(_task(name, result)), justify="right")
     for method in methods_of(columns):
         made.add_row(label_of(method), *(_cell(r.get(method), most_of(r)) for r in columns.values()))
     for key, label in EFFECTS.items():
         if all(key in result for result in columns.values()):
-            made.add_row(label, *(_signed(result[key]) for result in columns.values()), style="bold")
+            made.add_row(label, *(_points(result, key) for result in columns.values()), style="bold")
     for method in methods_of(columns):
         if any("p" in result.get("paired", {}).get(method, {}) for result in columns.values()):
             cells = (_p(r.get("paired", {}).get(method, {}).get("p")) for r in columns.values())
@@ -390,7 +387,13 @@ def _difference(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _effect(result: Mapping[str, Any], key: str) -> str:
-    return _signed(result[key]) + _interval(result.get(f"{key}_interval")) if key in result else ""
+    return _points(result, key) + _interval(result.get(f"{key}_interval")) if key in result else ""
+
+
+def _points(result: Mapping[str, Any], key: str) -> str:
+    """An effect, and of how many questions where the gain is of more."""
+    few = result.get("parts_of") if key in ("presence", "content") else None
+    return _signed(result[key]) + (f" of {few}" if few else "")
 
 
 def _harmed(result: Mapping[str, Any]) -> str:

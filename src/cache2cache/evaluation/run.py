@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -18,7 +19,7 @@ from rich.console import Console
 from .. import tasks as sets
 from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec, is_address
 from ..errors import C2CError
-from ..files import check_writable, replace_text
+from ..files import check_writable, only_writer, replace_text
 from ..fuser import checkpoint
 from ..methods.base import Ask
 from ..models.load import LM
@@ -26,6 +27,7 @@ from ..models.packed import pack
 from ..pair import C2C, identity
 from ..progress import Bar
 from ..tasks import OpenQuestion, Question
+from ..training.data import same_row
 from ..training.single import load_single
 from ..training.store import Store
 from . import report, routing, timing
@@ -67,15 +69,33 @@ def run(config: EvalConfig) -> dict[str, Any]:
     setup, settings = load(config)
     trained = trained_on(config, questions)
     for label, count in trained.items():
-        console.print(f"the fuser was trained on {count} of the {len(questions[label])} questions of {label}")
-    samples = config.output / SAMPLES
+        console.print(
+            f"the fuser was trained on {count} of the {len(questions[label])} questions of {label}", markup=False
+        )
     plans = {t.label: plan_of(t, config, setup, questions[t.label]) for t in config.tasks}
     # A router learns from letters, for which cot is no prompt.
     learning = replace(setup, prompt="paper") if setup.prompt == "cot" else setup
     training = router_plans(config, learning, questions) if routing.LEARNED in config.methods else {}
+    with only_writer(config.output) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
+        return _asked(config, processes, console, setup, plans, (learning, training), questions, trained)
+
+
+def _asked(
+    config: EvalConfig,
+    processes: PartialState,
+    console: Console,
+    setup: Setup,
+    plans: Plans,
+    router: tuple[Setup, Plans],
+    questions: Mapping[str, Sequence[AnyQuestion]],
+    trained: Mapping[str, int],
+) -> dict[str, Any]:
+    """Clock, ask, summarize: all that a run writes."""
+    learning, training = router
+    samples = config.output / SAMPLES
     timed = bool(config.timing) and processes.is_main_process
-    if processes.is_main_process:
-        claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
     # The clock comes first: it asks one by one, and what follows lays the weights out for batches.
     first = next(iter(plans))
     times = {"task": first, **clock(config, setup, plans[first][0], console)} if timed else None
@@ -142,12 +162,22 @@ def questions_of(task: EvalTask, config: EvalConfig) -> list[AnyQuestion]:
 
 
 def trained_on(config: EvalConfig, questions: Mapping[str, Sequence[AnyQuestion]]) -> dict[str, int]:
-    """By set, how many of its questions the fusers were trained on, where their folders name any."""
+    """By set, how many of its questions the fusers were trained on, where their folders name any. Rows of LongBench go
+    by other names there, so that none is found."""
     count = max(len(config.fuser), len(config.subfolder))
-    named = zip(*(x * count if len(x) == 1 else x for x in (config.fuser, config.subfolder)), strict=True)
-    ids = set().union(*(checkpoint.training_ids(checkpoint.resolve(f, subfolder=s)) for f, s in named))
-    found = {t.label: sum(f"{t.task}:{q.id}" in ids for q in questions[t.label]) for t in config.tasks}
+    sources = zip(*(x * count if len(x) == 1 else x for x in (config.fuser, config.subfolder)), strict=True)
+    ids = set().union(*(checkpoint.training_ids(checkpoint.resolve(f, subfolder=s)) for f, s in sources))
+    known = set(map(_question_name, ids))
+    found = {
+        t.label: sum(_question_name(f"{t.task}:{q.id}") in known for q in questions[t.label]) for t in config.tasks
+    }
     return {label: n for label, n in found.items() if n}
+
+
+def _question_name(row: str) -> str:
+    """A question's id in training under the plainest name of its set; wherever that lies, if it is a file."""
+    source, _, number = same_row(row).rpartition(":")
+    return f"{Path(source).name if source.endswith(('.jsonl', '.jsonl.gz')) else source}:{number}"
 
 
 def plan_of(
@@ -208,8 +238,10 @@ def do(
     if processes.is_main_process:
         gather(samples, order)
     processes.wait_for_everyone()
-    wanted = set(order)
-    return [a for a in read_answers(samples) if a.key in wanted]
+    found = {a.key: a for a in read_answers(samples)}
+    if lost := [key for key in order if key not in found]:
+        raise C2CError(f"{samples} lacks {len(lost)} of the rows that were written to it; run the same command again")
+    return [found[key] for key in order]
 
 
 def write_questions(path: Path, plans: Plans, questions: Mapping[str, Sequence[AnyQuestion]]) -> None:

@@ -189,6 +189,10 @@ def plan(
             bucket = (buckets or {}).get(question.id)
             failed += [_failure(task, setup.prompt, question, bucket, m, way, case) for way, m in group]
         paired = any(method == "other" for _, method in group)
+        if paired and count == 1 < len(questions):
+            raise C2CError(
+                "the control other is to be asked one question, and needs another one's cache; raise its limit"
+            )
         if paired and len(chosen) == 1 and len(questions) > 1:
             # The others of its set can't be put, so it has no other; what else it is asked is asked without.
             only, lonely = chosen[0], C2CError("no other question of the set could be put")
@@ -201,10 +205,28 @@ def plan(
         # Questions of one subject begin with the same examples, which a batch of them reads once.
         about = partial(_subject, few_shot)
         for _, alike in groupby(sorted(chosen, key=about), key=about):
-            for batch in batches_of(sorted(alike, key=_like), size, 2 if paired else 1):
-                partners = [batch[row] for row in next_rows(len(batch))] if paired else []
+            alike_cases = sorted(alike, key=_like)
+            for batch in batches_of(alike_cases, size, 2 if paired else 1):
+                partners = _partners(batch, alike_cases) if paired else []
                 units.append(Unit(batch, partners, group, setup.prompt, batch_size))
     return units, failed
+
+
+def _partners(batch: Sequence[Case], alike: Sequence[Case]) -> list[Case]:
+    """Per case whose caches the control other is given: the next in its batch that is about another text, or behind it
+    where its batch has none; where there is none at all, the next."""
+    place = {case.id: n for n, case in enumerate(alike)}
+    found = []
+    for row, following in enumerate(next_rows(len(batch))):
+        mine, begin = batch[row], place[batch[row].id]
+        others = [*batch[following:], *batch[:following], *alike[begin + 1 :], *alike[:begin]]
+        found.append(next((c for c in others if _text(c) != _text(mine)), batch[following]))
+    return found
+
+
+def _text(case: Case) -> str:
+    """What tells the text that a question is about from others'."""
+    return (isinstance(case.question, OpenQuestion) and case.question.document) or case.id
 
 
 def _subject(few_shot: bool, case: Case) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import C2CError
-from .answers import LIKELIHOOD, Answer, read_answers, read_settings, split_of
+from .answers import LIKELIHOOD, Answer, read_asked, read_settings, split_of
 from .statistics import wilson
 
 
@@ -131,19 +131,27 @@ def calibration(run: Path, check: Path | None = None, *, tolerance: float = 0.0)
         others, theirs = _read(check)
         if changed := [k for k in ("receiver", "sharer", "fuser") if _weights(settings, k) != _weights(others, k)]:
             raise C2CError(f"{check} was made with another {', '.join(changed)} than {run}; give runs of one pair")
+        if others.get("prompt") != settings.get("prompt"):
+            raise C2CError(
+                f"{check} has the prompt {others.get('prompt')}, {run} has {settings.get('prompt')}; a threshold holds "
+                "for questions that are put alike: give runs with one prompt"
+            )
+        # By their texts too, as far as rows say these: one set may go by two names.
         asked = [
-            {(split_of(about, a.task), a.task, a.id) for a in rows}
+            {(split_of(about, a.task), a.task, a.id) for a in rows} | {a.asked for a in rows if a.asked}
             for about, rows in ((settings, answers), (others, theirs))
         ]
-        if known := asked[0] & asked[1]:
-            raise C2CError(f"{len(known)} questions of {check} are in {run} too; check on other questions")
+        if asked[0] & asked[1]:
+            known = [a for a in theirs if a.asked in asked[0] or (split_of(others, a.task), a.task, a.id) in asked[0]]
+            count = len({(a.task, a.id) for a in known})
+            raise C2CError(f"{count} questions of {check} are in {run} too; check on other questions")
         result["checked"] = summarize(check, apply(cases_of(theirs), threshold))
     return result
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Answer]]:
     """Settings and answers of an evaluation run."""
-    return read_settings(folder), read_answers(folder / "samples.jsonl")
+    return read_settings(folder), read_asked(folder)[0]
 
 
 def _weights(settings: Mapping[str, Any], part: str) -> Any:

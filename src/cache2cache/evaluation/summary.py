@@ -192,6 +192,10 @@ def summarize(
         if method in methods and {"receiver", "sharer"} <= set(methods):
             result[method] |= _against_random(answers, column, method, seed)
     result |= effects(column.level, methods)
+    if "presence" in result and (few := len(column.common(["c2c", "receiver", "other"]).keys)) < len(
+        column.common(["c2c", "receiver"]).keys
+    ):
+        result["parts_of"] = few
     if {"off", "receiver"} <= set(methods):
         result["off_differs"] = _differ(answers)
     if "c2c" in methods:
@@ -339,7 +343,8 @@ def effects(level: Level, methods: Sequence[str]) -> dict[str, Any]:
     """What C2C gains, in points, rounded. Only what the measured methods allow, each on the questions that all methods
     it compares were asked.
 
-    gain: of C2C over the receiver. It is the sum of
+    gain: of C2C over the receiver. On the questions that the control was asked too (`parts_of`, where these are fewer)
+        it is the sum of
     presence: of C2C with another question's cache over the receiver, and
     content: of C2C over that.
     presence_share: presence in % of the gain; None where there is no gain.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from transformers import StoppingCriteria
 
 from .. import decode
 from ..errors import C2CError
-from ..files import replace_text
 from ..kv import CACHE, Prefilled, prefill_prompts
 from ..models.load import LM
 from ..response import Answering
@@ -132,12 +131,11 @@ def written(lm: LM, new: Tensor, limits: Sequence[int] | None = None) -> list[Wr
 
 
 def read_rows(path: Path, make: Callable[..., Row]) -> list[Row]:
-    """The rows of a JSONL file, if there is one; a last line that a kill cut short is dropped from the file."""
+    """The rows of a JSONL file, if there is one, but for a last line that isn't complete: its writer was killed, or is
+    at it."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    if lines.pop():
-        replace_text(path, "".join(f"{line}\n" for line in lines))
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     try:
         return [make(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
@@ -150,10 +148,25 @@ def line_of(row: Any) -> str:
 
 
 def add_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Add dataclass rows to a JSONL file, and see them on the disk."""
+    """Add dataclass rows to a JSONL file, in place of a last line that a kill cut short, and see them on the disk."""
     if not rows:
         return
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(map(line_of, rows)))
+    with path.open("a+b") as file:
+        _cut_short(file)
+        file.write("".join(map(line_of, rows)).encode())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _cut_short(file: BinaryIO) -> None:
+    """Remove from a file, open to append to, what stands behind its last line break."""
+    size = end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 4096)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        end = begin if found < 0 else begin + found + 1
+        if found >= 0:
+            break
+    if end < size:
+        file.truncate(end)

@@ -15,6 +15,7 @@ turned back by the removed length has Oracle's distances. With every layer chose
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -495,6 +496,7 @@ def run(
         "max_tokens": max_tokens,
         "positions": positions,
         "layers": layers,
+        "exemplars_hash": hashlib.sha256(repr(sorted(exemplars.items())).encode()).hexdigest(),
     }
     about = study.begin(output, settings, "enrich", [a.question for a in asked], seed, command)
     with Bar() as bar:

@@ -57,6 +57,7 @@ class OpenQuestion:
         classes: what the metric `classification` chooses from.
         length: in words, of Chinese characters, as LongBench states it for its buckets; 0 where unknown.
         first_line: score only the first line of the answer.
+        document: names the text that it is about, where others may be about the same.
     """
 
     id: str
@@ -68,6 +69,7 @@ class OpenQuestion:
     classes: tuple[str, ...] = ()
     length: int = 0
     first_line: bool = False
+    document: str = ""
 
     def __post_init__(self) -> None:
         if not self.references:

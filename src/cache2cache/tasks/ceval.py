@@ -41,5 +41,7 @@ def load(split: str, data_dir: Path | None) -> list[Question]:
                 )
             options = tuple(row[letter] for letter in "ABCD")
             answer = "ABCD".index(row["answer"])
-            made.append(Question(f"{subject}-{row['id']}", row["question"], options, answer, subject))
+            # Its splits count their rows anew; those of val have always been called by their numbers alone.
+            number = row["id"] if split == "val" else f"{split}-{row['id']}"
+            made.append(Question(f"{subject}-{number}", row["question"], options, answer, subject))
     return made

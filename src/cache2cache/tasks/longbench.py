@@ -197,6 +197,7 @@ def open_question(id: str, name: str, prompt: str, row: Mapping[str, Any], lengt
         classes=tuple(row["all_classes"] or ()),
         length=length,
         first_line=name in FIRST_LINE,
+        document=hashlib.sha256(row["context"].encode()).hexdigest() if row.get("context") else "",
     )
 
 

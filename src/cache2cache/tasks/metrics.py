@@ -102,14 +102,17 @@ def last_boxed(text: str) -> str | None:
     return text[max(closed) : closed[max(closed)]] if closed else None
 
 
+_WORDS = r"\\(?:text|mathrm|textbf|mbox)\s*"
+_UNITS = "cm|mm|km|ft|in|kg|mg|mL|ml|mi|oz|lb|hr"  # other short ones may be variables
 _FORMULA_RULES = [
     (r"\\[!,;: ]|\\q?quad\b|~", ""),  # space
     (r"\\left\b|\\right\b|\\displaystyle\b|\\big[lr]?\b", ""),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\\$|\\%|%|\$", ""),
     (r"\^\s*\{?\\circ\}?|°", ""),
-    (r"\\(?:text|mathrm|textbf|mbox)\s*\{\s*([^{}]*?)\s*\}", r" \1 "),
-    (r"(?<=[\d}])\s+(?:square\s+|cubic\s+)?[a-zA-Z]+\.?(?:\^\{?\d\}?)?\s*$", ""),  # a unit
+    (rf"(?<=[\d}}])\s*{_WORDS}\{{\s*(?:square\s+|cubic\s+)?[a-zA-Z]+\.?\s*\}}(?:\^\{{?\d\}}?)?\s*$", ""),  # a unit
+    (rf"{_WORDS}\{{\s*([^{{}}]*?)\s*\}}", r" \1 "),
+    (rf"(?<=[\d}}])\s+(?:square\s+|cubic\s+)?(?:[a-zA-Z]{{3,}}|{_UNITS})\.?(?:\^\{{?\d\}}?)?\s*$", ""),  # the same
     (r"^\s*[a-zA-Z]\s*(?:=|\\in\b)\s*(?=[^=]*$)", ""),  # the name of what was asked for
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),

@@ -64,7 +64,8 @@ def chinese_prompt(question: Question, cot: bool = False) -> str:
 
 def few_shot_prompt(question: Question, dev: Sequence[Question], n: int = 5) -> str:
     """The paper's few-shot prompt: the first `n` questions of the same subject in `dev` with answers, then this one."""
-    examples = [other for other in dev if other.subject == question.subject and other != question][:n]
+    asked = (question.question, question.options)  # some sets have a question twice, under two ids
+    examples = [o for o in dev if o.subject == question.subject and (o.question, o.options) != asked][:n]
     if len(examples) < n:
         raise C2CError(
             f"{n} examples about {question.subject or 'no subject'} were asked for, {len(examples)} are there; "
