@@ -6,7 +6,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 MAX_LAYERS: Final = 10_000  # of a model: sizes in a file are bounded before anything is made from them
 
@@ -389,6 +398,11 @@ class TrainConfig(_Places):
             raise ValueError("shard is for frozen models, and method: single trains its receiver; leave shard out")
         if self.shard and (quantized := [spec.source for spec in (self.receiver, *self.sharers) if spec.quantization]):
             raise ValueError(f"shard takes whole weights, {quantized[0]} is quantized; leave one of the two out")
+        if self.fuser.projection_init == "ridge" and self.calibration_prompts < 2:
+            raise ValueError(
+                "projection_init: ridge is fitted on some of the calibration prompts and chosen on others; set "
+                "calibration_prompts to 2 or more, some hundreds for a good start"
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(f"a batch of {self.batch_size} can't be computed in {self.accumulate} parts")
         if self.holdout == 0 and (self.patience is not None or self.keep == "best"):
@@ -405,7 +419,7 @@ class EvalTask(BaseModel):
     name: str | None = Field(None, description="what the results call it; the task's name without it")
     split: str | None = Field(None, description="instead of the run's")
     limit: int | None = Field(None, gt=0, description="instead of the run's")
-    limits: dict[str, int] = Field({}, description="instead of the run's")
+    limits: dict[str, PositiveInt] = Field({}, description="instead of the run's")
     max_prompt_tokens: int | None = Field(
         None, gt=1, description="cut the middle out of longer questions, those answered in words, for every model"
     )
@@ -463,7 +477,7 @@ class EvalConfig(_Places):
     limit: int | None = Field(
         None, gt=0, description="that many questions of each set, drawn with the seed; fewer are among more"
     )
-    limits: dict[str, int] = Field({}, description="METHOD: NUMBER, fewer questions for methods that take long")
+    limits: dict[str, PositiveInt] = Field({}, description="METHOD: NUMBER, fewer questions for methods that take long")
     batch_size: int = Field(16, gt=0, description="questions at once, of like length")
     max_new_tokens: int = Field(64, gt=0, description="of answers in words to questions with options")
     skip: float | None = Field(None, ge=0, le=1, description="threshold of the method skip")

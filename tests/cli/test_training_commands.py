@@ -408,6 +408,7 @@ def test_calibrate_and_evaluate_what_it_says(trained: Path, tmp_path: Path, caps
     fuser, both = trained / "fuser", ("--method", "receiver", "--method", "c2c")
     for name, count in (("seen", 9), ("new", 6)):
         questions = write_questions(tmp_path / f"{name}.jsonl", count)
+        questions.write_text(questions.read_text().replace("number", f"{name} number"))
         assert c2c("evaluate", fuser, "--task", questions, *both, "--output", tmp_path / name) == 0
     command = ("calibrate", tmp_path / "seen", "--check", tmp_path / "new", "--tolerance", 100)
     capsys.readouterr()

@@ -27,6 +27,7 @@ from cache2cache.training.data import (
     mix,
     question_example,
     read_chat,
+    same_row,
     shortened,
     split,
     without_held_out,
@@ -162,8 +163,15 @@ def test_every_response_of_a_row(row: dict[str, Any], responses: list[str]) -> N
     ("row", "words"),
     [
         ({"query": "Q", "reply": "A"}, "file, row 7 has fields query, reply; expected messages, conversations"),
-        ({"question": "Q", "options": ["x", "y"], "answer": "A"}, "has fields question, options, answer; expected"),
-        ({"question": "Q", "choices": ["x", "y"], "answer": 1}, "has fields question, choices, answer; expected"),
+        (
+            {"question": "Q", "options": ["x", "y"], "answer": "A"},
+            "row 7 is a question with options; give such a file as task",
+        ),
+        (
+            {"question": "Q", "choices": ["x", "y"], "answer": 1},
+            "row 7 is a question with options; give such a file as task",
+        ),
+        ({"prompt": "Q", "choices": ["x", "y"], "answer": 1}, "has fields prompt, choices, answer; expected"),
         ({"context": "C", "input": " ", "answers": ["A"]}, "row 7 asks nothing about its context"),
         ({"context": "C", "input": "Q", "answers": [""]}, "row 7 asks nothing about its context, or its first answer"),
         (
@@ -196,7 +204,7 @@ def test_rows_that_are_none(row: Any, words: str) -> None:
     ("content", "words"),
     [
         (b'{"prompt": "Q", "completion": "A"}\n{half\n', "rows.jsonl, row 1 cannot be read as JSON"),
-        (b"\xff\xfe\xfd\n", "rows.jsonl, row 0 cannot be read as JSON"),
+        (b"\xff\xfe\xfd\n", "rows.jsonl, row 0 is not UTF-8"),
         (b'{"prompt": "half \\ud83d a pair", "completion": "A"}\n', "rows.jsonl, row 0 cannot be read as JSON"),
         (b"[" * 200_000 + b"\n", "rows.jsonl, row 0 cannot be read as JSON"),
         (b'{"prompt": "Q", "completion": "A"}\n\n{"prompt": "Q"}\n', "rows.jsonl, row 1 has fields prompt;"),
@@ -237,7 +245,9 @@ def test_bad_rows_are_skipped_where_asked_and_never_silently(tmp_path: Path) -> 
         made = examples(config)
     assert sorted(e.id for e in made) == [f"{path}:{n}" for n in (0, 2, 5)]  # ids count every row, good or bad
     path.write_text('{"prompt": "Q"}\n')
-    with pytest.warns(UserWarning, match="1 of 1 rows"), pytest.raises(C2CError, match="no rows are left"):
+    with pytest.raises(
+        C2CError, match=r"none of the 1 rows of .*rows.jsonl can be read; the first: .* has fields prompt"
+    ):
         examples(config)
 
 
@@ -443,8 +453,11 @@ def test_questions_and_answers_in_other_words() -> None:
     assert read_chat({"instruction": "Why?", "context": "C", "response": "So.", "answers": ["x"]}, "row") == [
         (({"role": "user", "content": "Why?\n\nC"},), "So.")
     ]
-    for row in ({"question": "Why?", "options": ["a"], "answer": "A"}, {"prompt": "Why?", "choices": 1, "answer": "A"}):
-        with pytest.raises(C2CError, match="expected messages"):
+    for row, words in (
+        ({"question": "Why?", "options": ["a"], "answer": "A"}, "row is a question with options"),
+        ({"prompt": "Why?", "choices": 1, "answer": "A"}, "expected messages"),
+    ):
+        with pytest.raises(C2CError, match=words):
             read_chat(row, "row")
 
 
@@ -467,6 +480,18 @@ def test_another_name_of_a_source_hides_no_held_out_row(name: str) -> None:
     names = [source, f"{source}/default" if "/" in source else f"{source}-paper"]
     found = [example(f"{n}:{row}") for n in names for row in (number, "0")]
     assert without_held_out(found) == [found[1], found[3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("arc-challenge-paper:3", "arc-challenge:3"), ("mmlu/virology:dev-1", "mmlu:dev-1"), ("o/n/default:2", "o/n:2"),
+        ("o/n/other:2", "o/n/other:2"), ("mmlu/a.jsonl:1", "mmlu/a.jsonl:1"),
+        ("/a/mmlu/b.jsonl:1", "/a/mmlu/b.jsonl:1"),
+    ],
+)  # fmt: skip
+def test_the_plainest_name_of_a_row(name: str, plain: str) -> None:
+    assert same_row(name) == plain
 
 
 def test_a_split_that_is_measured_on(tmp_path: Path, data_dir: Path) -> None:
@@ -718,3 +743,26 @@ def test_what_the_long_fuser_is_asked_it_was_not_trained_on(data_dir: Path) -> N
     assert not any(middle in text for middle in middles for text in read)
     known = load_open("longbench/multi_news", "test", data_dir)  # that the question can be answered with yes
     assert any(q.prompt[len(q.prompt) // 2 :][:200] in text for q in known for text in read)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (gzip.compress(b"{}"), "rows.jsonl is gzipped; name it .jsonl.gz"),
+        ('{"prompt": "café", "completion": "no"}'.encode("latin-1"), "row 0 is not UTF-8 .* save the file as UTF-8"),
+        (
+            b'{"question": "?", "options": ["a", "b"], "answer": 0}',
+            "question with options; give such a file as task",
+        ),
+    ],
+)
+def test_files_of_another_kind(tmp_path: Path, body: bytes, words: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(body)
+    with pytest.raises(C2CError, match=words):
+        examples(config_of(tmp_path))
+
+
+def test_a_file_without_a_single_good_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("a,b\n1,2\n")
+    with pytest.raises(C2CError, match=r"none of the 2 rows of .*rows.jsonl can be read; the first: .*row 0"):
+        examples(config_of(tmp_path, data=[{"jsonl": str(tmp_path / "rows.jsonl"), "on_bad_rows": "skip"}]))

@@ -84,6 +84,10 @@ def test_interrupted_or_empty(tmp_path: Path) -> None:
     assert (folder / "training_ids.txt").exists()
     with pytest.raises(C2CError, match="set holdout in the recipe"):
         fit(pair, config, None, Prepared(data.train, [], 0))
+    store = Store(tmp_path / "store", pair.sharers[0], "bfloat16")
+    store.fill(pair.sharers[0], [list(i.prompt.sharers[0]) for i in data.train])
+    with pytest.raises(C2CError, match=r"lacks \d+ of the recipe's [0-9]+ prompts"):
+        fit(pair, config, store, data, stop)  # before anything is read
     with pytest.raises(C2CError, match="a run of another recipe"):
         fit(pair, config_of(tmp_path, fuser=RIDGE | {"blend": 0.5}), None, data)
 
@@ -126,3 +130,17 @@ def test_bottleneck_trains_from_the_store(tmp_path: Path, monkeypatch: pytest.Mo
     silent = losses("silent", None)
     assert len(stored) == 8 and stored == pytest.approx(live, rel=1e-4)
     assert stored != pytest.approx(silent, rel=1e-3)
+
+
+def test_what_cannot_be_fitted_is_said_before_anything_is_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_models(tmp_path)
+    for changes, options, words in (
+        ({"holdout": 0}, [], "fuser.variant ridge chooses its penalty on the hold-out; set holdout"),
+        ({}, ["--dry-run"], "--dry-run is for training; fitting ridge reads each example once"),
+    ):
+        with pytest.raises(SystemExit) as leaving:
+            main(["train", str(write_recipe(tmp_path, fuser=RIDGE, **changes)), *options])
+        said = " ".join(capsys.readouterr().err.split())
+        assert leaving.value.code == 1 and words in said and "encoding" not in said

@@ -1013,10 +1013,45 @@ def test_a_disk_that_fills_up(runs: Run, tmp_path: Path, room: int) -> None:
     assert runs.trainer(save_every=2).run().exists()  # goes on
 
 
+def test_epochs_that_are_not_needed_are_not_drawn(runs: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(items: Any, size: int, seed: int, epoch: int) -> Any:
+        drawn.append(epoch)
+        return batches(items, size, seed, epoch)
+
+    monkeypatch.setattr(loop, "batches", counted)
+    trainer = runs.trainer(epochs=1_000_000, max_steps=5)
+    assert sum(1 for _ in trainer._remaining()) == 5 and len(drawn) <= 2
+
+
+def test_the_ids_are_those_of_what_was_trained_on(runs: Run) -> None:
+    trainer = runs.trainer(max_steps=1, batch_size=4)
+    first = batches(trainer.data.train, 4, trainer.config.seed, 0)[0]
+    ids = (trainer.run() / "training_ids.txt").read_text().splitlines()
+    assert ids == sorted(item.id for item in first) and len(ids) == 4
+    whole = runs.trainer(epochs=2, output=runs.folder / "two")
+    ids = (whole.run() / "training_ids.txt").read_text().splitlines()
+    assert ids == sorted(item.id for item in whole.data.train)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no list of what is mapped here")
+def test_a_resumed_run_lets_go_of_its_checkpoint(runs: Run) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.trainer(save_every=1).run(stop)
+    mapped: list[bool] = []
+    runs.trainer(save_every=1).run(lambda record: mapped.append("checkpoint.pt" in Path("/proc/self/maps").read_text()))
+    assert mapped and not any(mapped[1:])
+
+
 def test_two_processes_in_one_folder(runs: Run, tmp_path: Path) -> None:
     def second(record: dict[str, Any]) -> None:
         if record["step"] == 1:
-            with pytest.raises(C2CError, match=r"another process trains in .*run; wait for it, or choose another"):
+            with pytest.raises(C2CError, match=r"another process writes to .*run; wait for it, or choose another"):
                 runs.trainer().run()
 
     runs.trainer(epochs=1).run(second)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from cache2cache import C2C
 from cache2cache.config import FuserConfig, ModelIdentity
 from cache2cache.fuser import make_fuser
 from cache2cache.training.items import prepare
@@ -99,6 +100,25 @@ def test_a_sample_will_do(tmp_path: Path) -> None:
     assert found.checkpoint == exact.checkpoint
     slow = plan(Trainer(pair, config, None, replace(sample, seconds=1e6)))
     assert slow.seconds == pytest.approx(5e6, rel=1e-3)  # encoding all of them; the steps take next to nothing
+
+
+def test_a_sample_has_something_of_every_source(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", 200)
+    write_rows(tmp_path / "few.jsonl", 3)
+    sources = [{"jsonl": str(tmp_path / name), "weight": 1} for name in ("rows.jsonl", "few.jsonl")]
+    config = config_of(tmp_path, data=sources, holdout=0)
+    for most in (2, 20, 100):
+        ids = {item.id for item in prepare(pair_of(), config, most=most).train}
+        assert {"few.jsonl", "rows.jsonl"} == {Path(name).name.split(":")[0] for name in ids}
+
+
+def test_a_model_that_is_both_counts_once(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    receiver = pair_of().receiver
+    pair = C2C.from_models(receiver, receiver, FuserConfig())
+    config = config_of(tmp_path)
+    found = plan(Trainer(pair, config, None, prepare(pair, config)))
+    assert found.receiver > 0 and found.sharers == 0
 
 
 def test_memory_of_examples(tmp_path: Path) -> None:

@@ -371,3 +371,13 @@ def test_prefills_from_elsewhere_behind_an_interruption_are_warned_of(folder: Pa
     store.fill(pair.sharers[0], [list(item.prompt.sharers[0]) for item in [*data.train, *data.holdout]])
     with pytest.warns(match=r"from computed, computed .* goes on from computed, float32 kept as int8"):
         Trainer(pair, trainer.config, store, data).run()
+
+
+def test_what_no_training_takes_is_said_before_prompts_are_read(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl")
+    with pytest.raises(C2CError, match="distill compares next-token distributions"):
+        pair_to_train(lm_of("llama"), [lm_of("qwen3")], config_of(tmp_path, distill=0.5))
+    with pytest.raises(C2CError, match="variant ridge chooses its penalty on the hold-out"):
+        pair_to_train(lm_of("llama"), [lm_of("qwen3")], config_of(tmp_path, fuser={"variant": "ridge"}, holdout=0))
+    with pytest.raises(ValueError, match="set calibration_prompts to 2 or more"):
+        config_of(tmp_path, fuser={"projection_init": "ridge"}, calibration_prompts=1)

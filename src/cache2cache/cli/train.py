@@ -131,16 +131,18 @@ def train(
         stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
         receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
         encoder, trained = what, what.fusers
+    fitted = isinstance(what, C2C) and isinstance(what.fusers[0], Fitted)
+    if fitted and processes.num_processes > 1:
+        raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
+    if fitted and dry_run:
+        raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
     with encoding(console) as progress:
         data = prepare(encoder, config, read, progress, SAMPLE if dry_run else None)
     del read
     parameters = sum(p.numel() for p in trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
-    if isinstance(what, C2C) and isinstance(what.fusers[0], Fitted):
-        if processes.num_processes > 1:
-            raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
-        if dry_run:
-            raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
+    if fitted:
+        assert isinstance(what, C2C)
         console.print(about)
         with Bar(console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))

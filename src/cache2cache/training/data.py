@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from ..config import DataSource, TrainConfig
 from ..errors import C2CError
-from ..tasks import Question, load
+from ..tasks import TASKS, Question, load
 from ..tasks.base import iterate_rows
 from ..tasks.longbench import measured_on
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt, short_prompt
@@ -104,9 +104,11 @@ def without_held_out(found: Sequence[Example]) -> list[Example]:
 
 
 def same_row(row: str) -> str:
-    """A row's id under the plainest name of its source, where it has several."""
+    """A row's id under the plainest name of its source, where it has several: of a subject's that of its set."""
     source, _, number = row.rpartition(":")
-    return f"{source.removesuffix('-paper').removesuffix('/default')}:{number}"
+    task = source.split("/")[0]
+    of_set = task in TASKS and not source.endswith((".jsonl", ".jsonl.gz"))
+    return f"{(task if of_set else source.removesuffix('/default')).removesuffix('-paper')}:{number}"
 
 
 def draw(source: DataSource, seed: int, data_dir: Path | None, index: int = 0) -> list[Example]:
@@ -232,6 +234,8 @@ def _instructions(source: DataSource, data_dir: Path | None, index: int) -> list
             made.append(row)
             if source.take == "first" and len(made) == source.limit:
                 break  # the rest is not even read
+    if bad and not made:
+        raise C2CError(f"none of the {len(bad)} rows of {source.name} can be read; the first: {bad[0]}")
     if bad:
         warnings.warn(
             f"{len(bad)} of {len(made) + len(bad)} rows of {source.name} are left out; the first: {bad[0]}",
@@ -297,11 +301,15 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
             for line in lines:
                 if not line.strip():
                     continue
+                if number == 0 and line.startswith(b"\x1f\x8b") and path.suffix != ".gz":
+                    raise C2CError(f"{path} is gzipped; name it .jsonl.gz")
                 try:
                     row = json.loads(line.decode("utf-8-sig" if number == 0 else "utf-8"))
                     if b"\\ud" in line.lower():  # half a pair is no text, and no tokenizer takes it
                         json.dumps(row, ensure_ascii=False).encode()
                     yield row
+                except UnicodeDecodeError as error:
+                    yield C2CError(f"{path}, row {number} is not UTF-8 ({error}); save the file as UTF-8")
                 except (ValueError, RecursionError) as error:
                     yield C2CError(
                         f"{path}, row {number} cannot be read as JSON ({error}); give one JSON object per line"
@@ -359,6 +367,8 @@ def read_chat(row: Any, where: str) -> list[tuple[Messages, str]]:
         prompt = _first(row, ("instruction", "prompt", *["question"] * plain))
         response = _first(row, ("response", "output", "completion", *["answer"] * plain))
         if not prompt or not response:
+            if not plain and "question" in row:
+                raise C2CError(f"{where} is a question with options; give such a file as task, not as rows of a chat")
             empty = ", ".join(name for name, value in row.items() if not value)
             raise C2CError(
                 f"{where} has fields {', '.join(row)}{f' (empty: {empty})' if empty else ''}; expected messages, "

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import replace_text
+from ..files import only_writer, replace_text
 from ..fuser.ridge import Fitted
 from ..pair import C2C
 from .items import Prepared
-from .objective import Stores, fused_inputs, in_pieces, one_each, write_fuser
-from .start import only_run, start_run
+from .objective import FuserObjective, Stores, fused_inputs, in_pieces, one_each, write_fuser
+from .start import start_run
 from .store import Store
 
 
@@ -45,7 +45,8 @@ def fit(
     assert isinstance(fuser, Fitted)
     if not data.holdout:
         raise C2CError("a fitted fuser chooses its penalty on the hold-out, which is empty; set holdout in the recipe")
-    with only_run(config.output):
+    FuserObjective(pair, store, False, receiver_store).check(data)
+    with only_writer(config.output):
         start_run(config)
         began = time.perf_counter()
 
@@ -59,4 +60,4 @@ def fit(
         replace_text(config.output / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         r2 = sum(float(row["r2"]) for row in rows) / len(rows)
         measured = {"seconds": round(time.perf_counter() - began, 1), "r2": r2}
-        return write_fuser(pair, config, data, measured), rows
+        return write_fuser(pair, config, data, measured, {item.id for item in data.train}), rows

@@ -94,7 +94,11 @@ def prepare(
     began = time.perf_counter()
     learned, watched = split(examples(config) if found is None else found, config.holdout)
     every = 1 if most is None else max(1, math.ceil((len(learned) + len(watched)) / most))
-    asked = [*watched[::every], *learned[::every]]
+    sampled = learned[::every]
+    # Of a source that has few rows one at least: `mix` takes something of each.
+    absent = {e.source for e in learned} - {e.source for e in sampled}
+    sampled += [next(e for e in learned if e.source == source) for source in sorted(absent)]
+    asked = [*watched[::every], *sampled]
     share = len(asked) / (len(learned) + len(watched))
     held = len(watched[::every])
     del learned, watched

@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from .. import heap
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import remove_partials, replace_text, replacing, save_state
+from ..files import only_writer, remove_partials, replace_text, replacing, save_state
 from ..fuser import checkpoint
 from ..pair import C2C
 from .items import Item, Prepared
 from .objective import FuserObjective, Objective, Stores
-from .start import check_loaded, only_run, start_run
+from .start import check_loaded, start_run
 from .store import Store
 
 WRITTEN = ("recipe.json", "checkpoint.pt", "log.jsonl", "fuser.safetensors", "config.json", checkpoint.IDS)
@@ -193,7 +193,7 @@ class Trainer:
                 no number.
             KeyboardInterrupt: after a checkpoint was written.
         """
-        with only_run(self.output) if self.is_main else contextlib.nullcontext():
+        with only_writer(self.output) if self.is_main else contextlib.nullcontext():
             return self._run(on_step, on_calibration)
 
     def _run(self, on_step: Callable[[dict[str, Any]], None], on_calibration: Callable[[int, int], None]) -> Path:
@@ -321,8 +321,16 @@ class Trainer:
         begin = self.step  # which goes on while batches are taken ahead of their turn
         for epoch in range(begin // self.per_epoch, self.config.epochs):
             first = epoch * self.per_epoch
+            if first >= self.steps:
+                return
             batched = batches(self.data.train, self.config.batch_size, self.config.seed, epoch)
             yield from batched[max(0, begin - first) : max(0, self.steps - first)]
+
+    def _taken(self) -> Iterator[Item]:
+        """The examples of the steps so far, those of several epochs as often."""
+        for epoch in range(-(-self.step // self.per_epoch)):
+            batched = batches(self.data.train, self.config.batch_size, self.config.seed, epoch)
+            yield from chain.from_iterable(batched[: self.step - epoch * self.per_epoch])
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over the processes."""
@@ -444,6 +452,8 @@ class Trainer:
             )
         self.trained.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for moments in self.optimizer.state.values():  # which would hold the mapped file on the disk
+            moments.update({name: x.clone() for name, x in moments.items() if isinstance(x, Tensor)})
         self.scheduler.load_state_dict(state["scheduler"])
         _set_rng(state["rng"][self.accelerator.process_index], self.device)
         self.step, self.seconds, self.last_evaluation = state["step"], state["seconds"], state["evaluation"]
@@ -468,7 +478,7 @@ class Trainer:
                 self.trained.load_state_dict(self.best.weights)
                 measured |= self.best.evaluation
         if self.is_main:
-            self.objective.write(self.config, self.data, measured)
+            self.objective.write(self.config, self.data, measured, {item.id for item in self._taken()})
         self.accelerator.wait_for_everyone()
         return self.output / self.objective.folder
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from itertools import chain, tee
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from ..config import TrainConfig
 from ..errors import C2CError
-from ..files import replace_text
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.ridge import Moments, start_from_ridge
 from ..kv import KV, Prefilled, pad_left, prefill, prefill_prompts, prefilled
@@ -31,7 +30,7 @@ from .data import row_name
 from .items import Item, Prepared
 from .loss import expected, loss_of, response_losses, token_losses
 from .sharding import is_sharded
-from .start import recipe_of, trained_on_before
+from .start import check_one_vocabulary, recipe_of, trained_on_before
 from .store import Asked, Store
 
 Stores = Store | Sequence[Store] | None  # of a pair's sharers: the only one's, one each, or none
@@ -124,18 +123,6 @@ def what_receiver_read(pair: C2C, prompts: Sequence[PromptIds]) -> Asked:
     return Asked(rows, [len(row) - 1 for row in rows], pair.receiver.dtype)
 
 
-def check_one_vocabulary(pair: C2C) -> None:
-    """Refuse to distil between models whose token ids mean different things."""
-    ours, theirs = (lm.need_tokenizer().get_vocab() for lm in (pair.receiver, pair.sharers[0]))
-    if ours != theirs:
-        differ = sum(theirs.get(token) != number for token, number in ours.items())
-        raise C2CError(
-            f"distill compares next-token distributions, but {differ:,} of {len(ours):,} tokens of "
-            f"{pair.receiver.name} are other ids, or none, for {pair.sharers[0].name}; leave distill out, or take a "
-            "pair of one family"
-        )
-
-
 def what_is_read(pair: C2C, prompts: Sequence[PromptIds], whole: bool = False, j: int = 0) -> Asked:
     """What training reads of sharer j: the layers that its fuser reads, up to the last mapped token; or `whole`."""
     layers = pair.fusers[j].sharer_layers
@@ -208,6 +195,8 @@ class Channels:
         """The pieces as they come, each of which counts."""
         for inputs in pieces:
             for name, x in zip(("sharer", "receiver"), inputs, strict=True):
+                if not x.shape[1]:  # prompts of which nothing is fused
+                    continue
                 var, mean = (y.double() for y in torch.var_mean(x.float(), 1, correction=0, keepdim=True))
                 count, squares = x.shape[1], var * x.shape[1]
                 if name in self.moments:  # two parts' moments into those of both
@@ -279,8 +268,9 @@ class Objective(nn.Module):
         """The parts of batches that this process computes, while what the next ones need is fetched."""
         return parts
 
-    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
-        """Put what was trained into `folder` of the run, with what it was made from."""
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any], ids: Set[str]) -> Path:
+        """Put what was trained into `folder` of the run, with what it was made from and the ids of the examples that
+        it was trained on."""
         raise NotImplementedError
 
 
@@ -441,25 +431,20 @@ class FuserObjective(Objective):
     def _asked(self, j: int, batch: Sequence[Item]) -> Asked:
         return what_is_read(self.pair, [item.prompt for item in batch], self.distill > 0, j)
 
-    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
-        return write_fuser(self.pair, config, data, measured)
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any], ids: Set[str]) -> Path:
+        return write_fuser(self.pair, config, data, measured, ids)
 
 
-def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[str, Any], ids: Set[str]) -> Path:
     """Write the pair's fuser into `fuser/` of the run, several into `fuser/0`, `fuser/1`, … as `save_pretrained` does,
     with what they were made from and the ids of the examples."""
     folder = config.output / "fuser"
     training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
-    ids = {item.id for item in data.train} | trained_on_before(config)
+    ids = ids | trained_on_before(config)
     for j, fuser in enumerate(pair.fusers):
         assert isinstance(fuser, C2CFuser)
         place = folder / str(j) if len(pair.fusers) > 1 else folder
         before = {"started_from": fuser.record} if fuser.loaded else {}
         checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training | before)
-        write_ids(place, ids)
+        checkpoint.write_ids(place, ids)
     return folder
-
-
-def write_ids(folder: Path, ids: Iterable[str]) -> None:
-    """Put the ids of the examples trained on beside what was trained."""
-    replace_text(folder / checkpoint.IDS, "".join(f"{name}\n" for name in sorted(ids)))

@@ -67,7 +67,7 @@ def plan(trainer: Trainer) -> Plan:
         for batch in batches(trainer.data.train, config.batch_size, config.seed, 0)
         for part in parts_of(batch, config.accumulate, accelerator.process_index, accelerator.num_processes)
         if part
-    ]
+    ] or [trainer.data.train[:1]]
     largest = max(epoch, key=padded)
     trainer.objective.train()
     _measure(trainer, min(epoch, key=padded))  # the first step is slower
@@ -92,7 +92,7 @@ def plan(trainer: Trainer) -> Plan:
         data=round(sum(map(_memory, {id(item): item for item in items}.values())) / share),
         steps=trainer.steps,
         receiver=_bytes(frozen["receiver"]),
-        sharers=_bytes(frozen["sharers"]) if "sharers" in frozen else 0,
+        sharers=_bytes(frozen["sharers"], frozen["receiver"]) if "sharers" in frozen else 0,
         fuser=16 * parameters,
         activations=activations,
         seconds_per_step=step,
@@ -152,5 +152,7 @@ def _measure(trainer: Trainer, items: Sequence[Item]) -> tuple[int, float]:
     return sum(size for place, size in kept.items() if place not in weights), time.perf_counter() - began
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()))
+def _bytes(model: nn.Module, but: nn.Module | None = None) -> int:
+    """Of a model's tensors, without those that another one has too."""
+    known = set() if but is None else {id(tensor) for tensor in (*but.parameters(), *but.buffers())}
+    return sum(local(tensor).nbytes for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in known)

@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from ..alignment.chat import NO_THINKING, render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
 from ..files import save_tensors
+from ..fuser import checkpoint
 from ..models.load import LM, quiet
 from ..pair import PromptIds, identity
 from .items import Item, Prepared
 from .loss import loss_of, token_losses
-from .objective import Objective, targets, write_ids
+from .objective import Objective, targets
 from .start import recipe_of
 
 
@@ -90,7 +91,7 @@ class SingleObjective(Objective):
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         return single_loss(self.adapted[0], self.receiver, items, per)
 
-    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any]) -> Path:
+    def write(self, config: TrainConfig, data: Prepared, measured: dict[str, Any], ids: Set[str]) -> Path:
         """Put the adapter into `adapter/` of the run in PEFT's format, with a record of what it was made from
         (`training.json`) and the ids of the examples. Each file appears whole or not at all."""
         from peft import __version__ as peft_version
@@ -117,7 +118,7 @@ class SingleObjective(Objective):
             for path in sorted(Path(partial).iterdir()):
                 path.chmod(0o644)  # safetensors lets only the owner read
                 os.replace(path, folder / path.name)
-        write_ids(folder, {item.id for item in data.train})
+        checkpoint.write_ids(folder, ids)
         return folder
 
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ..alignment.layers import layer_map
 from ..config import FuserConfig, TrainConfig
 from ..errors import C2CError
-from ..files import holding, replace_text
+from ..files import replace_text
 from ..fuser import VARIANTS, C2CFuser, checkpoint
 from ..fuser.c2c import with_defaults
 from ..fuser.ridge import Fitted
@@ -41,12 +41,6 @@ def recipe_of(config: TrainConfig) -> dict[str, Any]:
     """What makes a run: the recipe without the places of its files and who watches; of `fuser:` what was set."""
     made = config.model_dump(mode="json", exclude={"output", "store", "receiver_store", "data_dir", "trackers"})
     return made | {"fuser": config.fuser.model_dump(mode="json", exclude_unset=True)}
-
-
-def only_run(output: Path) -> contextlib.AbstractContextManager[None]:
-    """Hold a run's folder: a second process that trains in it is refused."""
-    output.mkdir(parents=True, exist_ok=True)
-    return holding(output / ".lock", f"another process trains in {output}; wait for it, or choose another output")
 
 
 def is_begun(config: TrainConfig) -> bool:
@@ -153,6 +147,8 @@ def pair_to_train(receiver: LM, sharers: Sequence[LM], config: TrainConfig) -> C
             _check_same(named, start, config.fuser, (receiver.num_layers, sharer.num_layers))
         configs.append(_gone_on_from(named, start, config, several=len(sharers) > 1))
     pair = C2C.from_models(receiver, sharers, configs)
+    if config.distill:
+        check_one_vocabulary(pair)
     for fuser, start in zip(pair.fusers, starts, strict=True):
         assert isinstance(fuser, C2CFuser)
         if start is not None:
@@ -160,6 +156,8 @@ def pair_to_train(receiver: LM, sharers: Sequence[LM], config: TrainConfig) -> C
             fuser.record, fuser.loaded = start.record, True
         elif any(starts) and isinstance(fuser, Fitted):
             raise C2CError(f"fuser.variant {fuser.config.variant} is fitted and not trained; leave start_from out")
+        elif isinstance(fuser, Fitted) and not config.holdout:
+            raise C2CError(f"fuser.variant {fuser.config.variant} chooses its penalty on the hold-out; set holdout")
         elif any(starts) and fuser.config.projection_init == "ridge":
             raise C2CError(
                 "fuser.projection_init ridge begins a new fuser with the whole change, which the one gone on from "
@@ -211,3 +209,15 @@ def check_loaded(pair: C2C, config: TrainConfig) -> None:
 def trained_on_before(config: TrainConfig) -> set[str]:
     """The ids of the examples that the fusers gone on from were trained on, as far as their folders say."""
     return set().union(*(checkpoint.training_ids(folder) for folder in starts_of(config) if folder))
+
+
+def check_one_vocabulary(pair: C2C) -> None:
+    """Refuse to distil between models whose token ids mean different things."""
+    ours, theirs = (lm.need_tokenizer().get_vocab() for lm in (pair.receiver, pair.sharers[0]))
+    if ours != theirs:
+        differ = sum(theirs.get(token) != number for token, number in ours.items())
+        raise C2CError(
+            f"distill compares next-token distributions, but {differ:,} of {len(ours):,} tokens of "
+            f"{pair.receiver.name} are other ids, or none, for {pair.sharers[0].name}; leave distill out, or take a "
+            "pair of one family"
+        )
