@@ -62,7 +62,7 @@ def test_several_answers_to_a_chat() -> None:
 
 
 def test_what_is_scored() -> None:
-    pair = pair_of("llama", "qwen3")
+    pair = pair_of("qwen3", "qwen2")
     ids = torch.tensor([[4, 5, 6, 7], [8, 9, 4, 5]])
     scores = pair.score(ids, [[[4]], [[5], [6]]])
     assert [len(row) for row in scores] == [1, 2]  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ def test_wrong_positions(positions: Any, words: str) -> None:
 
 def test_token_ids_do_not_tell_what_is_content() -> None:
     with pytest.raises(C2CError, match="token ids don't tell"):
-        pair_of("llama", "qwen3").prefill([5, 6, 7], positions="content")
+        pair_of("qwen3", "qwen2").prefill([5, 6, 7], positions="content")
 
 
 # ---- later turns ----------------------------------------------------------------------------------------------------

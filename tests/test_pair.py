@@ -6,21 +6,32 @@ import copy
 import threading
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, normalizers
-from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import (
+    CompileConfig,
+    GenerationConfig,
+    LogitsProcessorList,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    TextStreamer,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.decode import generate
 from cache2cache.kv import prefill_prompts
 from cache2cache.models import LM
-from cache2cache.pair import PromptIds
+from cache2cache.pair import FOREIGN, PromptIds, foreign
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
@@ -169,9 +180,24 @@ def test_the_map_same_beside_a_published_one_counts_its_padding() -> None:
 
 
 def test_the_map_same_is_for_models_of_one_vocabulary() -> None:
-    pair = pair_of("llama", "qwen3", token_map="same")
-    with pytest.raises(C2CError, match=r"token map same .*reads the receiver's token ids, but it has only 264 of them"):
+    with pytest.raises(C2CError, match=r"map same .* reads the receiver's token ids, of which \d+% are other tokens"):
+        pair_of("llama", "qwen3", token_map="same")
+    pair = alike(token_map="same")
+    pair.sharers[0] = lm_of("qwen2", vocab_size=100)  # fewer rows than its tokenizer has tokens
+    with pytest.raises(C2CError, match=r"token map same .*reads the receiver's token ids, but it has only 100 of them"):
         pair.prefill(CHATS[1])
+
+
+def test_token_ids_are_for_models_that_read_them_alike() -> None:
+    pair = pair_of("llama", "qwen3")
+    for ids in (pair.encode(CHATS[1]).receiver, torch.tensor([[5, 6, 7]])):
+        with pytest.raises(C2CError, match=r"has another tokenizer than .*; give the prompt as text or messages"):
+            pair.prefill(ids)
+    few = alike()  # one vocabulary, as good as: Qwen3 has a few tokens more than Qwen2.5
+    few.sharers[0].need_tokenizer().add_tokens(["<one>"])
+    assert 0 < foreign(few.sharers[0], few.receiver) < FOREIGN
+    ids = few.encode("What is water?").receiver
+    assert torch.equal(few.prefill(ids).kv.keys, few.prefill(np.array(ids)).kv.keys)
 
 
 def test_a_text_is_what_a_user_says() -> None:
@@ -513,6 +539,8 @@ def test_a_stream_from_a_static_cache_is_refused() -> None:
         ([5, 100_000], "token id 100000 is outside the vocabulary"),
         (PromptIds([5, 6], [[7]], [[0, 1]]), "doesn't fit 2 receiver tokens and 1 sharer"),
         (PromptIds([5, 6], [], []), "the pair has 1"),
+        ("caf\udce9", "behind 'caf' stands a byte, or half a character, that isn't UTF-8"),
+        ([{"role": "user", "content": "caf\udce9 au lait"}], "isn't UTF-8; save or send it as UTF-8"),
     ],
 )
 def test_wrong_prompts(prompt: Any, words: str) -> None:
@@ -531,6 +559,7 @@ def test_wrong_prompts(prompt: Any, words: str) -> None:
         ({"use_cache": False}, "use_cache .* reads the whole prompt again"),
         ({"cache_implementation": "offloaded"}, "it is there already"),
         ({"cache_implementation": "static"}, "say how long the answer may get"),
+        ({"attention_mask": torch.ones(1, 9)}, "attention_mask comes from the prompt; leave it out"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -608,3 +637,137 @@ def test_unknown_names() -> None:
         pair_of("llama", "qwen3", mode="both")
     with pytest.raises(C2CError, match="2 sharers"):
         C2C.from_models(lm_of("llama"), [lm_of("qwen3"), lm_of("qwen2")], [FuserConfig()])
+
+
+class _After(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+def test_criteria_as_transformers_takes_them() -> None:
+    pair = pair_of("qwen3", "qwen2")
+    length = pair.prefill(CHATS[1]).kv.length + 1
+    for given, new in ((None, 6), (_After(), 1), ([_After()], 1)):
+        made = pair.generate(CHATS[1], do_sample=False, max_new_tokens=6, min_new_tokens=6, stopping_criteria=given)
+        assert made.shape[1] == length + new
+        chunks = pair.stream(CHATS[1], do_sample=False, max_new_tokens=6, min_new_tokens=6, stopping_criteria=given)
+        assert sum(chunk.token is not None for chunk in chunks) == new
+    with pytest.raises(C2CError, match="use generate with a streamer"):
+        next(pair.stream(CHATS[1], streamer=TextStreamer(pair.receiver.need_tokenizer())))
+
+
+def test_wrong_options_are_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pair = pair_of("llama", "qwen3")
+    pair.save_pretrained(tmp_path, dtype="bfloat16")
+    monkeypatch.setattr("cache2cache.pair.load_lm", lambda *a, **k: pytest.fail("loaded"))
+    for make in (C2C.from_pretrained, partial(C2C.from_models, pair.receiver, pair.sharers)):
+        for name, words in (
+            ("sharer", "did you mean sharers"), ("torch_dtype", "did you mean dtype"), ("device_map", "ModelSpec"),
+            ("token", "beside its arguments it takes"),
+        ):  # fmt: skip
+            with pytest.raises(C2CError, match=f"has no option '{name}'; .*{words}"):
+                make(**{name: "auto"})
+    with pytest.raises(C2CError, match="a fuser's configuration is a FuserConfig, not str"):
+        C2C.from_models(pair.receiver, pair.sharers, {"hidden_dim": 16})  # type: ignore[arg-type]
+    with pytest.raises(C2CError, match="unknown dtype 'bf16'; expected bfloat16"):
+        pair.save_pretrained(tmp_path, dtype="bf16")
+    with pytest.raises(C2CError, match="chat takes messages; a fused cache is answered by generate or stream"):
+        pair.chat(pair.prefill(CHATS[1]))  # type: ignore[arg-type]
+
+
+def test_a_model_of_another_kind_is_named(tmp_path: Path) -> None:
+    pair = pair_of("llama", "qwen3")
+    pair.save_pretrained(tmp_path)
+    with pytest.raises(C2CError, match="Linear"):
+        C2C.from_pretrained(tmp_path, receiver=torch.nn.Linear(2, 2), sharers=pair.sharers)  # type: ignore[arg-type]
+
+
+def test_what_a_fuser_was_trained_on_goes_with_it(tmp_path: Path) -> None:
+    pair = pair_of("llama", "qwen3")
+    pair.save_pretrained(tmp_path / "first")
+    (tmp_path / "first" / "training_ids.txt").write_text("own:1\nown:2\n")
+    again = C2C.from_pretrained(tmp_path / "first", receiver=pair.receiver, sharers=pair.sharers)
+    again.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "second" / "training_ids.txt").read_text() == "own:1\nown:2\n"
+    pair_of("llama", "qwen3").save_pretrained(tmp_path / "second")  # an untrained one in its place
+    assert not (tmp_path / "second" / "training_ids.txt").exists()
+
+
+def test_fewer_fusers_are_not_put_among_more(tmp_path: Path) -> None:
+    pair_of("llama", "qwen3", "qwen2", "qwen3").save_pretrained(tmp_path)
+    with pytest.raises(C2CError, match="holds 3 fusers, 2 of which would be new ones; choose another folder"):
+        pair_of("llama", "qwen3", "qwen2").save_pretrained(tmp_path)
+
+
+def test_fusers_that_replace_are_not_summed() -> None:
+    with pytest.raises(C2CError, match="several fusers' changes are summed, and one with residual: false replaces"):
+        pair_of("llama", "qwen3", "qwen2", residual=False, gating=False)
+    pair = pair_of("llama", "qwen3", "qwen2", residual=False, gating=False, mode="sequential")
+    pair.prefill(CHATS[0])
+    with pytest.raises(C2CError, match="residual: false replaces"):
+        pair.prefill(CHATS[0], mode="parallel")
+
+
+def test_one_fuser_is_not_two_pairs_whose_models_turn_keys_otherwise() -> None:
+    pair = pair_of("llama", "qwen3", key_space="unrotated")
+    C2C(pair.receiver, pair.sharers, list(pair.fusers))  # type: ignore[arg-type]
+    other = lm_of("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})
+    with pytest.raises(C2CError, match="another pair's, whose models turn keys in another way"):
+        C2C(other, pair.sharers, list(pair.fusers))  # type: ignore[arg-type]
+
+
+def test_a_pair_computes_as_it_answers() -> None:
+    """Not with the noise and dropout of a fuser that is being trained."""
+    pair = pair_of("llama", "qwen3", dropout=0.5)
+    fuser = pair.fusers[0].train()
+    again = C2C(pair.receiver, pair.sharers, [fuser])  # type: ignore[list-item]
+    assert torch.equal(again.prefill(CHATS[0]).kv.keys, again.prefill(CHATS[0]).kv.keys)
+
+
+def test_changed_weights_are_used() -> None:
+    pair = pair_of("llama", "qwen3", normalize=True)
+    fuser = pair.fusers[0]
+    before = pair.prefill(CHATS[0]).kv.keys
+    fuser.proj_out.bias.data.add_(1.0)  # which torch doesn't count as a change
+    fuser.eval()
+    changed = pair.prefill(CHATS[0]).kv.keys
+    assert not torch.equal(before, changed)
+    with torch.inference_mode():
+        made = copy.deepcopy(fuser)
+        pair.fusers[0] = made
+        made.proj_out.bias.add_(1.0)
+        once = pair.prefill(CHATS[0]).kv.keys.clone()
+        made.proj_out.bias.add_(1.0)
+        assert not torch.equal(once, pair.prefill(CHATS[0]).kv.keys)
+
+
+def test_choices_that_cannot_be() -> None:
+    pair = pair_of("qwen3", "qwen2")
+    for mask in ([0.9], "1", [None]):
+        with pytest.raises(C2CError, match=r"sharer mask .* doesn't fit"):
+            pair.prefill(CHATS[0], sharer_mask=mask)
+    assert pair.prefill(CHATS[0], sharer_mask=np.int64(0)).fused_positions == [0]
+    length = len(pair.encode(CHATS[0]).receiver)
+    for positions in ("front:inf", None, [3] * length, 4):
+        with pytest.raises(C2CError, match="positions"):
+            pair.prefill(CHATS[0], positions=positions)
+    for wrong in ([[100_000]], [[-1]]):
+        with pytest.raises(C2CError, match=r"continuations hold the token id .*has \d+, from 0 on"):
+            pair.score(CHATS[0], wrong)
+
+
+def test_two_sets_of_rotary_factors_end_the_context_where_the_second_begins() -> None:
+    """Phi-3 and its like: beyond, transformers reads everything again, without what was fused."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, original_max_position_embeddings=64, pad_token_id=0,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+                         "long_factor": [4.0] * 4, "original_max_position_embeddings": 64},
+    )  # fmt: skip
+    lm = load_lm(Phi3ForCausalLM(config).eval(), tiny_tokenizer("bytes"))
+    assert lm.context_length == 64
+    pair = C2C.from_models(lm, lm_of("qwen3"), FuserConfig(hidden_dim=8, intermediate_dim=8))
+    pair.generate("a" * 40, **OPTIONS)
+    with pytest.raises(C2CError, match=r"context of .*, 64 tokens"):
+        pair.generate("a" * 58, max_new_tokens=16)

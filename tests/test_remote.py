@@ -23,6 +23,7 @@ import torch
 from cache2cache import C2C, C2CError, load_lm
 from cache2cache.kv import KV
 from cache2cache.packing import quantize
+from cache2cache.pair import PromptIds
 from cache2cache.remote import ALIVE, ERROR, LAYER, RemoteSharer, frame
 from serving.wire import breaking, listening, serve_process, served, stop, until_it_serves
 from test_fusion import THREE, close
@@ -62,7 +63,8 @@ def test_remote_equals_local(receiver: str, sharer: str) -> None:
     assert away.chat(CHATS, **OPTIONS) == pair.chat(CHATS, **OPTIONS)
     assert away.chat(CHATS[1], prefix="The answer", **OPTIONS) == pair.chat(CHATS[1], prefix="The answer", **OPTIONS)
     same(away.prefill("plain text").kv, pair.prefill("plain text").kv)
-    same(away.prefill([5, 6, 7, 8]).kv, pair.prefill([5, 6, 7, 8]).kv)
+    ids = PromptIds([5, 6, 7, 8], [[5, 6, 7, 8]], [range(4)])
+    same(away.prefill(ids).kv, pair.prefill(ids).kv)
     arriving = away.sharers[0].prefill([[19, 8, 7, 6]], [None], 2, [None])  # type: ignore[attr-defined]
     arriving.wait(2)
     exact = pair_prefill(pair, [19, 8, 7, 6], 2)
@@ -249,7 +251,7 @@ def test_another_model_at_the_same_address(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(C2CError, match=r"409.* differs from .* in weights \("):
         away.prefill(CHATS)
     with pytest.raises(C2CError, match=r"409.* differs from .* in weights \("):
-        away.prefill([4, 5, 6])
+        away.prefill(PromptIds([4, 5, 6], [[4, 5, 6]], [range(3)]))
 
 
 def test_nobody_there() -> None:
@@ -389,7 +391,7 @@ def test_a_server_that_trickles_is_given_up(where: str) -> None:
         away = C2C(pair.receiver, [RemoteSharer(address, timeout=1, deadline=1.5)], list(pair.fusers))  # type: ignore[arg-type]
         began = time.monotonic()
         with pytest.raises(C2CError, match="no answer from the sharer"):
-            away.prefill(IDS)
+            away.prefill(PromptIds(IDS, [IDS], [range(len(IDS))]))
         assert time.monotonic() - began < 6
 
 

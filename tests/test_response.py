@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, normalizers
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast
 
 from cache2cache import C2C, C2CError, FuserConfig
 from cache2cache.alignment.chat import render
@@ -321,3 +322,16 @@ def test_refusals() -> None:
     models = {"receiver": {"source": "a"}, "sharer": {"source": "b"}, "data": [{"task": "arc-easy"}]}
     with pytest.raises(ValueError, match="training fuses the prompt, not yet the answer"):
         TrainConfig.model_validate({**models, "fuser": {"fuse_response": True}})
+
+
+def test_an_answer_s_first_space_is_not_lost() -> None:
+    """Decoders of SentencePiece's drop the space that a text begins with; behind a prompt it belongs there."""
+    lm = lm_of("gemma3")
+    whole = Tokenizer.from_str(lm.need_tokenizer().backend_tokenizer.to_str())
+    whole.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
+    whole.decoder = decoders.Sequence([whole.decoder, decoders.Strip(" ", 1, 0)])
+    other = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=whole), "spaced")
+    ids = other.continuation_ids(" naive A")
+    assert other.need_tokenizer().decode(ids) == "naive A"
+    assert other.text_behind(ids) == " naive A" and other.text_behind([]) == ""
+    assert lm.text_behind(lm.continuation_ids(" naive A")) == " naive A"

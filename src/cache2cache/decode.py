@@ -62,6 +62,8 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     else:  # transformers deprecates options beside it
         given.update(**{name: value for name, value in ours.items() if getattr(given, name) is None})
         kwargs["generation_config"] = given
+    if twice := {"input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids", CACHE} & kwargs.keys():
+        raise C2CError(f"{min(twice)} comes from the prompt; leave it out, and give prompts without padding")
     asked = partial(_asked, lm, kwargs)
     for name, (fits, reason) in _UNFIT.items():
         if not fits(asked(name)):
@@ -82,7 +84,7 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     copies = max(asked(name) or 1 for name in ("num_beams", "num_return_sequences"))
     inputs = prompt.inputs(copies, static_length)
     # A prompt may bring a criterion of its own, see `response`.
-    criteria = [*inputs.pop("stopping_criteria", []), *(kwargs.pop("stopping_criteria", None) or [])]
+    criteria = [*inputs.pop("stopping_criteria", []), *_criteria(kwargs.pop("stopping_criteria", None))]
     return lm.model.generate(**inputs, stopping_criteria=StoppingCriteriaList(criteria), **kwargs)  # type: ignore[operator]
 
 
@@ -173,6 +175,8 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
         raise C2CError(
             f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
         )
+    if "streamer" in kwargs:
+        raise C2CError("stream is a streamer itself; take what it yields, or use generate with a streamer")
     if (_asked(lm, kwargs, "num_return_sequences") or 1) > 1:
         raise C2CError("stream gives one answer token by token; use generate for num_return_sequences")
     if _asked(lm, kwargs, "cache_implementation") == "static":
@@ -181,7 +185,7 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
             "that compiled them; use generate with a streamer"
         )
     tokens = _Tokens()
-    criteria = StoppingCriteriaList([_Stop(tokens.stopped), *kwargs.pop("stopping_criteria", [])])
+    criteria = StoppingCriteriaList([_Stop(tokens.stopped), *_criteria(kwargs.pop("stopping_criteria", None))])
 
     def run() -> None:
         try:
@@ -203,6 +207,11 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
     finally:
         tokens.stopped.set()
         thread.join()
+
+
+def _criteria(given: Any) -> list[StoppingCriteria]:
+    """As transformers takes them: None, one, or several."""
+    return [given] if isinstance(given, StoppingCriteria) else list(given or [])
 
 
 def threshold(skip: float | None) -> float | None:
@@ -239,6 +248,8 @@ def score(lm: LM, prompt: Prefilled, continuations: Sequence[Sequence[Sequence[i
             "continuations were given; expected one group per prompt and at least one token per continuation"
         )
     flat = [ids for group in continuations for ids in group]
+    if wrong := next((i for ids in flat for i in ids if not 0 <= i < lm.vocab_size), None):
+        raise C2CError(f"continuations hold the token id {wrong}; {lm.name} has {lm.vocab_size:,}, from 0 on")
     check_room(lm, prompt.input_ids.shape[1], max(map(len, flat)))
     device = prompt.input_ids.device
     owner = torch.tensor([row for row, group in enumerate(continuations) for _ in group], device=device)

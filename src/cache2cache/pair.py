@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +136,7 @@ class C2C:
             check_fit(fuser, receiver, sharer)
         self.receiver = receiver
         self.sharers = list(sharers)
-        self.fusers = nn.ModuleList(fuser.to(receiver.device) for fuser in fusers)
+        self.fusers = nn.ModuleList(fuser.to(receiver.device).eval() for fuser in fusers)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             if fuser.config.key_space == "unrotated":
                 if isinstance(sharer, RemoteSharer):
@@ -142,8 +144,20 @@ class C2C:
                         f"the fuser for {sharer.name} fuses unrotated keys, which takes the sharer's own rotary "
                         f"embedding; load that sharer here instead of {sharer.url}"
                     )
-                fuser.rotary = (Rotary.of(receiver), Rotary.of(sharer))
+                rotary = (Rotary.of(receiver), Rotary.of(sharer))
+                if fuser.rotary is not None and not all(map(Rotary.turns_as, fuser.rotary, rotary)):
+                    raise C2CError(
+                        "a fuser of unrotated keys is another pair's, whose models turn keys in another way, and would "
+                        "fuse otherwise there; give a copy of it (copy.deepcopy)"
+                    )
+                fuser.rotary = rotary
+            if fuser.config.token_map == "same" and (share := foreign(receiver, sharer)) > FOREIGN:
+                raise C2CError(
+                    f"with the token map same {sharer.name} reads the receiver's token ids, of which "
+                    f"{100 * share:.0f}% are other tokens, or none, for it; take the token map span"
+                )
         self.mode = _checked(mode)
+        self._is_parallel(mode)
         self.chat_template_kwargs = {**NO_THINKING, **(chat_template_kwargs or {})}
 
     @classmethod
@@ -155,13 +169,14 @@ class C2C:
         **kwargs: Any,
     ) -> C2C:
         """A new pair with untrained fusers. `config` is one for all sharers or one each; `kwargs` as for the class."""
+        _check_options("from_models", kwargs)
+        for_all = config is None or isinstance(config, FuserConfig)
+        configs = [config or FuserConfig()] if for_all else list(config)
+        if wrong := [c for c in configs if not isinstance(c, FuserConfig)]:
+            raise C2CError(f"a fuser's configuration is a FuserConfig, not {type(wrong[0]).__name__}; make one of it")
         main = load_lm(receiver)
         others = [_lm(source) for source in _as_list(sharers)]
-        configs = (
-            [config or FuserConfig()] * len(others)
-            if config is None or isinstance(config, FuserConfig)
-            else list(config)
-        )
+        configs = configs * len(others) if for_all else configs
         if len(configs) != len(others):
             raise C2CError(f"{len(configs)} fuser configurations for {len(others)} sharers; give one, or one each")
         fusers = [
@@ -195,6 +210,7 @@ class C2C:
             dtype, device: of models that are loaded here ("auto" and the first GPU, if there is one, by default).
             kwargs: as for the class.
         """
+        _check_options("from_pretrained", kwargs)
         sources = [fuser] if fuser is None or isinstance(fuser, (str, Path)) else list(fuser)
         inside = [subfolder] if subfolder is None or isinstance(subfolder, str) else list(subfolder)
         count = max(len(sources), len(inside))
@@ -214,8 +230,8 @@ class C2C:
             assert trained_for is not None  # make_fuser has checked
             if given is None:
                 given = ModelSpec(source=trained_for.name, revision=trained_for.revision)
-            if isinstance(given, (PreTrainedModel, LM)) or is_address(given):
-                return _lm(given)
+            if not isinstance(given, (str, Path, ModelSpec)) or is_address(given):
+                return _lm(given)  # loaded, or served, or refused
             spec = given if isinstance(given, ModelSpec) else ModelSpec(source=str(given))
             if (same := next((lm for known, lm in models if known == spec), None)) is None:
                 models.append((spec, same := load_lm(spec, None, **overrides)))
@@ -231,17 +247,28 @@ class C2C:
             **kwargs,
         )
 
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write the fuser (with several sharers: the fusers, into folders 0, 1, … of `folder`).
+    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> None:
+        """Write the fuser (with several sharers: the fusers, into folders 0, 1, … of `folder`), with the list of what
+        it was trained on. `dtype` is that of the weights on disk, theirs without it.
 
         Raises:
             C2CError: the folder holds one fuser where several would be written, or the other way round.
         """
         several = len(self.fusers) > 1
+        if isinstance(dtype, str):
+            named = getattr(torch, dtype, None)
+            if not isinstance(named, torch.dtype):
+                raise C2CError(f"unknown dtype {dtype!r}; expected bfloat16, float16 or float32")
+            dtype = named
         if any(Path(folder).glob("config.json" if several else "[0-9]*/config.json")):
             found, other = ("one fuser", "several") if several else ("several fusers", "one")
             raise C2CError(
                 f"{folder} holds {found}, and would hold {other} besides; choose another folder, or remove it"
+            )
+        if several and (more := sorted(Path(folder).glob("[0-9]*/config.json"))[len(self.fusers) :]):
+            raise C2CError(
+                f"{folder} holds {len(self.fusers) + len(more)} fusers, {len(self.fusers)} of which would be new ones; "
+                "choose another folder, or remove it"
             )
         for index, fuser in enumerate(self.fusers):
             assert isinstance(fuser, C2CFuser)
@@ -325,12 +352,24 @@ class C2C:
                 "vocabulary"
             )
 
+    @cached_property
+    def _foreign(self) -> list[float]:
+        """Per sharer `foreign`."""
+        return [foreign(self.receiver, sharer) for sharer in self.sharers]
+
     def _same_ids(self, ids: Any) -> PromptIds:
-        row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if not row or not all(isinstance(i, int) for i in row):
+        row = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+        if not row or not all(isinstance(i, Integral) for i in row):
             raise C2CError(
                 f"token ids must be one flat, non-empty list or tensor of integers, not {type(ids).__name__}"
             )
+        row = list(map(int, row))
+        for sharer, fuser, share in zip(self.sharers, self.fusers, self._foreign, strict=True):
+            if isinstance(fuser, C2CFuser) and fuser.config.token_map != "same" and share > FOREIGN:
+                raise C2CError(
+                    f"token ids are read alike by all models, and {sharer.name} has another tokenizer than "
+                    f"{self.receiver.name}; give the prompt as text or messages"
+                )
         alike = [row] * len(self.sharers)
         return PromptIds(row, alike, [range(len(row))] * len(self.sharers), [1.0] * len(self.sharers))
 
@@ -382,7 +421,7 @@ class C2C:
         batch = self._selected(batch, sharer_mask, positions)
         self._check_room(batch)
         before = _turns(past, len(batch))
-        parallel = _checked(mode or self.mode) == "parallel"
+        parallel = self._is_parallel(_checked(mode or self.mode))
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
         given = list(sharers or [None] * len(self.sharers))
         with ExitStack() as stack:
@@ -488,8 +527,8 @@ class C2C:
             return list(batch)
         every = (1 << len(self.sharers)) - 1
         masks = [every] * len(batch) if sharer_mask is None else sharer_mask
-        masks = [masks] * len(batch) if isinstance(masks, int) else [int(m) for m in masks]
-        if len(masks) != len(batch) or any(not 0 <= m <= every for m in masks):
+        masks = [masks] * len(batch) if isinstance(masks, Integral) else list(masks)
+        if len(masks) != len(batch) or any(not isinstance(m, Integral) or not 0 <= m <= every for m in masks):
             raise C2CError(
                 f"sharer mask {sharer_mask} doesn't fit {len(batch)} prompts and {len(self.sharers)} sharers; expected "
                 f"one number from 0 to {every}, or one per prompt"
@@ -497,11 +536,21 @@ class C2C:
         chosen = []
         for prompt, mask, allowed in zip(batch, masks, fusable(batch, positions), strict=True):
             maps = [
-                [s if ok and mask >> j & 1 else -1 for s, ok in zip(index, allowed, strict=True)]
+                [s if ok and int(mask) >> j & 1 else -1 for s, ok in zip(index, allowed, strict=True)]
                 for j, index in enumerate(prompt.maps)
             ]
             chosen.append(replace(prompt, maps=maps))
         return chosen
+
+    def _is_parallel(self, mode: Mode) -> bool:
+        """Whether a mode sums the fusers' changes; raises a C2CError for fusers that it doesn't go with."""
+        replaces = any(isinstance(f, C2CFuser) and not f.config.residual for f in self.fusers)
+        if mode == "parallel" and len(self.fusers) > 1 and replaces:
+            raise C2CError(
+                "several fusers' changes are summed, and one with residual: false replaces, so that only the last "
+                "would count; give one fuser, or mode sequential"
+            )
+        return mode == "parallel"
 
     def _check_room(self, batch: Sequence[PromptIds]) -> None:
         """Of each sharer for what it reads, which is nothing where it isn't selected."""
@@ -576,6 +625,8 @@ class C2C:
     ) -> str | list[Any]:
         """Answer a chat, or each chat of a list, as text; a text alone is a user's. `kwargs` as for `generate`, with
         `num_return_sequences` a list of answers for each chat."""
+        if isinstance(messages, FusedCache):
+            raise C2CError("chat takes messages; a fused cache is answered by generate or stream")
         given = as_batch(messages)
         batch = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in given]
         fused = self._answering(batch, prefix, kwargs)
@@ -800,9 +851,38 @@ def as_batch(prompts: Any) -> Sequence[Any]:
     return prompts
 
 
+def foreign(receiver: LM, sharer: LM) -> float:
+    """The share of the receiver's tokens that are other ids, or none, for a sharer. 0 where one of them has no
+    tokenizer; 1 for a served sharer with another tokenizer, whose tokens aren't known here."""
+    ours, theirs = receiver.tokenizer_fingerprint, sharer.tokenizer_fingerprint
+    if ours == theirs or ours is None or theirs is None:
+        return 0.0
+    if isinstance(sharer, RemoteSharer):
+        return 1.0
+    known = sharer.need_tokenizer().get_vocab()
+    vocabulary = receiver.need_tokenizer().get_vocab()
+    return sum(known.get(token) != number for token, number in vocabulary.items()) / len(vocabulary)
+
+
+FOREIGN = 0.01  # more, and one model's token ids are no prompt for the other; Qwen3 has a few that Qwen2.5 lacks
+
+
 def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], int)
 
 
 def _as_list(sources: Any) -> list[Any]:
     return list(sources) if isinstance(sources, (list, tuple)) else [sources]
+
+
+def _check_options(method: str, given: Mapping[str, Any]) -> None:
+    """Refuse, before anything is loaded, options that a pair doesn't have."""
+    known = ("mode", "chat_template_kwargs")
+    for name in given.keys() - known:
+        hint = {
+            "sharer": "did you mean sharers?",
+            "torch_dtype": "did you mean dtype?",
+            "device_map": "give each model as ModelSpec(source=…, device_map=…)",
+            "quantization_config": "give a model as ModelSpec(source=…, quantization=…)",
+        }.get(name, f"beside its arguments it takes {' and '.join(known)}")
+        raise C2CError(f"{method} has no option {name!r}; {hint}")

@@ -217,8 +217,7 @@ class _Answer(StoppingCriteria):
         same = {j: [*prompt.sharers[j], *answer] for j in as_ids}
         if prompt.text is None or not (sharers := [j for j in sharers if j not in same]):
             return same
-        tokenizer = self.pair.receiver.need_tokenizer()
-        text = _complete(str(tokenizer.decode(answer, skip_special_tokens=True)))
+        text = _complete(self.pair.receiver.text_behind(answer))
         new = len(text) - common_prefix(row.text, text)
         if not new:  # nothing, or less: byte fallback shows a whole run of bytes as pieces until the last is complete
             return same

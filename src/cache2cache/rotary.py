@@ -27,6 +27,11 @@ class Rotary:
     inv_freq: Tensor
     scaling: Tensor
 
+    def turns_as(self, other: Rotary) -> bool:
+        """Whether two models turn their keys alike."""
+        pairs = ((self.inv_freq, other.inv_freq), (self.scaling, other.scaling))
+        return all(a.shape == b.shape and torch.allclose(a.cpu(), b.cpu()) for a, b in pairs)
+
     @classmethod
     def of(cls, lm: LM) -> Rotary:
         """The rotary embedding of a model, its frequencies taken from its own module.

@@ -275,6 +275,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     once = dropout(x, 0.1)
     torch.manual_seed(3)
     assert torch.equal(once, dropout(x, 0.1)) and not torch.equal(once, dropout(x, 0.1))
+    assert dropout(x, 0.999_999).isfinite().all()  # nearer to 1 than a 16th bit tells
 
 
 def test_published_size() -> None:

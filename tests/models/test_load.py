@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 from cache2cache.config import ModelSpec
 from cache2cache.errors import C2CError
+from cache2cache.fuser import checkpoint
 from cache2cache.models import LM, catalogue, load_lm
 from cache2cache.models import load as load_module
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -424,6 +425,25 @@ def test_a_branch_of_a_hub_model(hub: Hub) -> None:
     assert hub.asked == []
     load_lm("me/mine")
     assert hub.asked != [], "main may be another commit than v1"
+
+
+def test_a_hub_fuser_is_fetched_once_and_completed(
+    hub: Hub, tiny_pair_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "published"
+    checkpoint.convert(tiny_pair_folder, published, "published")
+    hub.files = {p.relative_to(published).as_posix(): p.read_bytes() for p in published.rglob("*") if p.is_file()}
+    expected = checkpoint.load("me/mine").state_dict()
+    for revision in (None, "v1", Hub.commit):
+        checkpoint.load("me/mine", revision=revision)
+        hub.asked.clear()
+        checkpoint.load("me/mine", revision=revision)
+        assert hub.asked == [], "what is complete in the cache needs no hub"
+    next(tmp_path.glob("hub/models--me--mine/snapshots/*/final/projector_1.pt")).unlink()
+    again = checkpoint.load("me/mine").state_dict()
+    assert hub.asked and all(torch.equal(again[name], expected[name]) for name in expected)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    checkpoint.load("me/mine")
 
 
 def test_a_snapshot_without_its_weights_is_completed(hub: Hub, tmp_path: Path) -> None:

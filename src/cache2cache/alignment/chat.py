@@ -105,6 +105,13 @@ def render(
     if prefix:
         segments.append(Segment(len(text), len(text) + len(prefix), PREFIX))
     text += prefix
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise C2CError(
+            f"the prompt is no valid text: behind {text[max(0, error.start - 20) : error.start]!r} stands a byte, or "
+            "half a character, that isn't UTF-8; save or send it as UTF-8"
+        ) from error
     ids, offsets = _encode(tokenizer, text, segments, roles, control, plain=isinstance(prompt, str))
     if not ids:
         raise C2CError(f"the prompt {text!r} gives no tokens; give some text or at least one message")

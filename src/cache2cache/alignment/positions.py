@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from cache2cache.alignment.chat import Rendered
-from cache2cache.errors import C2CError
+from cache2cache.errors import C2CError, short
 
 if TYPE_CHECKING:
     from cache2cache.pair import PromptIds
@@ -34,7 +34,8 @@ def fusable(batch: Sequence[PromptIds], positions: Positions | Sequence[Position
         batch: the prompts.
         positions: for all prompts or one each: "all", "content", "front:SHARE", "back:SHARE", or (T,) bools.
     """
-    one_each = not isinstance(positions, str) and len(positions) > 0 and _is_choice(positions[0])
+    several = isinstance(positions, (Sequence, Tensor)) and not isinstance(positions, str)
+    one_each = several and len(positions) > 0 and _is_choice(positions[0])  # type: ignore[index]
     choices: Sequence[Any] = positions if one_each else [positions] * len(batch)  # type: ignore[assignment]
     if len(choices) != len(batch):
         raise C2CError(
@@ -51,7 +52,10 @@ def _is_choice(item: Any) -> bool:
 def _choice(prompt: PromptIds, choice: Positions) -> list[bool]:
     length = len(prompt.receiver)
     if not isinstance(choice, str):
-        allowed = [bool(x) for x in choice]
+        given = choice.tolist() if hasattr(choice, "tolist") else choice
+        if not isinstance(given, Sequence) or any(x not in (0, 1) for x in given):
+            raise C2CError(f"positions are all, content, front:SHARE, back:SHARE or bools, not {short(str(choice))}")
+        allowed = [bool(x) for x in given]
         if len(allowed) != length:
             raise C2CError(f"a choice of {len(allowed)} positions was given for a prompt of {length} receiver tokens")
         return allowed
@@ -67,7 +71,7 @@ def _choice(prompt: PromptIds, choice: Positions) -> list[bool]:
     side, _, share = choice.partition(":")
     try:
         count = round(float(share) * (length - 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         count = -1
     if side not in ("front", "back") or not 0 <= count <= length - 1:
         raise C2CError(

@@ -88,10 +88,11 @@ def ask(
                 if answer.transfer_bytes:
                     print(f"over the wire: {answer.transfer_bytes / 1e6:.2f} MB in {answer.transfer_s:.2f} s")
         results.append(_result(item, prompt.prompt, answers, letters))
-    if picture is not None:
-        view.picture(picture, shown, LABELS)
     if as_json:
         print(json.dumps({**names, "questions": results}, ensure_ascii=False, indent=2))
+    if picture is not None:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        view.picture(picture, shown, LABELS)
 
 
 _DEMO = Path(__file__).with_name("demo_questions.jsonl")

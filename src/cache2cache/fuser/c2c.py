@@ -89,7 +89,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
     return x * kept.to(x.dtype).mul_(2**16 / (2**16 - dropped))
@@ -113,6 +113,7 @@ class C2CFuser(nn.Module):
             and `heads` twice as many.
         receiver_layers, sharer_layers: (n,) int64, the layer map.
         record: how it was trained, as far as the file it was read from says.
+        trained_on: the ids of the examples that it was trained on, as far as the list beside that file says.
         loaded: whether its weights were read from a file, so that training goes on from them.
         gate_logit: (2n,) the gates of the keys, then of the values; without training noise a gate is open where its
             logit is above 0.
@@ -136,6 +137,7 @@ class C2CFuser(nn.Module):
         pairs = layer_map(config.layer_map, receiver.num_layers, sharer.num_layers)
         self.config = config.model_copy(update={"layer_map": pairs})
         self.record: dict[str, Any] = {}
+        self.trained_on: frozenset[str] = frozenset()
         self.loaded = False
         self.register_buffer("receiver_layers", torch.tensor([t for t, _ in pairs]), persistent=False)
         self.register_buffer("sharer_layers", torch.tensor([s for _, s in pairs]), persistent=False)
@@ -421,13 +423,21 @@ class C2CFuser(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
+    def train(self, mode: bool = True) -> C2CFuser:
+        """See `torch.nn.Module.train`."""
+        self._kept = None
+        return super().train(mode)
+
     def _inference(self, dtype: torch.dtype) -> list[Part]:
         """The open modules alone, with normalisation folded into their weights.
 
-        Made once and kept until a parameter changes.
+        Made once and kept until a parameter changes, as far as torch counts that: behind a change by `.data`, which it
+        doesn't, call `train()` or `eval()`.
         """
         every = (*self.parameters(), *self.buffers())
-        key = (dtype, tuple((id(x), x.device, 0 if x.is_inference() else x._version) for x in every))
+        if any(x.is_inference() for x in every):  # whose changes aren't counted
+            return self._lean_parts(dtype)
+        key = (dtype, tuple((id(x), x.device, x._version) for x in every))
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, self._lean_parts(dtype))
         return self._kept[1]

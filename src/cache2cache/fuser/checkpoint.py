@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ IDS = "training_ids.txt"  # the examples that it was trained on, a line each
 def save(
     fuser: C2CFuser, folder: str | Path, *, dtype: torch.dtype | None = None, training: dict[str, Any] | None = None
 ) -> None:
-    """Write a fuser. Each file appears whole or not at all.
+    """Write a fuser, with the list of what it was trained on. Each file appears whole or not at all.
 
     Args:
         fuser: what to write.
@@ -45,6 +46,15 @@ def save(
         for name, tensor in fuser.state_dict().items()
     }
     write(fuser.config, tensors, Path(folder), fuser.record if training is None else training)
+    write_ids(Path(folder), fuser.trained_on)
+
+
+def write_ids(folder: Path, ids: Collection[str]) -> None:
+    """Put the ids of the examples trained on beside what was trained; without any, no list of another stays."""
+    if ids:
+        replace_text(folder / IDS, "".join(f"{name}\n" for name in sorted(ids)))
+    else:
+        (folder / IDS).unlink(missing_ok=True)
 
 
 def write(config: FuserConfig, tensors: dict[str, Tensor], folder: Path, training: dict[str, Any]) -> None:
@@ -122,7 +132,15 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
     from ..models.load import download
 
     anchor = f"{inside}/config.json".lstrip("/")
-    return download(name, revision, anchor, lambda files: _needed(files, inside, name)) / inside
+    return (
+        download(name, revision, anchor, lambda files: _needed(files, inside, name), lambda root: _whole(root / inside))
+        / inside
+    )
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a folder has all files of its fuser."""
+    return _layout(folder) != "published" or published.is_whole(folder)
 
 
 def _inside(subfolder: str | None) -> str:
@@ -214,7 +232,7 @@ def load(source: str | Path | None = None, *, revision: str | None = None, subfo
         )
     fuser = make_fuser(config)
     fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    fuser.record, fuser.loaded = record, True
+    fuser.record, fuser.loaded, fuser.trained_on = record, True, frozenset(training_ids(folder))
     return fuser.eval()
 
 

@@ -67,6 +67,12 @@ def projectors(folder: Path) -> Path | None:
     return None if choice is None else folder / choice
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether all projectors that a published fuser names are there."""
+    parts = projectors(folder)
+    return parts is not None and all((parts / f"projector_{i}.pt").is_file() for _, _, i in _layers(parts / NAME))
+
+
 def read_json(path: Path) -> Any:
     """A fuser's JSON file; NaN and Infinity, which are not JSON, are read as null."""
     try:

@@ -116,8 +116,17 @@ class LM:
 
     @property
     def context_length(self) -> int:
-        """The most positions the model was made for; very large where its config names none."""
-        return int(getattr(self.text_config, "max_position_embeddings", None) or sys.maxsize)
+        """The most positions the model was made for; very large where its config names none.
+
+        With two sets of rotary factors (longrope: Phi-3, Phi-4-mini) those of the first: beyond them transformers reads
+        everything again by the second, without what was fused.
+        """
+        rotary = getattr(self.text_config, "rope_parameters", None) or {}
+        names = ["max_position_embeddings"]
+        if rotary.get("rope_type") == "longrope":
+            names.insert(0, "original_max_position_embeddings")
+        found = (rotary.get(name) or getattr(self.text_config, name, None) for name in names)
+        return int(next(filter(None, found), sys.maxsize))
 
     @property
     def vocab_size(self) -> int:
@@ -151,6 +160,14 @@ class LM:
             if behind[: len(line)] == line:
                 return behind[len(line) :]
         return self._ids(continuation)
+
+    def text_behind(self, ids: Sequence[int]) -> str:
+        """The text of tokens behind a prompt, without special ones: some decoders drop the space that a text begins
+        with, which belongs there."""
+        tokenizer = self.need_tokenizer()
+        line = self._ids(_LINE) if self._begins_with_a_space else []
+        text = str(tokenizer.decode([*line, *ids], skip_special_tokens=True))
+        return text[len(str(tokenizer.decode(line, skip_special_tokens=True))) :] if line else text
 
     def _ids(self, text: str) -> list[int]:
         return list(self.need_tokenizer()(text, add_special_tokens=False)["input_ids"])
@@ -519,7 +536,13 @@ def _from_hub(spec: ModelSpec) -> _Found:
     return _Found(path, spec.source, _commit_of(path, spec))
 
 
-def download(repo: str, revision: str | None, anchor: str, choose: Callable[[list[str]], list[str]]) -> Path:
+def download(
+    repo: str,
+    revision: str | None,
+    anchor: str,
+    choose: Callable[[list[str]], list[str]],
+    whole: Callable[[Path], bool],
+) -> Path:
     """The folder of a hub repository with the files that `choose` picks from its list; for fusers.
 
     Args:
@@ -527,6 +550,7 @@ def download(repo: str, revision: str | None, anchor: str, choose: Callable[[lis
         anchor: a file that belongs to what is sought. If the local hub cache has it, and with it all that `choose`
             picks from what is there, nobody is asked.
         choose: the wanted files among those given; raises C2CError where they are not all there.
+        whole: whether what a fetch has left in a folder is all of it.
 
     Raises:
         C2CError: no such repository, or the hub does not answer within HUB_SECONDS.
@@ -538,7 +562,8 @@ def download(repo: str, revision: str | None, anchor: str, choose: Callable[[lis
         root = Path(cached).parents[anchor.count("/")]
         with suppress(C2CError):
             choose(sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()))
-            return root
+            if whole(root):
+                return root
     if constants.HF_HUB_OFFLINE:
         raise C2CError(f"{repo} is not in the local hub cache and HF_HUB_OFFLINE is set; give a local folder")
     info = _ask_hub(
@@ -546,7 +571,8 @@ def download(repo: str, revision: str | None, anchor: str, choose: Callable[[lis
     )
     wanted = choose([sibling.rfilename for sibling in info.siblings or []])
     try:
-        return Path(snapshot_download(repo, revision=info.sha, allow_patterns=[glob.escape(file) for file in wanted]))
+        # By the name that was given, which is what it is found by the next time.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]))
     except Exception as error:
         raise C2CError(f"fetching {repo} from the hub failed ({_line(error)}); run the same command again") from error
 

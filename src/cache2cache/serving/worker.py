@@ -346,8 +346,6 @@ class Worker:
         self._bounded(job)
         mask = (1 << len(pair.sharers)) - 1
         if job.way == "c2c":
-            if _is_ids(prompt):
-                self._check_alike()
             encoded = self._encoded(prompt)
             pair._check([encoded])
             (encoded,) = pair._selected([encoded], job.sharers, job.positions)
@@ -373,17 +371,6 @@ class Worker:
         ids = self._ids(sharer, chat[:-2])
         decode.check_room(sharer, len(ids), MAX_MESSAGE_TOKENS)
         return self._work(number, job, None, ids, pair.receiver, ("text",), "sharer", read)
-
-    def _check_alike(self) -> None:
-        """Raise a C2CError where token ids are another text for a sharer than for the receiver."""
-        receiver = self.pair.receiver
-        for sharer, fuser in zip(self.pair.sharers, self.pair.fusers, strict=True):
-            assert isinstance(fuser, C2CFuser)
-            if fuser.config.token_map != "same" and sharer.tokenizer_fingerprint != receiver.tokenizer_fingerprint:
-                raise C2CError(
-                    f"token ids are read alike by all models, and {sharer.name} has another tokenizer than "
-                    f"{receiver.name}; send the prompt as text"
-                )
 
     def _encoded(self, prompt: Any) -> PromptIds:
         """The prompt in all models' tokens. A sharer elsewhere that couldn't be reached isn't asked again at once: to
