@@ -170,8 +170,9 @@ class C2C:
     ) -> C2C:
         """A new pair with untrained fusers. `config` is one for all sharers or one each; `kwargs` as for the class."""
         _check_options("from_models", kwargs)
-        for_all = config is None or isinstance(config, FuserConfig)
-        configs = [config or FuserConfig()] if for_all else list(config)
+        config = FuserConfig() if config is None else config
+        for_all = isinstance(config, FuserConfig)
+        configs = [config] if isinstance(config, FuserConfig) else list(config)
         if wrong := [c for c in configs if not isinstance(c, FuserConfig)]:
             raise C2CError(f"a fuser's configuration is a FuserConfig, not {type(wrong[0]).__name__}; make one of it")
         main = load_lm(receiver)
@@ -526,9 +527,9 @@ class C2C:
         if sharer_mask is None and isinstance(positions, str) and positions == "all":
             return list(batch)
         every = (1 << len(self.sharers)) - 1
-        masks = [every] * len(batch) if sharer_mask is None else sharer_mask
-        masks = [masks] * len(batch) if isinstance(masks, Integral) else list(masks)
-        if len(masks) != len(batch) or any(not isinstance(m, Integral) or not 0 <= m <= every for m in masks):
+        given: Any = every if sharer_mask is None else sharer_mask
+        masks: list[Any] = [given] * len(batch) if isinstance(given, Integral) else list(given)
+        if len(masks) != len(batch) or any(not isinstance(m, Integral) or not 0 <= int(m) <= every for m in masks):
             raise C2CError(
                 f"sharer mask {sharer_mask} doesn't fit {len(batch)} prompts and {len(self.sharers)} sharers; expected "
                 f"one number from 0 to {every}, or one per prompt"

@@ -35,7 +35,7 @@ def fusable(batch: Sequence[PromptIds], positions: Positions | Sequence[Position
         positions: for all prompts or one each: "all", "content", "front:SHARE", "back:SHARE", or (T,) bools.
     """
     several = isinstance(positions, (Sequence, Tensor)) and not isinstance(positions, str)
-    one_each = several and len(positions) > 0 and _is_choice(positions[0])  # type: ignore[index]
+    one_each = several and len(positions) > 0 and _is_choice(positions[0])
     choices: Sequence[Any] = positions if one_each else [positions] * len(batch)  # type: ignore[assignment]
     if len(choices) != len(batch):
         raise C2CError(
