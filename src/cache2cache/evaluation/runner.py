@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -219,7 +219,8 @@ def _partners(batch: Sequence[Case], alike: Sequence[Case]) -> list[Case]:
     found = []
     for row, following in enumerate(next_rows(len(batch))):
         mine, begin = batch[row], place[batch[row].id]
-        others = [*batch[following:], *batch[:following], *alike[begin + 1 :], *alike[:begin]]
+        behind = (alike[n % len(alike)] for n in range(begin + 1, begin + len(alike)))
+        others = chain(batch[following:], batch[:following], behind)
         found.append(next((c for c in others if _text(c) != _text(mine)), batch[following]))
     return found
 
