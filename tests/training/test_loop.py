@@ -745,6 +745,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(models: Path, tmp_path: P
         assert stopped.returncode == code, stopped.stderr
         if name == "SIGINT":
             assert stopped.stderr.rstrip().endswith("interrupted") and "Traceback" not in stopped.stderr
+            assert "ending behind this step, with a checkpoint; again: at once" in stopped.stderr
         assert not (output / "fuser").exists()
         assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] == saved
         (output / "log.jsonl").open("a").write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # done, but not saved

@@ -198,7 +198,7 @@ class Trainer:
 
     def _run(self, on_step: Callable[[dict[str, Any]], None], on_calibration: Callable[[int, int], None]) -> Path:
         self._start(on_calibration)
-        interrupted = _Interruptions()
+        interrupted = _Interruptions(self.is_main)
         began = time.perf_counter() - self.seconds
         remaining, coming = tee(self._remaining())
         parts = self.objective.read_ahead(part for batch in coming for part in self._computed(batch))
@@ -528,10 +528,11 @@ def _is_up_to(line: str, step: int) -> bool:
 
 
 class _Interruptions:
-    """While active, Ctrl-C and SIGTERM are only noted, so that the step in progress can end and be saved."""
+    """While active, Ctrl-C and SIGTERM are only noted, so that the step in progress can end and be saved. `aloud`: and
+    said so, as a look at the hold-out may take minutes."""
 
-    def __init__(self) -> None:
-        self.seen = False
+    def __init__(self, aloud: bool) -> None:
+        self.seen, self.aloud = False, aloud
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interruptions:
@@ -544,6 +545,8 @@ class _Interruptions:
         if self.seen:  # asked twice: leave at once
             raise KeyboardInterrupt
         self.seen = True
+        if self.aloud:
+            print("ending behind this step, with a checkpoint; again: at once, from the last one", file=sys.stderr)
 
     def __exit__(self, *args: object) -> None:
         for number, handler in self._before.items():
