@@ -290,7 +290,8 @@ class C2C:
         """What each model reads of one prompt, and which sharer token goes with each receiver token.
 
         Args:
-            prompt: chat messages, plain text, token ids (T,) that all models read alike, or `PromptIds`.
+            prompt: chat messages, plain text, token ids (T,) that all models read alike (refused where a sharer reads
+                other text in them), or `PromptIds`.
             prefix: the start of the answer, put behind the prompt.
         """
         if isinstance(prompt, PromptIds) or not isinstance(prompt, (str, Sequence)) or _is_ids(prompt):
