@@ -861,9 +861,13 @@ def foreign(receiver: LM, sharer: LM) -> float:
         return 0.0
     if isinstance(sharer, RemoteSharer):
         return 1.0
-    known = sharer.need_tokenizer().get_vocab()
-    vocabulary = receiver.need_tokenizer().get_vocab()
-    return sum(known.get(token) != number for token, number in vocabulary.items()) / len(vocabulary)
+    return other_ids(receiver, sharer) / len(receiver.need_tokenizer().get_vocab())
+
+
+def other_ids(receiver: LM, sharer: LM) -> int:
+    """How many of the receiver's tokens are other ids, or none, for a sharer."""
+    ours, theirs = (lm.need_tokenizer().get_vocab() for lm in (receiver, sharer))
+    return sum(theirs.get(token) != number for token, number in ours.items())
 
 
 FOREIGN = 0.01  # more, and one model's token ids are no prompt for the other; Qwen3 has a few that Qwen2.5 lacks

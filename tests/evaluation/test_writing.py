@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache2cache import decode
+from cache2cache import C2CError, decode
 from cache2cache.evaluation.writing import Ended, Written, add_rows, read_rows, write, write_on, written
 from cache2cache.kv import Prefilled, prefill_prompts
 from cache2cache.models import LM
@@ -125,3 +125,6 @@ def test_readers_change_nothing_and_writers_replace_what_a_kill_cut_short(tmp_pa
         add_rows(path, [Line("c", "")])
         assert [row.id for row in read_rows(path, Line)] == [*(row.id for row in found), "c"]
     assert read_rows(tmp_path / "none.jsonl", Line) == []
+    path.write_bytes(whole[:20] + b"\xff" + whole[20:])
+    with pytest.raises(C2CError, match="holds other rows than answers"):  # a damaged line is no last one
+        read_rows(path, Line)

@@ -135,8 +135,9 @@ def read_rows(path: Path, make: Callable[..., Row]) -> list[Row]:
     at it."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    whole = path.read_bytes()
     try:
+        lines = whole[: whole.rfind(b"\n") + 1].decode().split("\n")[:-1]
         return [make(**json.loads(line)) for line in lines]
     except (ValueError, TypeError) as error:
         raise C2CError(f"{path} holds other rows than answers ({error}); choose another output") from error

@@ -445,6 +445,6 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
         assert isinstance(fuser, C2CFuser)
         place = folder / str(j) if len(pair.fusers) > 1 else folder
         before = {"started_from": fuser.record} if fuser.loaded else {}
+        fuser.trained_on = frozenset(ids)
         checkpoint.save(fuser, place, dtype=getattr(torch, config.weights_on_disk), training=training | before)
-        checkpoint.write_ids(place, ids)
     return folder

@@ -20,7 +20,7 @@ from ..fuser import VARIANTS, C2CFuser, checkpoint
 from ..fuser.c2c import with_defaults
 from ..fuser.ridge import Fitted
 from ..models.load import LM
-from ..pair import C2C, check_fit
+from ..pair import C2C, check_fit, other_ids
 
 # What a run leaves in its folder beside its recipe.
 RESULTS = ("fuser", "adapter", "checkpoint.pt", "log.jsonl")
@@ -215,7 +215,7 @@ def check_one_vocabulary(pair: C2C) -> None:
     """Refuse to distil between models whose token ids mean different things."""
     ours, theirs = (lm.need_tokenizer().get_vocab() for lm in (pair.receiver, pair.sharers[0]))
     if ours != theirs:
-        differ = sum(theirs.get(token) != number for token, number in ours.items())
+        differ = other_ids(pair.receiver, pair.sharers[0])
         raise C2CError(
             f"distill compares next-token distributions, but {differ:,} of {len(ours):,} tokens of "
             f"{pair.receiver.name} are other ids, or none, for {pair.sharers[0].name}; leave distill out, or take a "
