@@ -748,7 +748,7 @@ def test_what_the_long_fuser_is_asked_it_was_not_trained_on(data_dir: Path) -> N
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (gzip.compress(b"{}"), "rows.jsonl is gzipped; name it .jsonl.gz"),
+        (gzip.compress(b"{}", mtime=0), "rows.jsonl is gzipped; name it .jsonl.gz"),
         ('{"prompt": "café", "completion": "no"}'.encode("latin-1"), "row 0 is not UTF-8 .* save the file as UTF-8"),
         (
             b'{"question": "?", "options": ["a", "b"], "answer": 0}',
