@@ -375,13 +375,14 @@ class PairEngine:
         for job in jobs:
             if job.n > self.limits.max_batch:
                 raise EngineError(
-                    "invalid", f"{job.n} answers were asked for; at most {self.limits.max_batch} are given"
+                    "invalid",
+                    f"{job.n} answers were asked for; at most {self.limits.max_batch} are given (the server's --max-batch)",
                 )
             if job.max_tokens is not None and job.max_tokens > self.limits.max_new_tokens:
                 raise EngineError(
                     "invalid",
                     f"an answer of up to {job.max_tokens} tokens was asked for; at most {self.limits.max_new_tokens} "
-                    "are given",
+                    "are given (the server's --max-new-tokens)",
                 )
         with self._lock:
             if not self._ready:

@@ -465,11 +465,12 @@ def check_room(fills: Sequence[tuple[Store, Sequence[Sequence[int]]]], max_bytes
     """Refuse to fill in prompts, of one store or several, where that would take more than `max_bytes` together, or
     more than a disk has."""
     needs = [(store, store.estimate(prompts)) for store, prompts in fills]
+    halved = any(size for store, size in needs if store.config["precision"] != "int8")  # as int8
     what = "the store" if len(fills) == 1 else f"the {len(fills)} stores"
     if (need := sum(size for _, size in needs)) > max_bytes:
         raise C2CError(
-            f"{what} would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer prompts, "
-            "int8, or a higher limit"
+            f"{what} would need {need / 1e9:.1f} GB, the limit is {max_bytes / 1e9:.1f} GB; use fewer "
+            f"prompts{', int8,' if halved else ''} or a higher limit (--max-gb)"
         )
     for disk in {store.disk for store, _ in needs}:
         there = [(store, size) for store, size in needs if store.disk == disk]
@@ -477,7 +478,7 @@ def check_room(fills: Sequence[tuple[Store, Sequence[Sequence[int]]]], max_bytes
         if need and need > free - 10**9:
             raise C2CError(
                 f"{', '.join(str(store.folder) for store, _ in there)} need {need / 1e9:.1f} GB and 1 GB of slack, "
-                f"{free / 1e9:.1f} GB are free there; make room or use int8"
+                f"{free / 1e9:.1f} GB are free there; make room{' or use int8' if halved else ''}"
             )
 
 
