@@ -376,7 +376,8 @@ class PairEngine:
             if job.n > self.limits.max_batch:
                 raise EngineError(
                     "invalid",
-                    f"{job.n} answers were asked for; at most {self.limits.max_batch} are given (the server's --max-batch)",
+                    f"{job.n} answers were asked for; at most {self.limits.max_batch} are given (the server's "
+                    "--max-batch)",
                 )
             if job.max_tokens is not None and job.max_tokens > self.limits.max_new_tokens:
                 raise EngineError(
