@@ -68,6 +68,10 @@ class ModelIdentity(BaseModel):
         """Numbers per position, layer and kind (keys or values): KV heads times head size."""
         return self.num_kv_heads * self.head_dim
 
+    def spec(self, dtype: str = "auto") -> ModelSpec:
+        """Where the model itself comes from."""
+        return ModelSpec(source=self.name, revision=self.revision, dtype=dtype)
+
 
 class FuserConfig(BaseModel):
     """What a fuser computes (paper section 3.3). The switches give the paper's ablations.

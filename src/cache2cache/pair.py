@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import decode, response
@@ -24,7 +24,7 @@ from .alignment.tokens import span_map
 from .config import FuserConfig, ModelIdentity, ModelSpec, is_address
 from .decode import Chunk, Score
 from .errors import C2CError
-from .fuser import C2CFuser, checkpoint, make_fuser
+from .fuser import C2CFuser, Fusers, checkpoint, make_fuser
 from .kv import KV, Prefilled, Read, ToRead, pad_left, positions_from, prefill, prefill_prompts
 from .models.load import LM, load_lm
 from .remote import Incoming, RemoteSharer, Transfer
@@ -136,7 +136,7 @@ class C2C:
             check_fit(fuser, receiver, sharer)
         self.receiver = receiver
         self.sharers = list(sharers)
-        self.fusers = nn.ModuleList(fuser.to(receiver.device).eval() for fuser in fusers)
+        self.fusers = Fusers(fuser.to(receiver.device).eval() for fuser in fusers)
         for sharer, fuser in zip(sharers, fusers, strict=True):
             if fuser.config.key_space == "unrotated":
                 if isinstance(sharer, RemoteSharer):
@@ -212,16 +212,12 @@ class C2C:
             kwargs: as for the class.
         """
         _check_options("from_pretrained", kwargs)
-        sources = [fuser] if fuser is None or isinstance(fuser, (str, Path)) else list(fuser)
-        inside = [subfolder] if subfolder is None or isinstance(subfolder, str) else list(subfolder)
-        count = max(len(sources), len(inside))
-        if not sources or not inside or {len(sources), len(inside)} - {1, count}:
-            raise C2CError(f"{len(sources)} fusers and {len(inside)} subfolders; give one subfolder for each fuser")
-        sources, inside = sources * (count // len(sources)), inside * (count // len(inside))
-        fusers = [
-            checkpoint.load(source, revision=revision, subfolder=place)
-            for source, place in zip(sources, inside, strict=True)
-        ]
+        folders = checkpoint.resolve_all(
+            [fuser] if fuser is None or isinstance(fuser, (str, Path)) else list(fuser),
+            [subfolder] if subfolder is None or isinstance(subfolder, str) else list(subfolder),
+            revision,
+        )
+        fusers = [checkpoint.load(folder) for folder in folders]
         configs = [f.config for f in fusers]
         overrides = {k: v for k, v in (("dtype", dtype), ("device", device)) if v is not None}
 
@@ -230,7 +226,7 @@ class C2C:
         def load(given: ModelSource | None, trained_for: ModelIdentity | None) -> LM:
             assert trained_for is not None  # make_fuser has checked
             if given is None:
-                given = ModelSpec(source=trained_for.name, revision=trained_for.revision)
+                given = trained_for.spec()
             if not isinstance(given, (str, Path, ModelSpec)) or is_address(given):
                 return _lm(given)  # loaded, or served, or refused
             spec = given if isinstance(given, ModelSpec) else ModelSpec(source=str(given))
@@ -272,7 +268,6 @@ class C2C:
                 "choose another folder, or remove it"
             )
         for index, fuser in enumerate(self.fusers):
-            assert isinstance(fuser, C2CFuser)
             checkpoint.save(fuser, Path(folder) / str(index) if several else folder, dtype=dtype)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
@@ -299,7 +294,7 @@ class C2C:
                 raise C2CError("prefix needs text or messages; append its token ids to the prompt instead")
             return prompt if isinstance(prompt, PromptIds) else self._same_ids(prompt)
         mine = self.rendered(self.receiver, prompt, prefix)
-        maps = [fuser.config.token_map for fuser in self.fusers if isinstance(fuser, C2CFuser)]
+        maps = [fuser.config.token_map for fuser in self.fusers]
         theirs = {j: self.rendered(self.sharers[j], prompt, prefix) for j, m in enumerate(maps) if m != "same"}
         aligned: dict[int, Strategy] = {j: m for j, m in enumerate(maps) if m == "first" or m == "longest"}
         published = self._published(mine, theirs, aligned)
@@ -367,7 +362,7 @@ class C2C:
             )
         row = list(map(int, row))
         for sharer, fuser, share in zip(self.sharers, self.fusers, self._foreign, strict=True):
-            if isinstance(fuser, C2CFuser) and fuser.config.token_map != "same" and share > FOREIGN:
+            if fuser.config.token_map != "same" and share > FOREIGN:
                 raise C2CError(
                     f"token ids are read alike by all models, and {sharer.name} has another tokenizer than "
                     f"{self.receiver.name}; give the prompt as text or messages"
@@ -444,7 +439,6 @@ class C2C:
             kv = kv or (None if shared else clean.kv)
             passed, kept = 0, [_unread(prompt, turn) for prompt, turn in zip(batch, before, strict=True)]
             for j, fuser in enumerate(self.fusers):
-                assert isinstance(fuser, C2CFuser)
                 members: Sequence[int]
                 read, incoming = reads[j], arriving.get(j)
                 if (known := given[j]) is not None:
@@ -496,7 +490,6 @@ class C2C:
     def _to_read(self, j: int, batch: Sequence[PromptIds], before: Sequence[Turn | None]) -> ToRead | None:
         """What sharer j has to read of a batch; None: nothing."""
         fuser = self.fusers[j]
-        assert isinstance(fuser, C2CFuser)
         lengths = sharer_lengths(batch, j)
         members = [row for row, length in enumerate(lengths) if length]
         if fuser.sharer_depth == 0 or not members:
@@ -546,7 +539,7 @@ class C2C:
 
     def _is_parallel(self, mode: Mode) -> bool:
         """Whether a mode sums the fusers' changes; raises a C2CError for fusers that it doesn't go with."""
-        replaces = any(isinstance(f, C2CFuser) and not f.config.residual for f in self.fusers)
+        replaces = not all(f.config.residual for f in self.fusers)
         if mode == "parallel" and len(self.fusers) > 1 and replaces:
             raise C2CError(
                 "several fusers' changes are summed, and one with residual: false replaces, so that only the last "

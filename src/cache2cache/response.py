@@ -47,9 +47,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .alignment.chat import Rendered, common_prefix
 from .alignment.tokens import span_map
-from .config import FuserConfig
 from .errors import C2CError
-from .fuser import C2CFuser
 from .kv import CACHE, KV, GrowingLayer, Prefilled, Read, ToRead, pad_left, positions_from, prefill
 
 if TYPE_CHECKING:
@@ -60,14 +58,8 @@ def chosen(pair: C2C, fuse_response: bool | None) -> list[int]:
     """The sharers whose tokens are fused into the answer. None: those whose fuser was trained for it."""
     if fuse_response is not None:
         return list(range(len(pair.fusers))) if fuse_response else []
-    configs = [_config(pair, j) for j in range(len(pair.fusers))]
+    configs = [fuser.config for fuser in pair.fusers]
     return [j for j, config in enumerate(configs) if config.fuse_response and not config.moves_tokens]
-
-
-def _config(pair: C2C, j: int) -> FuserConfig:
-    config = pair.fusers[j].config
-    assert isinstance(config, FuserConfig)
-    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +88,7 @@ class Answering(Prefilled):
                 "prefill with keep=True, or give fuse_response=False"
             )
         for j in sharers:
-            sharer, config = pair.sharers[j], _config(pair, j)
+            sharer, config = pair.sharers[j], pair.fusers[j].config
             if config.moves_tokens:
                 raise C2CError(
                     f"the token map {config.token_map} says which tokens of a prompt go together, not which of an "
@@ -187,7 +179,6 @@ class _Answer(StoppingCriteria):
         kv: KV | None = None
         for j in self.sharers:
             fuser = pair.fusers[j]
-            assert isinstance(fuser, C2CFuser)
             members = [b for b, partners in enumerate(wanted) if j in partners]
             if fuser.sharer_depth == 0 or not members:
                 continue
@@ -213,7 +204,7 @@ class _Answer(StoppingCriteria):
         sharers = [j for j in self.sharers if max(prompt.maps[j]) >= 0]
         if not answer:  # the last prompt token
             return {j: list(prompt.sharers[j][: prompt.maps[j][-1] + 1]) for j in sharers if prompt.maps[j][-1] >= 0}
-        as_ids = [j for j in sharers if prompt.text is None or _config(self.pair, j).token_map == "same"]
+        as_ids = [j for j in sharers if prompt.text is None or self.pair.fusers[j].config.token_map == "same"]
         same = {j: [*prompt.sharers[j], *answer] for j in as_ids}
         if prompt.text is None or not (sharers := [j for j in sharers if j not in same]):
             return same

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -496,6 +499,28 @@ def test_too_little_memory(tiny_pair_folder: Any, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(C2CError, match=r"need about 0\.0 GB of memory and 0\.0 GB are free"):
         service.check_memory(spec)
     assert service.free_memory("cpu")
+
+
+def test_what_is_sized_is_what_will_be_loaded(
+    tiny_pair_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The revision that a fuser was trained for, and of several fusers each once, from its own subfolder."""
+    for name in ("a", "b"):
+        shutil.copytree(tiny_pair_folder, tmp_path / name / "x", ignore=shutil.ignore_patterns("runs"))
+        path = tmp_path / name / "x" / "config.json"
+        saved = json.loads(path.read_text())
+        saved["fuser"]["sharer"] |= {"name": f"owner/{name}", "revision": "abc"}
+        saved["fuser"]["receiver"] |= {"name": "owner/receiver", "revision": "def"}
+        path.write_text(json.dumps(saved))
+    sized = []
+    monkeypatch.setattr(service, "weight_bytes", lambda spec, **_: sized.append((spec.source, spec.revision)) or 1)
+    service.check_memory(PairSpec([str(tmp_path / "a"), str(tmp_path / "b")], subfolder=["x", "x"]))
+    assert sorted(sized) == [("owner/a", "abc"), ("owner/b", "abc"), ("owner/receiver", "def")]
+    sized.clear()
+    service.check_memory(PairSpec([str(tmp_path), str(tmp_path)], subfolder=["a/x", "b/x"], receiver="here"))
+    assert sorted(sized) == [("here", None), ("owner/a", "abc"), ("owner/b", "abc")]
+    with pytest.raises(C2CError, match="3 fusers and 2 subfolders; give one subfolder for each fuser"):
+        service.check_memory(PairSpec([str(tmp_path)] * 3, subfolder=["a/x", "b/x"]))
 
 
 def test_the_weights_size_is_what_a_model_takes(tiny_pair_folder: Any) -> None:

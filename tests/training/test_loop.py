@@ -1132,8 +1132,10 @@ def test_a_damaged_checkpoint(runs: Run, tmp_path: Path, monkeypatch: pytest.Mon
     torch.save({"step": 3}, tmp_path / "odd.pt")
     for content in (
         whole[:5000],
+        whole[:-30],
         b"",
         b"nonsense",
+        bytes(range(256)) * 40,
         code,
         *((tmp_path / n).read_bytes() for n in ("evil.pt", "odd.pt")),
     ):

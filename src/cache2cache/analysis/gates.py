@@ -58,7 +58,6 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     closing = closing and bool(examples[0].response)
     pair, store, settings = runs.open_pair(setup)
     fuser = pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     items = runs.items_of(pair, examples)
     settings |= {"data": data.record(), "closing": closing}
     about = runs.begin(setup, settings, "gates", examples)

@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import __version__
 from ..decode import next_token
 from ..files import replace_text
-from ..fuser import C2CFuser
 from ..fuser.c2c import KINDS
 from ..kv import prefill_prompts, prefilled
 from ..models.load import LM
@@ -62,7 +61,6 @@ def look(pair: C2C, messages: Messages, *, prefix: str = "") -> dict[str, Any]:
         receiver's own numbers there; `next`, the likeliest tokens of receiver, sharer and C2C with their probabilities.
     """
     fuser, receiver, sharer = pair.fusers[0], pair.receiver, pair.sharers[0]
-    assert isinstance(fuser, C2CFuser)
     prompt = pair.encode(list(messages), prefix=prefix)
     clean, cache = runs.read(pair, [prompt], None)
     lengths = runs.lengths_of([prompt])

@@ -86,7 +86,6 @@ def summarize(pair: C2C, state: dict[str, Tensor]) -> dict[str, Any]:
     """Per model and kind the effective rank of each layer, of the vectors as they are and of their deviations from
     their mean; and means over layers, for receiver and fused cache also over those alone that are fused."""
     fuser = pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     tokens = int(state["tokens"])
     result: dict[str, Any] = {"tokens": tokens, "open": open_layers(fuser)}
     for who in WHO:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +26,6 @@ from ..evaluation.controls import sharer_cache
 from ..evaluation.run import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
 from ..files import replace_text, replacing, save_tensors
-from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, prefill_prompts
 from ..pair import C2C, PromptIds
 from ..progress import Bar
@@ -156,7 +156,6 @@ def open_pair(setup: Setup) -> tuple[C2C, Store | None, dict[str, Any]]:
         raise C2CError(f"the analyses look at a pair with one sharer, {len(pair.sharers)} were given")
     store = open_store(*setup.store, pair.sharers[0])
     fuser = pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     if store is not None and fuser.config.moves_tokens:
         raise C2CError(
             "a store knows prompts by their tokens, and with a published token map the sharer reads them at positions "
@@ -226,7 +225,7 @@ def _restore(path: Path, state: dict[str, Tensor]) -> int:
         done = int(saved.pop("done"))
         if {k: (v.shape, v.dtype) for k, v in saved.items()} != {k: (v.shape, v.dtype) for k, v in state.items()}:
             raise ValueError("other tensors")
-    except Exception as error:
+    except (SafetensorError, ValueError, KeyError) as error:
         raise C2CError(
             f"{path} is no state of this run ({' '.join(str(error).split())}); remove it to start again"
         ) from error

@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from .. import response
 from ..decode import confidence, score, threshold
 from ..errors import C2CError
-from ..fuser import C2CFuser
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..methods.base import Ask
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS, relayed
@@ -433,7 +432,7 @@ def cut(lms: Sequence[LM], text: str, limit: int) -> str:
 
 def plain(pair: C2C) -> bool:
     """Whether every model reads its own tokens, counted up: not so with the published token maps."""
-    return all(fuser.config.token_map == "span" for fuser in pair.fusers if isinstance(fuser, C2CFuser))
+    return all(fuser.config.token_map == "span" for fuser in pair.fusers)
 
 
 def expanded(methods: Sequence[str], pair: C2C) -> list[str]:
@@ -469,7 +468,7 @@ def check_setup(setup: Setup, methods: Sequence[str]) -> None:
         if method in methods and thing is None:
             raise C2CError(f"the method {method} needs {said[method]}")
     threshold(setup.skip)
-    if "off" in methods and any(f.config.moves_tokens for f in setup.pair.fusers if isinstance(f, C2CFuser)):
+    if "off" in methods and any(f.config.moves_tokens for f in setup.pair.fusers):
         raise C2CError(
             "the fuser's token map moves the receiver's positions too, so that with fusion off it isn't the receiver "
             "alone, which the control off is to show; leave it out"

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import C2CError
-from ..fuser import C2CFuser
 from ..kv import KV, Prefilled, pad_left, positions_from, prefill
 from ..pair import C2C, FusedCache, PromptIds
 from ..training.store import Store
@@ -29,7 +28,6 @@ def sharer_cache(
     `alone`: the sharer is to answer from them; otherwise only the layers that the fuser reads are sure to be there.
     """
     sharer, fuser = pair.sharers[j], pair.fusers[j]
-    assert isinstance(fuser, C2CFuser)
     rows = [list(p.sharers[j]) for p in prompts]
     places = [p.sharer_positions[j] if p.sharer_positions else None for p in prompts]
     if store is None:

@@ -164,9 +164,7 @@ def questions_of(task: EvalTask, config: EvalConfig) -> list[AnyQuestion]:
 def trained_on(config: EvalConfig, questions: Mapping[str, Sequence[AnyQuestion]]) -> dict[str, int]:
     """By set, how many of its questions the fusers were trained on, where their folders name any. Rows of LongBench go
     by other names there, so that none is found."""
-    count = max(len(config.fuser), len(config.subfolder))
-    sources = zip(*(x * count if len(x) == 1 else x for x in (config.fuser, config.subfolder)), strict=True)
-    ids = set().union(*(checkpoint.training_ids(checkpoint.resolve(f, subfolder=s)) for f, s in sources))
+    ids = set().union(*map(checkpoint.training_ids, checkpoint.resolve_all(config.fuser, config.subfolder)))
     known = set(map(_question_name, ids))
     found = {
         t.label: sum(_question_name(f"{t.task}:{q.id}") in known for q in questions[t.label]) for t in config.tasks
@@ -435,7 +433,7 @@ def load_pair(
             f"{len(fusers)} fusers, {len(subfolders)} subfolders and {len(sharers[0])} sharers; give one each for "
             "every sharer"
         )
-    folders = [checkpoint.resolve(f, subfolder=s) for f, s in zip(lists[0], lists[1], strict=True)]
+    folders = checkpoint.resolve_all(lists[0], lists[1])
     configs = [checkpoint.read_config(folder)[0] for folder in folders]
 
     def spec(source: str | None, dtype: str, trained_for: ModelIdentity | None) -> ModelSpec:
@@ -444,7 +442,7 @@ def load_pair(
         if source is not None:
             return ModelSpec(source=source, dtype=dtype)
         assert trained_for is not None  # a saved fuser names its models
-        return ModelSpec(source=trained_for.name, revision=trained_for.revision, dtype=dtype)
+        return trained_for.spec(dtype)
 
     pair = C2C.from_pretrained(
         folders,

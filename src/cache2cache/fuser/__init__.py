@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import FuserConfig
 from ..errors import C2CError, short
 from .bottleneck import BottleneckFuser
-from .c2c import C2CFuser
+from .c2c import C2CFuser, Fusers
 from .c2c_c import C2CCFuser
 from .ridge import RidgeFuser
 
@@ -25,4 +25,4 @@ def make_fuser(config: FuserConfig) -> C2CFuser:
     return VARIANTS[config.variant](config)
 
 
-__all__ = ["VARIANTS", "BottleneckFuser", "C2CCFuser", "C2CFuser", "RidgeFuser", "make_fuser"]
+__all__ = ["VARIANTS", "BottleneckFuser", "C2CCFuser", "C2CFuser", "Fusers", "RidgeFuser", "make_fuser"]

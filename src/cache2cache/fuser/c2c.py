@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -578,3 +578,13 @@ class _Written(torch.autograd.Function):
         if ctx.needs_input_grad[0]:  # an earlier sharer's change
             kept = gradient.index_fill(0, place, 0.0).view(gradients[0].shape)
         return kept, None, gradient[place]
+
+
+class Fusers(nn.ModuleList):
+    """The fusers of a pair, one per sharer."""
+
+    if TYPE_CHECKING:  # what a module list can't say of itself
+
+        def __iter__(self) -> Iterator[C2CFuser]: ...
+
+        def __getitem__(self, index: int) -> C2CFuser: ...  # type: ignore[override]

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,17 @@ def resolve(source: str | Path | None, revision: str | None = None, subfolder: s
         download(name, revision, anchor, lambda files: _needed(files, inside, name), lambda root: _whole(root / inside))
         / inside
     )
+
+
+def resolve_all(
+    sources: Sequence[str | Path | None], subfolders: Sequence[str | None], revision: str | None = None
+) -> list[Path]:
+    """The folders of several fusers; a single source or subfolder goes with each of the others."""
+    count = max(len(sources), len(subfolders))
+    if not sources or not subfolders or {len(sources), len(subfolders)} - {1, count}:
+        raise C2CError(f"{len(sources)} fusers and {len(subfolders)} subfolders; give one subfolder for each fuser")
+    pairs = zip(*(x if len(x) == count else [*x] * count for x in (sources, subfolders)), strict=True)
+    return [resolve(source, revision, subfolder) for source, subfolder in pairs]
 
 
 def _whole(folder: Path) -> bool:

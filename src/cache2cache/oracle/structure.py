@@ -133,7 +133,6 @@ def answer(
 ) -> list[Row]:
     """Every wanted method's answers, per setting, to a batch of at least two documents."""
     receiver, sharer, fuser = pair.receiver, pair.sharers[0], pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     rows: list[Row] = []
     prompts = {setting: [encode(pair, d, setting) for d in batch] for setting in wanted}
     theirs = [list(p.sharers[0]) for p in next(iter(prompts.values()))]

@@ -244,7 +244,6 @@ def sample(pair: C2C, both: Both, positions: int, seed: str, *, content: bool = 
     known = [i for i, t in enumerate(paired) if not content or both.prompt.content[t]]
     index = sorted(random.Random(seed).sample(known, min(positions, len(known))))
     fuser = pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     with torch.no_grad():
         return fuser.inputs(both.clean.kv, both.sharer, both.where[:, index].to(pair.receiver.device))
 
@@ -337,7 +336,6 @@ def answer(pairs: Mapping[str, C2C], question: Question, both: Both) -> Row:
     """One test question answered from every cache. `pairs` are the same two models with each of the maps."""
     pair = next(iter(pairs.values()))
     receiver, sharer, fuser = pair.receiver, pair.sharers[0], pair.fusers[0]
-    assert isinstance(fuser, C2CFuser)
     known = [(both.sharer, [both.sharer.length])]
     states: dict[str, Prefilled] = {"receiver": both.clean}
     for name, each in pairs.items():
@@ -423,7 +421,7 @@ def summarize(
     pairs: Mapping[str, C2C], rows: Sequence[Row], x: Tensor, y: Tensor, seed: int
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All numbers but t-SNE's, and what each map makes of the samples x (G, N, S) and y (G, N, T)."""
-    fusers = {name: fuser for name, pair in pairs.items() for fuser in pair.fusers if isinstance(fuser, C2CFuser)}
+    fusers = {name: fuser for name, pair in pairs.items() for fuser in pair.fusers}
     with torch.no_grad():
         made = {name: fuser.change(x, y) + y for name, fuser in fusers.items()}
     # The test vectors' own mean, the strictest reference: the training data's is farther from them.

@@ -30,10 +30,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
 
 from .. import decode, heap
 from ..alignment.chat import least_tokens
-from ..config import is_address
+from ..config import ModelSpec, is_address
 from ..decode import Words
 from ..errors import C2CError, Unreachable
-from ..fuser import C2CFuser, checkpoint
+from ..fuser import checkpoint
 from ..kv import Prefilled, Read, prefill_prompts
 from ..methods.text_to_text import BACKGROUND, MAX_MESSAGE_TOKENS
 from ..models.load import LM, weight_bytes
@@ -126,15 +126,20 @@ def check_memory(spec: PairSpec) -> None:
     """Raise a C2CError where the weights need more memory than there is, before they are read."""
     fusers: Sequence[str | None] = spec.fuser if isinstance(spec.fuser, list) else [spec.fuser]
     inside: Sequence[str | None] = spec.subfolder if isinstance(spec.subfolder, list) else [spec.subfolder]
-    folders = [checkpoint.resolve(fuser, subfolder=place) for fuser in fusers for place in inside]
+    folders = checkpoint.resolve_all(fusers, inside)
     configs = [checkpoint.read_config(folder)[0] for folder in folders]
     trained_for = [configs[0].receiver, *(config.sharer for config in configs)]
     given: list[str | None] = [spec.receiver, *(spec.sharers or [])]
     needed = sum(file.stat().st_size for folder in folders for file in checkpoint.weight_files(folder))
     overrides = {name: value for name, value in (("dtype", spec.dtype), ("device", spec.device)) if value}
-    for source in {name or (model.name if model else "") for name, model in zip_longest(given, trained_for)}:
-        if not is_address(source):
-            needed += weight_bytes(source, **overrides)
+    models: set[ModelSpec] = set()  # that are named twice are loaded once
+    for source, model in zip_longest(given, trained_for):
+        if source is None:
+            assert model is not None  # a saved fuser names its models
+            models.add(model.spec())
+        elif not is_address(source):
+            models.add(ModelSpec(source=source))
+    needed += sum(weight_bytes(spec, **overrides) for spec in models)
     free = free_memory(spec.device)
     if free is not None and needed > free:
         raise C2CError(
@@ -160,7 +165,6 @@ def free_memory(device: str | None) -> int | None:
 def about(pair: C2C, limits: Limits) -> About:
     gates = []
     for sharer, fuser in zip(pair.sharers, pair.fusers, strict=True):
-        assert isinstance(fuser, C2CFuser)
         keys, values = fuser.open_gates.view(2, -1).tolist()
         layers = (tuple(fuser.receiver_layers.tolist()), tuple(fuser.sharer_layers.tolist()))
         gates.append(Gates(sharer.name, *layers, tuple(keys), tuple(values)))
@@ -803,7 +807,6 @@ def _weights(pair: C2C, turn: Turn) -> tuple[Weights | None, ...]:
     tokens = tuple(str(tokenizer.decode([i])) for i in turn.receiver.ids)
     found: list[Weights | None] = []
     for j, (fuser, read) in enumerate(zip(pair.fusers, turn.sharers, strict=True)):
-        assert isinstance(fuser, C2CFuser)
         if read is None:
             found.append(None)
             continue

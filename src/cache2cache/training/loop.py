@@ -432,7 +432,9 @@ class Trainer:
             # Mapped: in every process of a machine the whole file would be much.
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
             data, models, processes = state["data"], state["models"], len(state["rng"])
-        except Exception as error:
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:  # torch has many kinds for a damaged file, OSError among them
             raise C2CError(f"{path} is damaged ({type(error).__name__}); remove it to start again") from error
         if data != self._data:
             raise C2CError(f"the data of the run in {self.output} has changed; choose another output, or remove it")

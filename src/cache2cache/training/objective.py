@@ -176,7 +176,6 @@ def fused_inputs(
     """What fuser j reads at the positions that are fused, piece by piece: the sharer's (G, N, S), the receiver's
     (G, N, T). `store` is that sharer's."""
     fuser = pair.fusers[j]
-    assert isinstance(fuser, C2CFuser)
     for items in pieces:
         prompts = [item.prompt for item in items]
         clean = receiver_prefill(pair, prompts, receiver_store)
@@ -313,15 +312,11 @@ class FuserObjective(Objective):
         self.stores = one_each(pair, store)
         self.receiver_store, self.distill = receiver_store, distill
 
-    @property
-    def fusers(self) -> list[C2CFuser]:
-        return [fuser for fuser in self.pair.fusers if isinstance(fuser, C2CFuser)]
-
     def forward(self, items: Sequence[Item], per: str) -> tuple[Tensor, Tensor]:
         distill = self.distill if self.training else 0.0
         loss, greedy = response_loss(self.pair, items, self.store, per, self.in_half, self.receiver_store, distill)
         if torch.is_grad_enabled():
-            for j, fuser in enumerate(self.fusers):
+            for j, fuser in enumerate(self.pair.fusers):
                 if not any(sharer_lengths([item.prompt for item in items], j)):  # nothing to fuse: the gradient is zero
                     loss = loss + 0.0 * sum(p.sum() for p in fuser.parameters())
         return loss, greedy
@@ -355,8 +350,8 @@ class FuserObjective(Objective):
 
     def _groups(self, config: TrainConfig, data: Prepared, j: int) -> list[list[list[Item]]]:
         """The pieces that fuser j is started from; ridge regression chooses its penalty on a second group of them."""
-        fuser, prompts = self.fusers[j].config, data.train[: config.calibration_prompts]
-        if self.fusers[j].loaded:  # it has statistics and weights
+        fuser, prompts = self.pair.fusers[j].config, data.train[: config.calibration_prompts]
+        if self.pair.fusers[j].loaded:  # it has statistics and weights
             return []
         if fuser.projection_init == "ridge":
             return [in_pieces(p for i, p in enumerate(prompts) if i % 5), in_pieces(prompts[::5])]
@@ -364,7 +359,10 @@ class FuserObjective(Objective):
 
     def calibration(self, config: TrainConfig, data: Prepared) -> list[tuple[int, list[Item]]]:
         return [
-            (j, piece) for j in range(len(self.fusers)) for group in self._groups(config, data, j) for piece in group
+            (j, piece)
+            for j in range(len(self.pair.fusers))
+            for group in self._groups(config, data, j)
+            for piece in group
         ]
 
     def inputs(self, j: int, pieces: Iterable[Sequence[Item]]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -384,7 +382,7 @@ class FuserObjective(Objective):
                 "names was trained on, so the loss there will look too good",
                 stacklevel=2,
             )
-        for j, fuser in enumerate(self.fusers):
+        for j, fuser in enumerate(self.pair.fusers):
             channels = Channels()
             groups = [channels.of(read(j, pieces)) for pieces in self._groups(config, data, j)]
             # Read once, piece by piece: all that is kept are sums.
@@ -397,21 +395,21 @@ class FuserObjective(Objective):
                 channels.put_into(fuser)
             if moments:
                 # Each predicts the receiver's cache, so each goes its part of the way there.
-                start_from_ridge(fuser, moments[0], moments[1], share=1 / len(self.fusers))
+                start_from_ridge(fuser, moments[0], moments[1], share=1 / len(self.pair.fusers))
 
     @property
     def goes_on(self) -> bool:
-        return any(fuser.loaded for fuser in self.fusers)
+        return any(fuser.loaded for fuser in self.pair.fusers)
 
     def set_progress(self, step: int) -> None:
-        for fuser in self.fusers:
+        for fuser in self.pair.fusers:
             fuser.set_progress(step)
 
     def after_step(self) -> dict[str, Any]:
         """Over all fusers: how many gates are open, and the mean of the dynamic weights that this process computed."""
-        totals, counts = zip(*(fuser.take_weights() for fuser in self.fusers), strict=True)
+        totals, counts = zip(*(fuser.take_weights() for fuser in self.pair.fusers), strict=True)
         weight = {"mean_weight": sum(totals) / sum(counts)} if sum(counts) else {}
-        return {"gates_open": sum(int(fuser.open_gates.sum()) for fuser in self.fusers), **weight}
+        return {"gates_open": sum(int(fuser.open_gates.sum()) for fuser in self.pair.fusers), **weight}
 
     def read_ahead(self, parts: Iterator[list[Item]]) -> Iterator[list[Item]]:
         reads: list[tuple[Store, Callable[[list[Item]], Asked]]]
@@ -442,7 +440,6 @@ def write_fuser(pair: C2C, config: TrainConfig, data: Prepared, measured: dict[s
     training = {"recipe": recipe_of(config), "examples": len(data.train), **measured}
     ids = ids | trained_on_before(config)
     for j, fuser in enumerate(pair.fusers):
-        assert isinstance(fuser, C2CFuser)
         place = folder / str(j) if len(pair.fusers) > 1 else folder
         before = {"started_from": fuser.record} if fuser.loaded else {}
         fuser.trained_on = frozenset(ids)

@@ -150,7 +150,6 @@ def pair_to_train(receiver: LM, sharers: Sequence[LM], config: TrainConfig) -> C
     if config.distill:
         check_one_vocabulary(pair)
     for fuser, start in zip(pair.fusers, starts, strict=True):
-        assert isinstance(fuser, C2CFuser)
         if start is not None:
             fuser.load_state_dict(start.state_dict())
             fuser.record, fuser.loaded = start.record, True
