@@ -41,8 +41,8 @@ def questions(lm: LM, count: int, passages: bool = False) -> list[list[int]]:
 
 
 def read(lm: LM, rows: Sequence[Sequence[int]], worth: int, apart: bool = False) -> None:
-    groups = kv._like_lengths if apart else together
-    with patch.object(kv, "_WORTH", worth), patch.object(kv, "_like_lengths", groups):
+    groups = kv.like_lengths if apart else together
+    with patch.object(kv, "_WORTH", worth), patch.object(kv, "like_lengths", groups):
         prefill_prompts(lm, rows)
 
 
@@ -79,7 +79,7 @@ def main() -> None:
         )
         rows = questions(lm, count, passages=True)
         lengths = [len(row) - len(common_start(rows)) - 1 for row in rows]  # the last token is left to decoding
-        groups = kv._like_lengths(lengths)
+        groups = kv.like_lengths(lengths)
         ways = {name: partial(read, lm, rows, kv._WORTH, name == "apart") for name in ("together", "apart")}
         times = take_turns(ways, given.rounds, 600)
         ratio = median(times["apart"]) / median(times["together"])

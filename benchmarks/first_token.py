@@ -42,7 +42,7 @@ from cache2cache.alignment.tokens import span_map
 from cache2cache.config import FuserConfig
 from cache2cache.decode import generate
 from cache2cache.fuser import C2CFuser, checkpoint
-from cache2cache.kv import CACHE, KV, Prefilled, _lowest_layers, pad_left, positions_of, prefill_prompts
+from cache2cache.kv import CACHE, KV, Prefilled, lowest_layers, pad_left, positions_of, prefill_prompts
 from cache2cache.models.load import LM
 from cache2cache.pair import FusedCache, PromptIds, sharer_lengths, where_to_fuse
 
@@ -59,7 +59,7 @@ def plain_prefill(lm: LM, rows: list[list[int]], num_layers: int) -> DynamicCach
     """A prefill as transformers does it, all prompts at once, through the backbone."""
     ids, mask = pad_left(rows, lm.pad_token_id, lm.device)
     cache = DynamicCache()
-    decoder = lm.decoder if num_layers == lm.num_layers else _lowest_layers(lm.decoder, num_layers)
+    decoder = lm.decoder if num_layers == lm.num_layers else lowest_layers(lm.decoder, num_layers)
     decoder(
         input_ids=ids,
         attention_mask=None if bool(mask.all()) else mask,

@@ -37,7 +37,7 @@ from first_token import again, plain_prefill
 
 from cache2cache import heap
 from cache2cache.cli.options import load_pair
-from cache2cache.kv import CACHE, _lowest_layers, common_start
+from cache2cache.kv import CACHE, common_start, lowest_layers
 from cache2cache.models.load import LM
 from cache2cache.pair import C2C
 from cache2cache.serving.engine import EngineError, Finished, Job, Limits, PairEngine, PairSpec, Piece, Started
@@ -178,7 +178,7 @@ async def load(address: str, chats: list[Any], clients: int, new: int) -> tuple[
     return results, time.perf_counter() - began
 
 
-def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespace) -> dict[str, Any]:
+def run_load(pair: C2C, address: str, args: argparse.Namespace) -> dict[str, Any]:
     chats = prompts(pair, args.clients * args.requests, args.seed)
     results, together = asyncio.run(load(address, chats, args.clients, args.new))
     say(f"{len(chats)} requests of {args.clients} clients answered in {together:.1f} s; now the library")
@@ -216,7 +216,7 @@ def run_load(pair: C2C, engine: PairEngine, address: str, args: argparse.Namespa
 def plain_pass(lm: LM, num_layers: int, ids: Sequence[int], known: int) -> Callable[[], None]:
     """What reads the tokens behind the first `known` ones, whose cache is there, as transformers does it."""
     past = plain_prefill(lm, [list(ids[:known])], num_layers)
-    decoder = lm.decoder if num_layers == lm.num_layers else _lowest_layers(lm.decoder, num_layers)
+    decoder = lm.decoder if num_layers == lm.num_layers else lowest_layers(lm.decoder, num_layers)
     new = torch.tensor([list(ids[known:])], device=lm.device)
 
     @torch.no_grad()
@@ -414,7 +414,7 @@ def main() -> None:
             results = run_chaos(engine, address, args.chaos, args.seed)
         else:
             pair = load_pair([args.fuser] if args.fuser else None, None, args.receiver, sharers, args.dtype, None)
-            results = run_load(pair, engine, address, args)
+            results = run_load(pair, address, args)
             if args.history:
                 say("now the second turn")
                 results["second_turn"] = run_turns(pair, engine, args.history)

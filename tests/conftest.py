@@ -101,4 +101,4 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a batch are read together, however unlike their lengths."""
-    monkeypatch.setattr("cache2cache.kv._like_lengths", lambda lengths: [list(range(len(lengths)))])
+    monkeypatch.setattr("cache2cache.kv.like_lengths", lambda lengths: [list(range(len(lengths)))])

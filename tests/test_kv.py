@@ -17,7 +17,7 @@ from cache2cache.kv import (
     KV,
     GrowingLayer,
     Read,
-    _like_lengths,
+    like_lengths,
     pad_left,
     positions_of,
     prefill,
@@ -137,14 +137,14 @@ def test_rows_are_grouped_for_the_fewest_positions(monkeypatch: pytest.MonkeyPat
     generator = random.Random(0)
     for _ in range(20):
         lengths = [generator.choice([0, 3, 20, 30, 31, 40, 90]) for _ in range(8)]
-        groups = _like_lengths(lengths)
+        groups = like_lengths(lengths)
         assert sorted(row for group in groups for row in group) == list(range(8))
         order = sorted(lengths, reverse=True)
         cuts = [[0, *places, 8] for n in range(8) for places in combinations(range(1, 8), n)]
         costs = [sum((b - a) * order[a] + 25 for a, b in pairwise(cut)) for cut in cuts]
         assert sum(len(group) * max(lengths[row] for row in group) + 25 for group in groups) == min(costs)
     monkeypatch.setattr("cache2cache.kv._LONG", 30)
-    assert _like_lengths([31, 3, 30, 31, 20, 29]) == [[0, 3], [2], [5, 4], [1]]
+    assert like_lengths([31, 3, 30, 31, 20, 29]) == [[0, 3], [2], [5, 4], [1]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

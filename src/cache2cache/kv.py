@@ -359,7 +359,7 @@ def prefill(
     if length == 0:  # a prompt of one token, which is left to be read on top of the cache
         empty = torch.empty(layers, batch, lm.num_kv_heads, 0, lm.head_dim, dtype=lm.dtype, device=lm.device)
         return _hand_over(KV(empty, empty), on_layer)
-    decoder = lm.decoder if layers == lm.num_layers else _lowest_layers(lm.decoder, layers)
+    decoder = lm.decoder if layers == lm.num_layers else lowest_layers(lm.decoder, layers)
     lengths, shared = attention_mask.sum(1).tolist(), [0] * batch
     worth = _WORTH if lm.device.type == "cpu" else _WORTH_GPU
     unread = past is None or (len(past) > 0 and not any(past))
@@ -371,7 +371,7 @@ def prefill(
         shared = _shared(past, input_ids, lengths, positions, layers)
     padded, hooked = not bool(attention_mask.all()), _hooked(decoder)
     if padded and lm.device.type == "cpu" and on_layer is None and not hooked:
-        groups = _like_lengths([n - same for n, same in zip(lengths, shared, strict=True)])
+        groups = like_lengths([n - same for n, same in zip(lengths, shared, strict=True)])
         if len(groups) > 1:
             return _in_groups(groups, lm, input_ids, attention_mask, positions, past, layers, chunk_tokens)
     known, start = None, 0
@@ -397,7 +397,7 @@ def prefill(
     return KV(cache.keys, cache.values)
 
 
-def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
+def like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Rows of like length together, so that all passes have the fewest positions, padding and `_WORTH` a pass counted.
 
     Rows from `_LONG` on are only with those of the same length: with padding attention takes a mask, and computes what
@@ -496,7 +496,7 @@ def _filled(past: Sequence[Read | None], lengths: Sequence[int], length: int, st
     return KV(filled("keys"), filled("values"))
 
 
-def _lowest_layers(decoder: nn.Module, count: int) -> nn.Module:
+def lowest_layers(decoder: nn.Module, count: int) -> nn.Module:
     """The decoder with its lowest `count` layers, sharing all weights; the given decoder stays as it is."""
     shallow = copy.copy(decoder)
     for bound in ("forward", "_hf_hook"):  # of accelerate, to the decoder with all layers

@@ -157,6 +157,3 @@ def relative_error(decoded: Tensor, exact: Tensor, counts: Sequence[int]) -> flo
 def _rows(packed: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
     """The positions of each row (L, 2, n, H, D), views."""
     return iter(packed.split(list(counts), dim=2))
-
-
-# ---- bytes -----------------------------------------------------------------------------------------------------------

@@ -59,6 +59,10 @@ class PromptIds:
     sharer_positions: Sequence[Sequence[int] | None] = ()
     text: tuple[str | Messages, str] | None = None
 
+    def positions_of(self, j: int) -> Sequence[int] | None:
+        """(T',) position ids of sharer j's tokens; None: they count up."""
+        return self.sharer_positions[j] if self.sharer_positions else None
+
 
 Prompt = str | Messages | PromptIds | Tensor | Sequence[int]
 
@@ -413,10 +417,8 @@ class C2C:
             sharers: per sharer, where it is known already (from a store, from another machine), its cache of the batch,
                 (L, B, H, T', D) padded on the left, and how many tokens of each prompt it holds; None: computed here.
         """
-        self._check(batch)
         skip = decode.threshold(skip)
-        batch = self._selected(batch, sharer_mask, positions)
-        self._check_room(batch)
+        batch = self.selected(batch, sharer_mask, positions)
         before = _turns(past, len(batch))
         parallel = self._is_parallel(_checked(mode or self.mode))
         shared = clean is not None or keep or (parallel and len(self.fusers) > 1)
@@ -498,7 +500,7 @@ class C2C:
             members,
             lengths,
             [batch[row].sharers[j][: lengths[row]] for row in members],
-            [(batch[row].sharer_positions or [None] * (j + 1))[j] for row in members],
+            [batch[row].positions_of(j) for row in members],
             fuser.sharer_depth,
             [turn.sharers[j] if (turn := before[row]) else None for row in members],
         )
@@ -514,7 +516,23 @@ class C2C:
         places = positions_from(asked.positions, mask)
         return prefill(sharer, ids, mask, num_layers=asked.depth, positions=places, past=asked.past)
 
-    def _selected(
+    def selected(
+        self,
+        batch: Sequence[PromptIds],
+        sharer_mask: int | Sequence[int] | None = None,
+        positions: Positions | Sequence[Positions] = "all",
+    ) -> list[PromptIds]:
+        """The prompts as `fuse` reads them, with -1 in the maps wherever nothing is to be fused.
+
+        Raises:
+            C2CError: what `fuse` refuses of prompts, mask and positions.
+        """
+        self._check(batch)
+        batch = self._select(batch, sharer_mask, positions)
+        self._check_room(batch)
+        return batch
+
+    def _select(
         self, batch: Sequence[PromptIds], sharer_mask: int | Sequence[int] | None, positions: Any
     ) -> list[PromptIds]:
         """The prompts with -1 in their maps wherever nothing is to be fused: the last token's entry stays."""
@@ -561,7 +579,7 @@ class C2C:
         sure = decode.confidence(self.receiver, clean)
         skipped = [c >= skip for c in sure]
         every = (1 << len(self.sharers)) - 1
-        return self._selected(batch, [0 if s else every for s in skipped], "all"), sure, skipped
+        return self._select(batch, [0 if s else every for s in skipped], "all"), sure, skipped
 
     def _check(self, batch: Sequence[PromptIds]) -> None:
         if not batch:
@@ -673,9 +691,9 @@ class C2C:
 
     def _answering(self, prompts: Any, prefix: str, kwargs: dict[str, Any]) -> Prefilled:
         """As `_fused`, to be decoded with the answer's tokens fused where that is asked for."""
-        sharers = response.chosen(self, kwargs.pop("fuse_response", None))
-        fused = self._fused(prompts, prefix, kwargs, keep=bool(sharers))
-        return response.Answering.of(self, fused, sharers) if sharers else fused
+        asked = kwargs.pop("fuse_response", None)
+        fused = self._fused(prompts, prefix, kwargs, keep=bool(response.fused_sharers(self, asked)))
+        return response.answered_from(self, fused, asked)
 
     def _fused(self, prompts: Any, prefix: str, kwargs: dict[str, Any], *, keep: bool = False) -> FusedCache:
         """The fused cache of prompts; takes the options of `fuse` out of `kwargs`."""
@@ -720,7 +738,7 @@ def _taken(
             continue
         reads = []
         for j, (old, new, read) in enumerate(zip(turn.prompt.maps, prompt.maps, turn.sharers, strict=True)):
-            places = prompt.sharer_positions[j] if prompt.sharer_positions else None
+            places = prompt.positions_of(j)
             reads.append((old, new, read.shared(prompt.sharers[j], places) if read else 0))
         agreed = turn.receiver.shared(prompt.receiver[:-1], prompt.positions)
         same = [
@@ -784,7 +802,7 @@ def where_to_fuse(
         s = index[t]
         read += len(s.unique())
         mine, theirs = receiver_length - len(index), sharer_length - lengths[row]
-        ids = [_at(batch[row].positions, t), _at((batch[row].sharer_positions or [None] * (j + 1))[j], s)]
+        ids = [_at(batch[row].positions, t), _at(batch[row].positions_of(j), s)]
         rows = [torch.full_like(t, row), t + mine, torch.full_like(t, sharer_row), s + theirs]
         where.append(torch.stack([*rows, *ids]))
     return torch.cat(where, dim=1), read

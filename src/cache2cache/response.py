@@ -54,12 +54,19 @@ if TYPE_CHECKING:
     from .pair import C2C, FusedCache, Turn
 
 
-def chosen(pair: C2C, fuse_response: bool | None) -> list[int]:
+def fused_sharers(pair: C2C, fuse_response: bool | None = None) -> list[int]:
     """The sharers whose tokens are fused into the answer. None: those whose fuser was trained for it."""
     if fuse_response is not None:
         return list(range(len(pair.fusers))) if fuse_response else []
     configs = [fuser.config for fuser in pair.fusers]
     return [j for j, config in enumerate(configs) if config.fuse_response and not config.moves_tokens]
+
+
+def answered_from(pair: C2C, fused: FusedCache, fuse_response: bool | None = None) -> Prefilled:
+    """What an answer is decoded on top of: a fused cache, or with the answer's tokens fused too where that is asked for
+    (which takes a cache made with `keep`)."""
+    sharers = fused_sharers(pair, fuse_response)
+    return Answering.of(pair, fused, sharers) if sharers else fused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +190,7 @@ class _Answer(StoppingCriteria):
             if fuser.sharer_depth == 0 or not members:
                 continue
             theirs = [wanted[b][j] for b in members]
-            at = [_continued((prompts[b].sharer_positions or [None] * (j + 1))[j], len(wanted[b][j])) for b in members]
+            at = [_continued(prompts[b].positions_of(j), len(wanted[b][j])) for b in members]
             read = [self.rows[b].sharers[j] for b in members]
             lengths = [len(row) for row in theirs]
             cache = pair._read(j, ToRead(members, lengths, theirs, at, fuser.sharer_depth, read))

@@ -109,7 +109,7 @@ def test_the_private_document_changes_c2c_and_text_but_not_the_receiver(tmp_path
     both = pair()
     one, two = DOCUMENTS[0], DOCUMENTS[3]
     changed = replace(one, text=two.text)  # the same question about another document
-    wanted = {"private": structure.methods("private", ["tell"])}
+    wanted = {"private": structure.methods(["tell"])}
     found = [
         {r.method: r for r in structure.answer(both, [d, two], wanted, 8) if r.id == one.question.id}
         for d in (one, changed)
@@ -123,7 +123,7 @@ def test_the_private_document_changes_c2c_and_text_but_not_the_receiver(tmp_path
 
 def test_answers_do_not_depend_on_the_batch_and_bytes_are_the_pairs(tmp_path: Path) -> None:
     both = pair("gemma3", "qwen2")
-    wanted = {s: structure.methods(s, ["tell", "published"]) for s in structure.SETTINGS}
+    wanted = {s: structure.methods(["tell", "published"]) for s in structure.SETTINGS}
     rows = {(r.setting, r.id, r.method): r for r in structure.answer(both, DOCUMENTS[:3], wanted, 6)}
     assert len(rows) == 3 * 2 * 6
     alone = {(r.setting, r.id, r.method): r for r in structure.answer(both, [DOCUMENTS[1], DOCUMENTS[5]], wanted, 6)}

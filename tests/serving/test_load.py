@@ -44,7 +44,7 @@ def test_a_load(bench: ModuleType, served: Served, tiny_pair_folder: Path) -> No
     bench.WORDS[:] = ["Plants", "iron"]  # of few tokens for a tiny tokenizer
     args = Namespace(clients=8, requests=2, new=16, alone=16, seed=0)
     (engine,) = served.engines
-    figures = bench.run_load(pair, engine, served.address, args)
+    figures = bench.run_load(pair, served.address, args)
     assert (figures["requests"], figures["lost"], figures["different"], figures["compared"]) == (16, 0, 0, 16)
     assert figures["first_token_s"]["of"] == 8  # of streams alone
     assert figures["throughput_ratio"] > 0 and figures["first_token_s"]["median"] > 0

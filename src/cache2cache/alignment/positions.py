@@ -1,4 +1,4 @@
-"""Which positions of a prompt are fused: a choice on top of the token map (FORMATS.md section 3)."""
+"""Which positions of a prompt are fused: a choice on top of the token map."""
 
 from __future__ import annotations
 

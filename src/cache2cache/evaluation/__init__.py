@@ -1,1 +1,1 @@
-"""Measuring what a fuser is worth: accuracy by option likelihood, with a control."""
+"""Measuring what a fuser is worth: answers by likelihood and in words, controls, the clock, chats, reports."""

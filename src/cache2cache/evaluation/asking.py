@@ -35,6 +35,7 @@ from ..tasks.prompts import (
 from ..training.store import Store
 from .answers import GENERATION, LIKELIHOOD, Answer
 from .controls import Known, fuse_others, gaussian, rows_of, sharer_cache, starts_of, zeroed
+from .routing import LEARNED
 from .writing import write, write_on
 
 METHODS = ("receiver", "sharer", "c2c", "other")  # unless others are asked for
@@ -42,7 +43,7 @@ CONTROLS = ("other", "zeroed", "gaussian", "self", "off")
 SKIP = "skip"  # asked for with a threshold
 SINGLE = "single"  # asked for with an adapter
 FEW_SHOT = "few-shot"
-ROUTED = ("route", "route-confidence")  # follow from the answers of receiver and sharer
+ROUTED = (LEARNED, "route-confidence")  # follow from the answers of receiver and sharer
 IN_WORDS = "receiver-generate"  # the receiver in words, where all else is by likelihood
 EVERY = (*dict.fromkeys([*METHODS, *CONTROLS, *FORMS, FEW_SHOT, SKIP, SINGLE, *ROUTED, IN_WORDS]),)
 READ_SHARER = {"sharer", "c2c", SKIP, "other", "zeroed", "gaussian"}
@@ -300,7 +301,7 @@ class Batch:
             assert setup.identical is not None
             chats = [c.ask.chat() for c in cases]
             return self._fused(setup.identical, [setup.identical.encode(chat, prefix=prefix) for chat in chats], way)
-        if method in ("c2c", SKIP) and way == GENERATION and response.chosen(pair, None):
+        if method in ("c2c", SKIP) and way == GENERATION and response.fused_sharers(pair):
             return self._fused(pair, prompts, way, skip=setup.skip if method == SKIP else None)
         clean = self.clean(way)
         if method == "off":
@@ -327,9 +328,9 @@ class Batch:
 
     def _fused(self, pair: C2C, prompts: Sequence[PromptIds], way: str, skip: float | None = None) -> State:
         """The prompts fused; in words the answer's tokens too, where the fuser was trained for that."""
-        fused_on = response.chosen(pair, None) if way == GENERATION else ()
-        fused = pair.fuse(prompts, keep=bool(fused_on), skip=skip)
-        state = response.Answering.of(pair, fused, fused_on) if fused_on else fused
+        words = way == GENERATION
+        fused = pair.fuse(prompts, keep=words and bool(response.fused_sharers(pair)), skip=skip)
+        state = response.answered_from(pair, fused) if words else fused
         return State(pair.receiver, state, skipped=() if skip is None else fused.skipped)
 
     def answers(self, method: str, way: str) -> list[Answer]:
@@ -473,7 +474,7 @@ def check_setup(setup: Setup, methods: Sequence[str]) -> None:
             "the fuser's token map moves the receiver's positions too, so that with fusion off it isn't the receiver "
             "alone, which the control off is to show; leave it out"
         )
-    if response.chosen(setup.pair, None) and (odd := set(methods) & {"other", "zeroed", "gaussian"}):
+    if response.fused_sharers(setup.pair) and (odd := set(methods) & {"other", "zeroed", "gaussian"}):
         raise C2CError(
             f"this fuser fuses the answer's tokens too, and the control {min(odd)} stands in only for the prompt's "
             "caches; leave it out"

@@ -29,10 +29,11 @@ from ..fuser import checkpoint
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..pair import C2C, PromptIds
 from ..progress import Bar
-from ..response import Answering, chosen
+from ..response import answered_from, fused_sharers
 from ..training.data import Example, draw, examples, row_name, split
 from ..training.items import response_ids
 from ..training.store import Store, check_room
+from .answers import SETTINGS, SUMMARY
 from .asking import plain
 from .controls import beside_of, fuse_others, rows_of, sharer_cache
 from .run import claim, load_pair, open_store
@@ -157,11 +158,12 @@ def run(
             answers = speak(
                 pair, prompts, output / "answers.jsonl", max_new_tokens, batch_size, lambda n: bar.advance(speaking, n)
             )
-        summary: dict[str, Any] = {"settings": json.loads((output / "settings.json").read_text()), "left_out": left_out}
+        settings = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
+        summary: dict[str, Any] = {"settings": settings, "left_out": left_out}
         summary["responses"] = summarize(scores)
         if answers:
             summary["answers"] = fluency(answers)
-        replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        replace_text(output / SUMMARY, json.dumps(summary, indent=2) + "\n")
         for made in tables(summary):
             Console().print(made)
         return summary
@@ -348,7 +350,6 @@ def speak(
     """Greedy answers of the receiver and of C2C; those that stand in the file are not written again."""
     done = read_rows(path, Spoken)
     have = {(s.id, s.method) for s in done}
-    fused_on = chosen(pair, None)
     for batch in batches_of(cases, batch_size) if cases else []:
         prompts = [c.prompt for c in batch]
         for method in WRITERS:
@@ -357,9 +358,8 @@ def speak(
             if method == "receiver":
                 answers = write(pair.receiver, [p.receiver for p in prompts], max_new_tokens)
             else:
-                fused = pair.fuse(prompts, keep=bool(fused_on))
-                start = Answering.of(pair, fused, fused_on) if fused_on else fused
-                answers = write_on(pair.receiver, start, [max_new_tokens] * len(prompts))
+                fused = pair.fuse(prompts, keep=bool(fused_sharers(pair)))
+                answers = write_on(pair.receiver, answered_from(pair, fused), [max_new_tokens] * len(prompts))
             new = [_spoken(c, method, a) for c, a in zip(batch, answers, strict=True)]
             new = [s for s in new if (s.id, s.method) not in have]
             add_rows(path, new)

@@ -14,9 +14,9 @@ from rich.table import Table
 from ..errors import C2CError
 from .answers import GENERATION, LIKELIHOOD, Answer, read_asked, read_settings, split_of
 from .asking import METHODS
-from .summary import better_way, marks_of, paired, sets_of, summarize_all
+from .summary import AVERAGE, POOLED, better_way, marks_of, paired, sets_of, summarize_all
 
-AVERAGE, POOLED = "average", "all"
+EVERY = "all"  # the questions of all sets
 _Run = tuple[Path, Mapping[str, Any], Sequence[Answer]]  # folder, settings, C2C's answers that are compared
 
 
@@ -28,7 +28,7 @@ def compare(runs: Sequence[Path], against: Sequence[Path] = ()) -> dict[str, Any
         against: more such folders, of baselines, which are compared with but not part of the mean.
 
     Returns:
-        `runs`: per run its columns, each with accuracy and recovered (see `report.effects`; None where the run doesn't
+        `runs`: per run its columns, each with accuracy and recovered (see `summary.effects`; None where the run doesn't
         say), and whether it is a baseline; `mean`: per column mean and spread, the standard deviation of the runs;
         `paired`: per two runs see `summary.paired`.
 
@@ -110,7 +110,7 @@ def _columns(answers: Sequence[Answer], ways: Mapping[str, str]) -> dict[str, di
     asked = marks_of(rows, "c2c").keys()
     methods = [m for m in METHODS if marks_of(rows, m).keys() >= asked]
     summary = summarize_all(found, methods, {task: better_way(mine, task) for task in ways})
-    columns = {**summary["tasks"], AVERAGE: summary["average"], POOLED: summary["pooled"]}
+    columns = {**summary["tasks"], AVERAGE: summary[AVERAGE], EVERY: summary[POOLED]}
     return {name: {"accuracy": c["c2c"]["accuracy"], "recovered": c.get("recovered")} for name, c in columns.items()}
 
 
@@ -122,7 +122,7 @@ def _pairs(first: Sequence[Answer], second: Sequence[Answer], tasks: Sequence[st
         mine = {k: v for k, v in one.items() if k[0] == task}
         each[task] = paired(mine, two, graded=any(a.graded for a in rows), sets=sets_of(rows))
     graded = any(a.graded for a in (*first, *second) if a.method == "c2c")
-    return {**each, POOLED: paired(one, two, graded=graded)}
+    return {**each, EVERY: paired(one, two, graded=graded)}
 
 
 def tables(result: dict[str, Any]) -> list[Table]:

@@ -29,7 +29,7 @@ def sharer_cache(
     """
     sharer, fuser = pair.sharers[j], pair.fusers[j]
     rows = [list(p.sharers[j]) for p in prompts]
-    places = [p.sharer_positions[j] if p.sharer_positions else None for p in prompts]
+    places = [p.positions_of(j) for p in prompts]
     if store is None:
         ids, mask = pad_left(rows, sharer.pad_token_id, sharer.device)
         depth = None if alone else fuser.sharer_depth or 1

@@ -29,6 +29,7 @@ from ..files import replace_text
 from ..kv import Prefilled, prefill_prompts
 from ..pair import C2C, Prompt, PromptIds
 from ..remote import RemoteSharer
+from ..response import answered_from, fused_sharers
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX, paper_prompt
 from .writing import write_on
@@ -233,7 +234,10 @@ class HarnessLM(HarnessBase):
         for name in ("num_beams", "num_return_sequences"):
             if (options.get(name) or 1) != 1:
                 raise C2CError(f"{name} is {options[name]}; one answer is written for each prompt, leave it out")
-        state = self.pair._answering(prompts, "", {}) if self.method == "c2c" else self._prefill(prompts)
+        if self.method == "c2c":
+            state = answered_from(self.pair, self.pair.fuse(prompts, keep=bool(fused_sharers(self.pair))))
+        else:
+            state = self._prefill(prompts)
         # An end token that the model's own settings don't name ends an answer too.
         ends = [*until, *filter(None, [self.tokenizer.eos_token])]
         answers = write_on(self.lm, state, [limit] * len(prompts), ends, **options)

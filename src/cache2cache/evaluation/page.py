@@ -7,6 +7,7 @@ from html import escape
 from itertools import combinations
 from typing import Any
 
+from ..tasks.base import LETTERS
 from .answers import GENERATION, LIKELIHOOD, WAYS, Answer
 from .report import (
     WORDS,
@@ -281,4 +282,4 @@ def _said(answer: Answer) -> str:
         return answer.error
     if answer.text is not None:
         return _short(answer.text, 4000)
-    return ", ".join(f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[n]} {x:.2f}" for n, x in enumerate(answer.logprobs))
+    return ", ".join(f"{LETTERS[n]} {x:.2f}" for n, x in enumerate(answer.logprobs))

@@ -24,7 +24,7 @@ from ..files import replace_text
 from ..models.load import LM
 from .answers import LIKELIHOOD, Answer
 
-LEARNED, CONFIDENCE = "route", "route-confidence"
+LEARNED = "route"
 DIRECTIONS = 64  # of the embeddings, the rest being noise to some hundreds of examples
 
 

@@ -27,7 +27,8 @@ from ..models.packed import pack
 from ..pair import C2C, identity
 from ..progress import Bar
 from ..tasks import OpenQuestion, Question
-from ..training.data import same_row
+from ..tasks.longbench import bucket
+from ..training.data import row_name
 from ..training.single import load_single
 from ..training.store import Store
 from . import report, routing, timing
@@ -165,17 +166,9 @@ def trained_on(config: EvalConfig, questions: Mapping[str, Sequence[AnyQuestion]
     """By set, how many of its questions the fusers were trained on, where their folders name any. Rows of LongBench go
     by other names there, so that none is found."""
     ids = set().union(*map(checkpoint.training_ids, checkpoint.resolve_all(config.fuser, config.subfolder)))
-    known = set(map(_question_name, ids))
-    found = {
-        t.label: sum(_question_name(f"{t.task}:{q.id}") in known for q in questions[t.label]) for t in config.tasks
-    }
+    known = set(map(row_name, ids))
+    found = {t.label: sum(row_name(f"{t.task}:{q.id}") in known for q in questions[t.label]) for t in config.tasks}
     return {label: n for label, n in found.items() if n}
-
-
-def _question_name(row: str) -> str:
-    """A question's id in training under the plainest name of its set; wherever that lies, if it is a file."""
-    source, _, number = same_row(row).rpartition(":")
-    return f"{Path(source).name if source.endswith(('.jsonl', '.jsonl.gz')) else source}:{number}"
 
 
 def plan_of(
@@ -194,10 +187,6 @@ def plan_of(
 
 def _buckets(questions: Sequence[AnyQuestion]) -> dict[str, str]:
     lengths = {q.id: q.length for q in questions if isinstance(q, OpenQuestion) and q.length}
-    if not lengths:
-        return {}
-    from ..tasks.longbench import bucket
-
     return {i: bucket(n) for i, n in lengths.items()}
 
 

@@ -204,7 +204,7 @@ def summarize(
             for m in methods
             if m != "c2c" and column.common(["c2c", m]).keys
         }
-        result |= _intervals(column, methods, result, graded, seed)
+        result |= _intervals(column, result, graded, seed)
     for name in ("subject", "bucket") if breakdown else ():
         parts = dict.fromkeys(getattr(a, name) for a in answers)
         if len(parts) > 1:
@@ -288,9 +288,7 @@ def paired(
     }
 
 
-def _intervals(
-    column: Column, methods: Sequence[str], result: Mapping[str, Any], graded: bool, seed: int
-) -> dict[str, Any]:
+def _intervals(column: Column, result: Mapping[str, Any], graded: bool, seed: int) -> dict[str, Any]:
     """Intervals of the effects, and, of answers that are right or wrong, how many C2C rescues and harms."""
     found: dict[str, Any] = {}
     if "receiver" not in result["paired"]:

@@ -21,7 +21,7 @@ from ..kv import Prefilled, prefill_prompts
 from ..methods.text_to_text import FORMS, MAX_MESSAGE_TOKENS
 from ..models.load import LM
 from ..pair import C2C
-from ..response import Answering, chosen
+from ..response import answered_from, fused_sharers
 from .asking import Case, fitting
 from .writing import add_rows, read_rows, write
 
@@ -87,10 +87,8 @@ def _timed(pair: C2C, case: Case, method: str, new_tokens: int) -> Timed:
     began = time.perf_counter()
     prompt: Prefilled
     if method == "c2c":
-        fused_on = chosen(pair, None)
-        prompt = fused = pair.prefill(chat, keep=bool(fused_on))
-        if fused_on:
-            prompt = Answering.of(pair, fused, fused_on)
+        fused = pair.prefill(chat, keep=bool(fused_sharers(pair)))
+        prompt = answered_from(pair, fused)
         passed = fused.bytes_passed
     elif method in FORMS:
         told = [{"role": "user", "content": FORMS[method](case.ask)}]

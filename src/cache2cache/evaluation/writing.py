@@ -87,7 +87,7 @@ class Ended(StoppingCriteria):
         self, lm: LM, start: int, limits: Sequence[int], until: Sequence[str] = (), *, each: bool = False
     ) -> None:
         self.start, self.each = start, each
-        self.ends = torch.tensor(sorted(_ends(lm)), device=lm.device)
+        self.ends = torch.tensor(sorted(lm.end_tokens), device=lm.device)
         self.limits = torch.tensor(list(limits), device=lm.device)
         self.until = [text for text in until if text]
         self.tokenizer = lm.need_tokenizer() if self.until else None
@@ -110,14 +110,9 @@ class Ended(StoppingCriteria):
         return done if self.each else torch.full_like(done, 4 * int(done.sum()) >= len(done))
 
 
-def _ends(lm: LM) -> set[int]:
-    ends = lm.model.generation_config.eos_token_id
-    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
 def written(lm: LM, new: Tensor, limits: Sequence[int] | None = None) -> list[Written]:
     """Each row of what `generate` added (B, new), up to its first end token: padding follows behind that."""
-    stops = _ends(lm)
+    stops = lm.end_tokens
     made = []
     for row, limit in zip(new.tolist(), limits or [new.shape[1]] * len(new), strict=True):
         row = row[:limit]

@@ -61,7 +61,7 @@ def card(folders: Sequence[Path], repo_id: str) -> str:
         base_model=sorted({name for name in names if _HUB_ID.fullmatch(name)}) or None,
         tags=["cache2cache", "kv-cache"],
     )
-    parts = [_section(one, repo_id) for one in about]
+    parts = [_section(one) for one in about]
     use = f'from cache2cache import C2C\n\npair = C2C.from_pretrained("{repo_id}"'
     if len(about) > 1:
         use += f", subfolder={[str(i) for i in range(len(about))]}"
@@ -93,7 +93,7 @@ def _data(training: dict[str, Any]) -> str:
     return "; ".join(sources) or UNKNOWN
 
 
-def _section(about: dict[str, Any], repo_id: str) -> str:
+def _section(about: dict[str, Any]) -> str:
     training = about["training"]
     recipe = training.get("recipe") or {}
     known = ("recipe", "published", "seconds", "command", "licence", "started_from")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..alignment.layers import layer_map
 from ..config import MAX_LAYERS, FuserConfig, ModelIdentity
 from ..errors import C2CError, short
+from .c2c import STATISTICS, C2CFuser
 
 CLASS = "C2CProjector"
 DEFAULTS: dict[str, Any] = {
@@ -537,13 +538,11 @@ def plain(config: FuserConfig, tensors: Mapping[str, Tensor]) -> tuple[FuserConf
         )
     out = dict(tensors)
     if config.normalize:
-        from .c2c import C2CFuser
-
         fuser = C2CFuser(config)
         fuser.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         fuser.fold()
         out |= fuser.state_dict()
-        for name in ("sharer_mean", "sharer_std", "receiver_mean", "receiver_std"):
+        for name in STATISTICS:
             del out[name]
     if not config.gating:
         out["gate_logit"] = torch.ones(len(tensors["proj_out.weight"]))

@@ -87,7 +87,7 @@ class Entry:
 
         folder = folder_of(self.name)
         try:
-            source = json.loads((folder / "source.json").read_text())
+            source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
             weights = list(folder.glob("*.safetensors"))
             for file in weights:
                 with safe_open(file, "np"):  # of a file that lacks its end this is an error
@@ -430,4 +430,4 @@ def _convert(wanted: Entry, gguf: Path, folder: Path) -> None:
         "note": "converted from a 4-bit GGUF file repackaged by third parties; not the hub's original weights",
         "versions": {package: version(package) for package in ("torch", "transformers", "gguf")},
     }
-    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n")
+    (folder / "source.json").write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")

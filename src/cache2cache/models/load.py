@@ -145,6 +145,12 @@ class LM:
                     return first
         return 0
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that `generate` ends an answer with."""
+        ends: Any = self.model.generation_config.eos_token_id
+        return frozenset() if ends is None else frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
+
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, or a C2CError that says what to give instead of text."""
         if self.tokenizer is None:
@@ -481,7 +487,7 @@ def _find(spec: ModelSpec) -> _Found:
 def _origin(folder: Path, given: str) -> tuple[str, str | None]:
     """A converted catalogue model keeps its name when it is given as a folder."""
     try:
-        source = json.loads((folder / "source.json").read_text())
+        source = json.loads((folder / "source.json").read_text(encoding="utf-8"))
         return str(source["catalogue_name"]), str(source["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return given, None
@@ -666,8 +672,6 @@ def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
 
 def _check_folder(folder: Path) -> None:
     """The common ways in which a model folder is broken, each with a clear word, before transformers opens anything."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except OSError as error:

@@ -50,7 +50,7 @@ FORMS = {
 }
 
 
-def methods(setting: str, forms: Sequence[str]) -> list[str]:
+def methods(forms: Sequence[str]) -> list[str]:
     """In the order of tables: text by form; `other` is C2C with another question's cache."""
     alone = ["receiver", "sharer"]
     return [*alone, *(f"text:{form}" for form in forms), "c2c", "other"]
@@ -210,7 +210,7 @@ def ask_all(
     """Every method's answer to every question in every setting; rows that stand in the file are not asked again."""
     done = read_rows(path, Row)
     have = {(row.setting, row.id, row.method) for row in done}
-    wanted = {setting: methods(setting, forms) for setting in settings}
+    wanted = {setting: methods(forms) for setting in settings}
     ordered = sorted(documents, key=lambda d: (len(d.text), d.question.id))
     for batch in batches_of(ordered, batch_size):
         if any((s, d.question.id, m) not in have for s, names in wanted.items() for m in names for d in batch):
@@ -312,6 +312,6 @@ def run(
     results = {
         "document_tokens": round(sum(tokens) / count, 1),
         "meaning": {setting: SETTINGS[setting] for setting in settings},
-        **{s: summarize([r for r in rows if r.setting == s], methods(s, forms), questions) for s in settings},
+        **{s: summarize([r for r in rows if r.setting == s], methods(forms), questions) for s in settings},
     }
     return study.finish(output, about, results)

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..alignment.layers import layer_map as pairs_of
 from ..analysis.runs import check_ids
 from ..config import FuserConfig
 from ..decode import score
@@ -187,8 +189,6 @@ def _load_training(
     """Put back what an earlier run left; the epochs done and its loss."""
     if not path.exists():
         return 0, math.nan
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         about = file.metadata()
     tensors = load_file(path)
@@ -198,7 +198,7 @@ def _load_training(
     return int(about["epoch"]), float(about["loss"])
 
 
-def mean_fuser(config: FuserConfig, x: Tensor, y: Tensor) -> RidgeFuser:
+def mean_fuser(config: FuserConfig, y: Tensor) -> RidgeFuser:
     """The map that says the receiver's mean whatever it reads."""
     fuser = RidgeFuser(config).eval()
     assert fuser.proj_out.bias is not None
@@ -522,8 +522,6 @@ def run(
         data: what the settings say of where the questions come from.
         command: how the study was called, for the record.
     """
-    from ..alignment.layers import layer_map as pairs_of
-
     if start not in ("ridge", "random"):
         raise C2CError(f"unknown start {start!r}; expected ridge or random")
     if len(train) < 2 * HOLDOUT or not test:
@@ -584,7 +582,7 @@ def run(
         mlp.measure(x, y)
         if start == "ridge":
             mlp.start_from(ridge)
-        mean = mean_fuser(ridge.config, x, y).to(device)
+        mean = mean_fuser(ridge.config, y).to(device)
         loss = train_mlp(
             mlp, x, y, work / "mlp.safetensors", epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
             seed=seed, progress=lambda n: bar.advance(training, n),

@@ -39,7 +39,7 @@ from ..methods.text_to_text import BACKGROUND, MAX_MESSAGE_TOKENS
 from ..models.load import LM, weight_bytes
 from ..pair import C2C, FusedCache, PromptIds, Turn, where_to_fuse
 from ..remote import RemoteSharer
-from ..response import Answering, chosen
+from ..response import answered_from, fused_sharers
 from .engine import (
     WAYS,
     About,
@@ -274,9 +274,6 @@ class Worker:
         self._gone: set[int] = set()  # cancelled before they were looked at
         self._arrived = threading.Condition()
         self._down_until = 0.0
-        self._ends = {
-            id(lm): _end_tokens(lm) for lm in (pair.receiver, pair.sharers[0]) if not isinstance(lm, RemoteSharer)
-        }
         threading.Thread(target=self._look_at, daemon=True).start()
 
     # ---- coming and going --------------------------------------------------------------------------------------------
@@ -351,9 +348,7 @@ class Worker:
         mask = (1 << len(pair.sharers)) - 1
         if job.way == "c2c":
             encoded = self._encoded(prompt)
-            pair._check([encoded])
-            (encoded,) = pair._selected([encoded], job.sharers, job.positions)
-            pair._check_room([encoded])
+            (encoded,) = pair.selected([encoded], job.sharers, job.positions)
             mask = mask if job.sharers is None else job.sharers
             mode = job.mode or pair.mode
             kind = f"c2c {mask} {mode} {job.positions}"
@@ -546,8 +541,8 @@ class Worker:
             ]
         )
         repeated = _repeated(prompt, batch)
-        if isinstance(repeated, FusedCache) and (wanted := chosen(pair, None)):
-            repeated = Answering.of(pair, repeated, wanted)
+        if isinstance(repeated, FusedCache):
+            repeated = answered_from(pair, repeated)
         answers = self._rows(lm, batch)
         self._decode(lm, repeated, answers, emit)
         for i, work in enumerate(batch):
@@ -568,7 +563,7 @@ class Worker:
             [cast(PromptIds, work.prompt) for work in batch],
             mode=batch[0].key[1],
             past=cast("list[Turn | None]", past),
-            keep=bool(self.limits.keep_bytes or chosen(self.pair, None) or any(work.job.weights for work in batch)),
+            keep=bool(self.limits.keep_bytes or fused_sharers(self.pair) or any(work.job.weights for work in batch)),
         )
         return fused, reused
 
@@ -614,7 +609,7 @@ class Worker:
         return rows
 
     def _decode(self, lm: LM, prompt: Prefilled, rows: Sequence[_Row], emit: Emit) -> None:
-        step = _Step(rows, self._ends[id(lm)], emit)
+        step = _Step(rows, lm.end_tokens, emit)
         decode.generate(
             lm,
             prompt,
@@ -655,7 +650,7 @@ def _refusal(error: C2CError, pair: C2C) -> Failed:
 class _Step(StoppingCriteria):
     """Takes each new token of a batch: its text, whether its row ends with it, and who is told."""
 
-    def __init__(self, rows: Sequence[_Row], ends: set[int], emit: Emit) -> None:
+    def __init__(self, rows: Sequence[_Row], ends: frozenset[int], emit: Emit) -> None:
         self.rows, self.ends, self.emit = rows, ends, emit
         self.scores: dict[int, Tensor] = {}  # by row: log-probabilities of the token that comes, where asked for
 
@@ -769,12 +764,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-def _end_tokens(lm: LM) -> set[int]:
-    """What `generate` stops at."""
-    ends: Any = lm.model.generation_config.eos_token_id
-    return set() if ends is None else set(ends if isinstance(ends, (list, tuple)) else [ends])
 
 
 def _repeated(prompt: Prefilled, batch: Sequence[_Work]) -> Prefilled:

@@ -161,9 +161,10 @@ def split(found: Sequence[Example], holdout: int) -> tuple[list[Example], list[E
 
 
 def row_name(example: str) -> str:
-    """Of an example's id the row that it is of, whatever its turn and wherever its file lies."""
-    row = re.sub(r"#\d+$", "", example)
-    return PurePath(row).name if re.search(r"\.jsonl(\.gz)?:\d+$", row) else row
+    """Of an example's id, or a question's, the row that it is of by the plainest name of its source: whatever its turn
+    and wherever its file lies."""
+    source, _, number = same_row(re.sub(r"#\d+$", "", example)).rpartition(":")
+    return f"{PurePath(source).name if source.endswith(('.jsonl', '.jsonl.gz')) else source}:{number}"
 
 
 def mix(sources: Sequence[Sequence[T]], weights: Sequence[float], seed: int) -> list[T]:

@@ -361,7 +361,7 @@ class Trainer:
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.is_main:
-            with (self.output / "log.jsonl").open("a") as log:
+            with (self.output / "log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(record) + "\n")
         self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=self.step)
 
@@ -468,7 +468,8 @@ class Trainer:
         path = self.output / "log.jsonl"
         if path.exists():
             # Before the first step nothing is kept: what was looked at there is looked at again.
-            lines = [line for line in path.read_text().splitlines() if self.step and _is_up_to(line, self.step)]
+            written = path.read_text(encoding="utf-8").splitlines()
+            lines = [line for line in written if self.step and _is_up_to(line, self.step)]
             replace_text(path, "".join(line + "\n" for line in lines))
 
     def save_trained(self) -> Path:

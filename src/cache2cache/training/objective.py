@@ -152,7 +152,6 @@ def passes(lm: LM) -> dict[str, Any]:
     return {"chunk_tokens": sys.maxsize, "past": ()} if is_sharded(lm) else {}
 
 
-@torch.no_grad()
 def in_pieces(items: Iterable[Item], rows: int = 16, positions: int = 8192) -> list[list[Item]]:
     """Examples by the length of their prompts, so many at once, and as few as it takes to stay below so many positions
     of the receiver's, padding included."""

@@ -169,8 +169,7 @@ def local(lm: LM, *, max_new_tokens: int, batch_size: int, temperature: float = 
     """A model answers, prompts of like length together; greedily at temperature 0."""
     tokenizer = lm.need_tokenizer()
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    end = lm.model.generation_config.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
+    ends = lm.end_tokens
 
     def response(ids: list[int]) -> Response | C2CError:
         whole = next((i for i, token in enumerate(ids) if token in ends), None)

@@ -114,7 +114,8 @@ class SingleObjective(Objective):
         with tempfile.TemporaryDirectory(dir=config.output, prefix=".adapter.") as partial:
             save_tensors(tensors, Path(partial) / "adapter_model.safetensors", {"format": "pt"})
             model.peft_config["default"].save_pretrained(partial)
-            (Path(partial) / "training.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            (Path(partial) / "training.json").write_text(text, encoding="utf-8")
             for path in sorted(Path(partial).iterdir()):
                 path.chmod(0o644)  # safetensors lets only the owner read
                 os.replace(path, folder / path.name)
@@ -193,7 +194,9 @@ def load_single(receiver: LM, folder: str | Path) -> LM:
     if left := [name for name, p in model.named_parameters() if p.is_meta]:
         raise C2CError(f"the adapter in {folder} has no weights for {left[0]} of {receiver.name}")
     record = folder / "training.json"
-    made_for = json.loads(record.read_text())["receiver"]["fingerprint"] if record.exists() else receiver.fingerprint
+    made_for = receiver.fingerprint
+    if record.exists():
+        made_for = json.loads(record.read_text(encoding="utf-8"))["receiver"]["fingerprint"]
     if made_for != receiver.fingerprint:
         warnings.warn(
             f"the adapter in {folder} was trained for weights {made_for[:12]}, but {receiver.name} has weights "

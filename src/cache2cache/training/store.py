@@ -349,7 +349,7 @@ class Store:
         if not path.exists():
             partial = self.folder / f".store.json.{secrets.token_hex(4)}"
             try:
-                partial.write_text(json.dumps(self.config, indent=2) + "\n")
+                partial.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
                 try:
                     os.link(partial, path)  # unlike a rename it leaves alone what another one has put there
                 except FileExistsError:
@@ -448,7 +448,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         C2CError: a folder that is no store, or one of another version.
     """
     try:
-        config: dict[str, Any] = json.loads((folder / "store.json").read_text())
+        config: dict[str, Any] = json.loads((folder / "store.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise C2CError(
             f"{folder} is no prefill store ({type(error).__name__}); make one with c2c precompute"
