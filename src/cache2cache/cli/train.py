@@ -55,28 +55,19 @@ def train(
 
     Needs the store that `c2c precompute` makes, unless the recipe names none or --live is given.
     """
-    import torch
     from rich.console import Console
     from rich.live import Live
 
     from cache2cache import heap
-    from cache2cache.config import ModelSpec
     from cache2cache.errors import C2CError
-    from cache2cache.files import check_writable
-    from cache2cache.fuser.ridge import Fitted
-    from cache2cache.models.load import LM, load_lm
-    from cache2cache.pair import C2C
     from cache2cache.progress import EVERY, Bar, encoding
     from cache2cache.training.data import examples
     from cache2cache.training.fit import fit
-    from cache2cache.training.items import Encoder, prepare, this_process
-    from cache2cache.training.loop import Trainer, check_trackers, in_half
+    from cache2cache.training.items import prepare, this_process
+    from cache2cache.training.loop import Trainer
     from cache2cache.training.plan import SAMPLE, plan
+    from cache2cache.training.ready import check, load
     from cache2cache.training.recipe import read_recipe
-    from cache2cache.training.sharding import shard
-    from cache2cache.training.single import Alone, SingleObjective
-    from cache2cache.training.start import is_begun, pair_to_train, starts_of
-    from cache2cache.training.store import Store, read_settings
 
     heap.keep()
     config = read_recipe(recipe, settings or [])
@@ -88,70 +79,29 @@ def train(
     if not processes.is_main_process:
         warnings.simplefilter("ignore")  # the first one says the same
     # First: what is wrong with outputs, stores, fusers and data shows before models are loaded.
-    check_trackers(config)
-    if not dry_run:
-        check_writable(config.output)
-        is_begun(config)
-    starts_of(config)
-    if config.method != "single":
-        for folder in (*config.stores, *filter(None, [config.receiver_store])):
-            read_settings(folder)
+    check(config, writes=not dry_run)
     read = examples(config)
-    # With a store the sharer's weights are only compared with those the store was made with; the smallest load will do.
-    on_cpu: dict[str, Any] = {"device": "cpu", "device_map": None}
-    as_small = {"dtype": "bfloat16", **on_cpu} if config.store and not config.distill else {}
-    as_set = {} if config.precision == "auto" else {"dtype": config.precision}
-    if config.shard:  # whole models needn't fit where their parts go
-        as_set = {"dtype": "bfloat16" if in_half(config, processes.device) else "float32"}
-    where = on_cpu if config.shard else {}
-
-    def loaded(spec: ModelSpec) -> LM:
-        return load_lm(spec, None, **where, **(as_set if spec.dtype == "auto" else {}))
-
-    def as_sharer(spec: ModelSpec) -> LM:
-        if spec == config.receiver:
-            return receiver
-        # Quantised weights are told apart as they are.
-        return load_lm(spec, None, **as_small) if as_small and not spec.quantization else loaded(spec)
-
-    receiver = loaded(config.receiver)
-    torch.manual_seed(config.seed)  # the first weights
-    what: C2C | SingleObjective
-    encoder: Encoder
-    stores: list[Store] = []
-    receiver_store = None
-    if config.method == "single":
-        what = SingleObjective(receiver, config.lora)
-        encoder, trained = Alone(receiver), what.trained
-    else:
-        sharers = [as_sharer(spec) for spec in config.sharers]
-        if config.shard:
-            shard([receiver, *([] if as_small else sharers)], processes.device)
-        what = pair_to_train(receiver, sharers, config)
-        stores = [Store(folder, sharer) for folder, sharer in zip(config.stores, sharers, strict=False)]
-        receiver_store = Store(config.receiver_store, receiver) if config.receiver_store else None
-        encoder, trained = what, what.fusers
-    fitted = isinstance(what, C2C) and isinstance(what.fusers[0], Fitted)
-    if fitted and processes.num_processes > 1:
+    ready = load(config, processes)
+    if ready.fitted and processes.num_processes > 1:
         raise C2CError(f"fitting {config.fuser.variant} takes one process, {processes.num_processes} were started")
-    if fitted and dry_run:
+    if ready.fitted and dry_run:
         raise C2CError(f"--dry-run is for training; fitting {config.fuser.variant} reads each example once")
     with encoding(console) as progress:
-        data = prepare(encoder, config, read, progress, SAMPLE if dry_run else None)
+        data = prepare(ready.encoder, config, read, progress, SAMPLE if dry_run else None)
     del read
-    parameters = sum(p.numel() for p in trained.parameters())
+    parameters = sum(p.numel() for p in ready.trained.parameters())
     about = f"{parameters:,} parameters, {len(data.train)} examples, {len(data.holdout)} held out, {data.truncation}"
-    if fitted:
-        assert isinstance(what, C2C)
+    stores = ready.stores or None
+    if ready.fitted:
         console.print(about)
         with Bar(console) as bar:
             task = bar.add_task("reading", total=len(data.train) + len(data.holdout))
-            folder, rows = fit(what, config, stores or None, data, lambda n: bar.advance(task, n), receiver_store)
+            folder, rows = fit(ready.fitted, config, stores, data, lambda n: bar.advance(task, n), ready.receiver_store)
         for row in rows:
             console.print(f"{row['kind']} of layer {row['layer']}: R² {row['r2']:.3f}, penalty {row['penalty']:g}")
         print(folder)
         return
-    trainer = Trainer(what, config, stores or None, data, receiver_store)
+    trainer = Trainer(ready.what, config, stores, data, ready.receiver_store)
     if dry_run:
         found = plan(trainer)
         if processes.is_main_process:

@@ -19,6 +19,7 @@ from ..packing import dequantize, quantize
 from ..progress import Bar, encoding
 from .data import examples
 from .items import prepare
+from .ready import load_model
 from .start import pair_to_train
 from .store import Store, check_room
 
@@ -37,8 +38,7 @@ def precompute(
 
     def loaded(spec: ModelSpec) -> LM:
         """As training loads what it computes with, unless `dtype` says otherwise."""
-        named = dtype if dtype != "auto" else config.precision if spec.dtype == "auto" else "auto"
-        return load_lm(spec, None, **({} if named == "auto" else {"dtype": named}))
+        return load_model(spec, config.precision) if dtype == "auto" else load_lm(spec, None, dtype=dtype)
 
     sharers = [loaded(spec) for spec in config.sharers]
     stores = [Store(folder, sharer, precision) for folder, sharer in zip(config.stores, sharers, strict=True)]
