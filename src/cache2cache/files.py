@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import warnings
@@ -103,3 +104,12 @@ def remove_partials(folder: Path, names: Iterable[str]) -> None:
         for path in folder.glob(f".{glob.escape(name)}.*"):
             if path.suffix[1:].isdigit():
                 path.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -16,9 +16,9 @@ from cache2cache.config import EvalConfig
 from cache2cache.evaluation.answers import Answer, read_answers
 from cache2cache.evaluation.asking import METHODS
 from cache2cache.evaluation.report import table
-from cache2cache.evaluation.run import file_hash
 from cache2cache.evaluation.run import run as run_config
 from cache2cache.evaluation.summary import summarize, summarize_all, summarize_run
+from cache2cache.files import file_hash
 from training.runs import write_questions
 
 

@@ -20,7 +20,7 @@ import yaml
 from cache2cache import C2C, C2CError
 from cache2cache.cli import main
 from cache2cache.config import EvalConfig
-from cache2cache.evaluation import asking, runner, timing
+from cache2cache.evaluation import asking, loading, runner, timing
 from cache2cache.evaluation import run as running
 from cache2cache.evaluation.answers import Answer, drawn, read_answers, read_asked
 from cache2cache.evaluation.asking import Batch
@@ -472,7 +472,7 @@ def test_a_learned_router_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     test = marked([("A", ""), ("", "B"), ("", "C"), ("D", "")], "ABCD")
     monkeypatch.setattr(
-        running, "load_pair", lambda *_: (pair, {"receiver": {}, "sharer": {}, "fuser_hash": "", "fuser": ""})
+        loading, "load_pair", lambda *_: (pair, {"receiver": {}, "sharer": {}, "fuser_hash": "", "fuser": ""})
     )
     monkeypatch.setattr(running.sets, "load", lambda name, split, data: train if split == "train" else test)
     monkeypatch.setattr(running.report, "write", lambda *_: None)
@@ -889,7 +889,7 @@ def test_a_set_without_the_usual_split_is_asked_in_its_own() -> None:
 
 def test_a_served_sharer_is_not_evaluated(tiny_pair_folder: Path) -> None:
     with pytest.raises(C2CError, match=r"loaded here, and http://.* is a served sharer; give the model"):
-        running.load_pair([str(tiny_pair_folder)], [None], (None, "auto"), (["http://127.0.0.1:8600"], "auto"))
+        loading.load_pair([str(tiny_pair_folder)], [None], (None, "auto"), (["http://127.0.0.1:8600"], "auto"))
 
 
 def test_parts_count_the_gap_from_the_receivers_better_way() -> None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..decode import score
 from ..errors import C2CError
-from ..evaluation.run import fuser_hash
 from ..evaluation.statistics import bootstrap
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.c2c import CHUNK, KINDS
@@ -48,7 +47,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     others = runs.earlier(against, "gates")
     if data.limit == 0:
         folder = checkpoint.resolve(setup.fuser, subfolder=setup.subfolder)
-        alone = {"fuser": setup.fuser or checkpoint.DEFAULT, "fuser_hash": fuser_hash(folder)}
+        alone = {"fuser": setup.fuser or checkpoint.DEFAULT, "fuser_hash": checkpoint.fuser_hash(folder)}
         about = runs.begin(setup, alone, "gates", [])
         result = {"about": about, **gates(checkpoint.load(folder))}
         runs.finish(setup.output, result)

@@ -23,7 +23,7 @@ from ..errors import C2CError
 from ..evaluation.answers import GENERATION, drawn
 from ..evaluation.asking import PROMPTS, check_names
 from ..evaluation.controls import sharer_cache
-from ..evaluation.run import claim, load_pair, open_store
+from ..evaluation.loading import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
 from ..files import replace_text, replacing, save_tensors
 from ..kv import KV, Prefilled, prefill_prompts

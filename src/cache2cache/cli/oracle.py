@@ -194,7 +194,7 @@ def structure(
     interruption: what stands in the output folder is not asked again.
     """
     from cache2cache import heap
-    from cache2cache.evaluation.run import load_pair
+    from cache2cache.evaluation.loading import load_pair
     from cache2cache.oracle import structure as study
     from cache2cache.oracle.report import check
 

@@ -36,7 +36,7 @@ from ..training.store import Store, check_room
 from .answers import SETTINGS, SUMMARY
 from .asking import plain
 from .controls import beside_of, fuse_others, rows_of, sharer_cache
-from .run import claim, load_pair, open_store
+from .loading import claim, load_pair, open_store
 from .runner import batches_of
 from .statistics import bootstrap
 from .writing import Written, add_rows, read_rows, write, write_on

