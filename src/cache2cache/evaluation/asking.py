@@ -12,9 +12,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import cast
 
 from .. import response
-from ..decode import confidence, score, threshold
+from ..decode import confidence, threshold
 from ..errors import C2CError
 from ..kv import Prefilled, prefill_prompts, prefilled
 from ..methods.base import Ask
@@ -35,6 +36,7 @@ from ..tasks.prompts import (
 from ..training.store import Store
 from .answers import GENERATION, LIKELIHOOD, Answer
 from .controls import Known, fuse_others, gaussian, rows_of, sharer_cache, starts_of, zeroed
+from .letters import letter_logprobs, likeliest
 from .routing import LEARNED
 from .writing import write, write_on
 
@@ -356,20 +358,12 @@ class Batch:
         return rows
 
     def _likeliest(self, state: State, method: str) -> list[_Found]:
-        questions = [c.question for c in self.cases]
-        assert all(isinstance(q, Question) for q in questions)
+        questions = [cast(Question, c.question) for c in self.cases]
         # Behind a Chinese colon there is none; few-shot has the English examples' ending whatever the prompt.
         space = "" if self.setup.prompt == "chinese" and method != FEW_SHOT else " "
-        letters = [
-            [state.lm.continuation_ids(f"{space}{x}") for x in q.letters] for q in questions if isinstance(q, Question)
-        ]
-        made = []
-        for question, scores in zip(questions, score(state.lm, state.prompts, letters), strict=True):
-            assert isinstance(question, Question)
-            logprobs = [round(s.logprob, 5) for s in scores]
-            choice = max(range(len(logprobs)), key=logprobs.__getitem__)
-            made.append(_Found(choice, choice == question.answer, logprobs))
-        return made
+        made = letter_logprobs(state.lm, state.prompts, questions, space)
+        chosen = map(likeliest, made)
+        return [_Found(i, i == q.answer, logprobs) for q, i, logprobs in zip(questions, chosen, made, strict=True)]
 
     def _in_words(self, state: State) -> list[_Found]:
         limits = [

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ..alignment.chat import render
 from ..analysis.runs import check_ids
-from ..decode import score
 from ..errors import C2CError
+from ..evaluation.letters import letter_logprobs, likeliest
 from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
 from ..kv import CACHE, KV, Prefilled, Read, prefill_prompts
@@ -228,8 +228,7 @@ class Row:
     logprobs: dict[str, list[float]]
 
     def right(self, name: str) -> bool:
-        found = self.logprobs[name]
-        return max(range(len(found)), key=found.__getitem__) == self.answer
+        return likeliest(self.logprobs[name]) == self.answer
 
 
 def choose(questions: Sequence[Question], limit: int | None, seed: int) -> list[Asked]:
@@ -300,11 +299,10 @@ def answer(
     Without a rotary embedding there are only Direct, Few-shot and Oracle.
     """
     caches = read_question(lm, shots, question_text(question))
-    letters = [lm.continuation_ids(f" {letter}") for letter in question.letters]
     every = torch.ones(1, lm.num_layers, dtype=torch.bool)
 
     def scored(prompt: Prefilled) -> list[list[float]]:
-        return [[round(s.logprob, 5) for s in row] for row in score(lm, prompt, [letters] * len(prompt.input_ids))]
+        return letter_logprobs(lm, prompt, [question] * len(prompt.input_ids))
 
     found = {DIRECT: scored(caches.direct)[0], FEW_SHOT: scored(caches.few_shot)[0]}
     with head_out_of_window(lm, every, caches.head, caches.removed):

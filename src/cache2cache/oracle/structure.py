@@ -19,11 +19,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import decode
 from ..alignment.tokens import span_map
 from ..errors import C2CError
 from ..evaluation.chat import check_pair
 from ..evaluation.controls import fuse_others, next_rows, rows_of
+from ..evaluation.letters import letter_logprobs, likeliest
 from ..evaluation.runner import batches_of
 from ..evaluation.statistics import accuracy
 from ..evaluation.writing import Written, add_rows, read_rows, write_on
@@ -140,11 +140,9 @@ def answer(
     known = [(cache, [len(ids) for ids in theirs])]
 
     def add(setting: str, method: str, lm: LM, state: Prefilled, more: Sequence[dict[str, Any]] | None = None) -> None:
-        letters = [[lm.continuation_ids(f" {letter}") for letter in d.question.letters] for d in batch]
-        for i, (d, scores) in enumerate(zip(batch, decode.score(lm, state, letters), strict=True)):
-            logprobs = [round(s.logprob, 5) for s in scores]
-            choice = max(range(len(logprobs)), key=logprobs.__getitem__)
-            q = d.question
+        questions = [d.question for d in batch]
+        for i, (q, logprobs) in enumerate(zip(questions, letter_logprobs(lm, state, questions), strict=True)):
+            choice = likeliest(logprobs)
             extra = more[i] if more else {}
             rows.append(Row(setting, q.subject, q.id, method, choice, choice == q.answer, logprobs, **extra))
 

@@ -33,6 +33,7 @@ from ..analysis.runs import check_ids
 from ..config import FuserConfig
 from ..decode import score
 from ..errors import C2CError
+from ..evaluation.letters import letter_logprobs, likeliest
 from ..evaluation.statistics import accuracy
 from ..evaluation.writing import add_rows, read_rows
 from ..files import replacing, save_tensors
@@ -300,8 +301,7 @@ class Row:
     norm: list[float]
 
     def right(self, name: str) -> bool:
-        found = self.logprobs[name]
-        return max(range(len(found)), key=found.__getitem__) == self.answer
+        return likeliest(self.logprobs[name]) == self.answer
 
 
 @torch.no_grad()
@@ -340,9 +340,9 @@ def answer(pairs: Mapping[str, C2C], question: Question, both: Both) -> Row:
     states: dict[str, Prefilled] = {"receiver": both.clean}
     for name, each in pairs.items():
         states[name] = each.fuse([both.prompt], clean=both.clean, sharers=known)
-    letters = [f" {letter}" for letter in question.letters]
-    logprobs = {name: _letters(receiver, state, letters) for name, state in states.items()}
-    logprobs["sharer"] = _letters(sharer, prefilled(sharer, [both.prompt.sharers[0]], both.sharer), letters)
+    logprobs = {name: letter_logprobs(receiver, state, [question])[0] for name, state in states.items()}
+    alone = prefilled(sharer, [both.prompt.sharers[0]], both.sharer)
+    logprobs["sharer"] = letter_logprobs(sharer, alone, [question])[0]
     made = {name: states[name].kv for name in pairs}
     outputs = attention_outputs(receiver, both.clean, made, fuser.receiver_layers.tolist())
     own = outputs.pop("own")
@@ -353,10 +353,6 @@ def answer(pairs: Mapping[str, C2C], question: Question, both: Both) -> Row:
     mapped = both.where.shape[1] / max(1, both.clean.kv.length)
     error = {name: squares(output - own) for name, output in outputs.items()}
     return Row(question.id, question.answer, logprobs, round(mapped, 4), error, squares(own))
-
-
-def _letters(lm: LM, state: Prefilled, letters: Sequence[str]) -> list[float]:
-    return [round(s.logprob, 5) for s in score(lm, state, [[lm.continuation_ids(x) for x in letters]])[0]]
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------
