@@ -23,9 +23,8 @@ from ..evaluation.statistics import bootstrap
 from ..fuser import C2CFuser, checkpoint
 from ..fuser.c2c import CHUNK, KINDS
 from ..kv import KV
-from ..pair import C2C, FusedCache, where_to_fuse
+from ..pair import C2C, FusedCache
 from ..training.items import Item
-from ..training.store import check_room
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -60,17 +59,13 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, closing: bool
     items = runs.items_of(pair, examples)
     settings |= {"data": data.record(), "closing": closing}
     about = runs.begin(setup, settings, "gates", examples)
-    if store is not None:
-        check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
+    runs.check_store(store, [i.prompt for i in items], setup.max_bytes)
     state = empty(fuser, len(items), closing)
     for start, batch in runs.batches(items, setup, state, "prompts"):
-        prompts = [i.prompt for i in batch]
-        clean, cache = runs.read(pair, prompts, store)
-        lengths = runs.lengths_of(prompts)
-        fused = pair.fuse(prompts, clean=clean, sharers=[(cache, lengths)])
-        where, _ = where_to_fuse(prompts, 0, clean.kv.length, cache.length, lengths)
-        add_weights(state, fuser, clean.kv, cache, where)
-        add_sizes(state, fuser, clean.kv, fused.kv, where)
+        made = runs.fuse(pair, [i.prompt for i in batch], store)
+        clean, fused = made.clean, made.fused
+        add_weights(state, fuser, clean.kv, made.sharer, made.where)
+        add_sizes(state, fuser, clean.kv, fused.kv, made.where)
         if closing:
             rows = slice(start, start + len(batch))
             state["tokens"][rows] = torch.tensor([len(i.response) for i in batch])

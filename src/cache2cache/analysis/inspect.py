@@ -22,7 +22,7 @@ from ..files import replace_text
 from ..fuser.c2c import KINDS
 from ..kv import prefill_prompts, prefilled
 from ..models.load import LM
-from ..pair import C2C, Messages, where_to_fuse
+from ..pair import C2C, Messages
 from . import runs
 from .gates import gates, weights_at
 from .runs import Setup
@@ -62,10 +62,8 @@ def look(pair: C2C, messages: Messages, *, prefix: str = "") -> dict[str, Any]:
     """
     fuser, receiver, sharer = pair.fusers[0], pair.receiver, pair.sharers[0]
     prompt = pair.encode(list(messages), prefix=prefix)
-    clean, cache = runs.read(pair, [prompt], None)
-    lengths = runs.lengths_of([prompt])
-    fused = pair.fuse([prompt], clean=clean, sharers=[(cache, lengths)])
-    where, _ = where_to_fuse([prompt], 0, clean.kv.length, cache.length, lengths)
+    made = runs.fuse(pair, [prompt], None)
+    clean, cache, fused, where = made.clean, made.sharer, made.fused, made.where
     weights = None
     if fuser.config.weighting:
         pieces = list(weights_at(fuser, clean.kv, cache, where))

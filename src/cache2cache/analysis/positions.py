@@ -22,7 +22,7 @@ from ..pair import C2C, PromptIds
 from ..progress import Bar
 from ..tasks import Question
 from ..tasks.prompts import ANSWER_PREFIX
-from ..training.store import Store, check_room
+from ..training.store import Store
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -62,8 +62,7 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = (), *, shares: Seque
     settings |= {"data": data.record(), "shares": sorted(set(shares))}
     about = runs.begin(setup, settings, "positions", [(task, q) for task, rows in questions.items() for q in rows])
     asked = encoded(pair, questions, data.prompt)
-    if store is not None:
-        check_room([(store, [p.sharers[0] for _, _, p in asked])], setup.max_bytes)
+    runs.check_store(store, [p for _, _, p in asked], setup.max_bytes)
     with Bar() as bar:
         row = bar.add_task("questions", total=len(asked))
         answers = answer(

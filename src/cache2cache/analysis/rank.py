@@ -19,8 +19,7 @@ from ..fuser import C2CFuser
 from ..fuser.c2c import KINDS
 from ..kv import KV
 from ..oracle.rank import effective_rank, gram
-from ..pair import C2C, where_to_fuse
-from ..training.store import check_room
+from ..pair import C2C
 from . import plots, runs
 from .runs import Data, Setup
 
@@ -41,16 +40,11 @@ def run(setup: Setup, data: Data, against: Sequence[Path] = ()) -> dict[str, Any
     pair, store, settings = runs.open_pair(setup)
     items = runs.items_of(pair, examples)
     about = runs.begin(setup, {**settings, "data": data.record()}, "rank", examples)
-    if store is not None:
-        check_room([(store, [i.prompt.sharers[0] for i in items])], setup.max_bytes)
+    runs.check_store(store, [i.prompt for i in items], setup.max_bytes)
     state = empty(pair)
     for _, batch in runs.batches(items, setup, state, "tokens of prompts"):
-        prompts = [i.prompt for i in batch]
-        clean, cache = runs.read(pair, prompts, store)
-        lengths = runs.lengths_of(prompts)
-        fused = pair.fuse(prompts, clean=clean, sharers=[(cache, lengths)])
-        where, _ = where_to_fuse(prompts, 0, clean.kv.length, cache.length, lengths)
-        add(state, where, sharer=cache, receiver=clean.kv, fused=fused.kv)
+        made = runs.fuse(pair, [i.prompt for i in batch], store)
+        add(state, made.where, sharer=made.sharer, receiver=made.clean.kv, fused=made.fused.kv)
     result = {"about": about, **summarize(pair, state)}
     runs.finish(setup.output, result)
     draw([*others, (setup.output.name, result)], setup.output)

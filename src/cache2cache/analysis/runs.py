@@ -27,13 +27,13 @@ from ..evaluation.loading import claim, load_pair, open_store
 from ..evaluation.runner import batches_of
 from ..files import replace_text, replacing, save_tensors
 from ..kv import KV, Prefilled, prefill_prompts
-from ..pair import C2C, PromptIds
+from ..pair import C2C, FusedCache, PromptIds, where_to_fuse
 from ..progress import Bar
 from ..tasks import Question, load
 from ..tasks.prompts import ANSWER_PREFIX
 from ..training.data import Example, draw
 from ..training.items import Item, response_ids
-from ..training.store import Store
+from ..training.store import Store, check_room
 
 RESPONSE_TOKENS = 64  # of a response are scored at most, which bounds the memory of logits
 SAVE_EVERY = 30.0  # seconds
@@ -173,6 +173,38 @@ def read(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> tuple[
 def lengths_of(prompts: Sequence[PromptIds]) -> list[int]:
     """How many tokens of each prompt `read` has the sharer read."""
     return [len(p.sharers[0]) for p in prompts]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A batch of prompts, read and fused.
+
+    Attributes:
+        clean: the receiver's caches before that.
+        sharer: the sharer's, (L, B, H, T', D).
+        fused: the receiver's afterwards.
+        where: (4, N), the positions that are fused, see `pair.where_to_fuse`.
+    """
+
+    clean: Prefilled
+    sharer: KV
+    fused: FusedCache
+    where: Tensor
+
+
+def fuse(pair: C2C, prompts: Sequence[PromptIds], store: Store | None) -> Fused:
+    """`read` prompts, and fuse them."""
+    clean, cache = read(pair, prompts, store)
+    lengths = lengths_of(prompts)
+    fused = pair.fuse(prompts, clean=clean, sharers=[(cache, lengths)])
+    where, _ = where_to_fuse(prompts, 0, clean.kv.length, cache.length, lengths)
+    return Fused(clean, cache, fused, where)
+
+
+def check_store(store: Store | None, prompts: Sequence[PromptIds], max_bytes: int) -> None:
+    """Refuse a run whose prompts would make its store larger than it may be."""
+    if store is not None:
+        check_room([(store, [p.sharers[0] for p in prompts])], max_bytes)
 
 
 # ---- a run's files ---------------------------------------------------------------------------------------------------
