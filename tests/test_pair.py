@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, normalizers
 from transformers import (
     CompileConfig,
     GenerationConfig,
     LogitsProcessorList,
     Phi3Config,
     Phi3ForCausalLM,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     TextStreamer,
 )
@@ -29,10 +27,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cache2cache import C2C, C2CError, FuserConfig, load_lm
 from cache2cache.decode import generate
+from cache2cache.evaluation.writing import write_on
 from cache2cache.kv import prefill_prompts
 from cache2cache.models import LM
 from cache2cache.pair import FOREIGN, PromptIds, foreign
-from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
+from tiny import FAMILIES, TOKENIZER_OF, spaced_tokenizer, tiny_model, tiny_tokenizer
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
 CHATS = [
@@ -614,20 +613,41 @@ def test_a_model_saved_by_a_training_without_caches_answers() -> None:
             pair.chat(CHATS[0], max_new_tokens=2, **asked)
 
 
-def test_a_continuation_has_no_space_that_its_tokenizer_puts_before_texts() -> None:
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+def test_a_continuation_has_no_space_that_its_tokenizer_puts_before_texts(kind: str) -> None:
     """As SentencePiece's do: behind a prompt " A" is one token, as in the whole text."""
     lm = lm_of("gemma3")
     plain = {text: lm.continuation_ids(text) for text in (" A", "A", "The river", "\n\nA")}
-    backend = lm.need_tokenizer().backend_tokenizer
-    whole = Tokenizer.from_str(backend.to_str())
-    whole.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
-    other = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=whole), "spaced")
-    spaced = other.need_tokenizer()
+    spaced = spaced_tokenizer(kind)
+    other = LM(lm.model, spaced, "spaced")
     assert spaced("A", add_special_tokens=False)["input_ids"] != plain["A"]
     for text in (" A", "A", "The river"):
         behind = spaced(f"The\n{text}", add_special_tokens=False)["input_ids"]
         made = other.continuation_ids(text)
         assert made == plain[text] and behind[-len(made) :] == made
+
+
+def test_an_answer_ends_where_the_template_ends_it() -> None:
+    """Base models may come with a template, and settings that know the end of a text alone."""
+    pair = pair_of("qwen3", "llama")
+    lm = pair.receiver
+    tokenizer = lm.need_tokenizer()
+    end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    lm.model.generation_config.eos_token_id = eos
+    assert lm.end_tokens == {end, eos}
+    prompt = len(pair.encode(CHATS[0]).receiver)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "sequence_bias": [[[end], 1e4]]}
+    assert pair.generate(CHATS[0], **options)[0, prompt:].tolist() == [end]
+    assert next(chunk.token for chunk in pair.stream(CHATS[0], **options)) == end
+    settings = copy.deepcopy(lm.model.generation_config)
+    settings.update(**options)
+    assert pair.generate(CHATS[0], generation_config=settings).shape[1] == prompt + 4  # which names one
+    settings.eos_token_id = None
+    assert pair.generate(CHATS[0], generation_config=settings).shape[1] == prompt + 1
+    for named in (eos, None):
+        assert pair.generate(CHATS[0], eos_token_id=named, **options)[0, prompt:].tolist() == [end] * 4
+    (made,) = write_on(lm, pair.prefill(CHATS[0]), [4], sequence_bias=options["sequence_bias"])
+    assert made.ended and not made.ids
 
 
 def test_unknown_names() -> None:

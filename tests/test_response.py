@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, normalizers
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import DynamicCache, LogitsProcessorList
 
 from cache2cache import C2C, C2CError, FuserConfig
 from cache2cache.alignment.chat import render
@@ -17,7 +16,7 @@ from cache2cache.kv import CACHE, KV
 from cache2cache.models import LM
 from test_fusion import THREE, close, some, tokens_read
 from test_pair import CHATS, OPTIONS, PAIRS, alike, alone, lm_of, pair_of
-from tiny import tiny_model
+from tiny import spaced_tokenizer, tiny_model
 
 TEXT = "best 水, öß A"
 PLAIN = [
@@ -324,13 +323,11 @@ def test_refusals() -> None:
         TrainConfig.model_validate({**models, "fuser": {"fuse_response": True}})
 
 
-def test_an_answer_s_first_space_is_not_lost() -> None:
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+def test_an_answer_s_first_space_is_not_lost(kind: str) -> None:
     """Decoders of SentencePiece's drop the space that a text begins with; behind a prompt it belongs there."""
     lm = lm_of("gemma3")
-    whole = Tokenizer.from_str(lm.need_tokenizer().backend_tokenizer.to_str())
-    whole.normalizer = normalizers.Sequence([normalizers.Replace(" ", "▁"), normalizers.Prepend("▁")])
-    whole.decoder = decoders.Sequence([whole.decoder, decoders.Strip(" ", 1, 0)])
-    other = LM(lm.model, PreTrainedTokenizerFast(tokenizer_object=whole), "spaced")
+    other = LM(lm.model, spaced_tokenizer(kind), "spaced")
     ids = other.continuation_ids(" naive A")
     assert other.need_tokenizer().decode(ids) == "naive A"
     assert other.text_behind(ids) == " naive A" and other.text_behind([]) == ""

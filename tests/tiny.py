@@ -154,6 +154,23 @@ def _pieces() -> PreTrainedTokenizerFast:
     return _wrap(core, "<bos>", "<eos>", "<pad>", "<unk>", _TURNS)
 
 
+def spaced_tokenizer(kind: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    """One that puts a "▁" before each text, as SentencePiece's do; of the kind "pieces" but for that.
+
+    "prepend": by a normalizer. "first", "always": by the pre-tokenizer, as transformers builds LlamaTokenizer.
+    """
+    core = Tokenizer.from_str(_pieces().backend_tokenizer.to_str())
+    if kind == "prepend":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.normalizer = None
+        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=kind, split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return _wrap(core, "<bos>", "<eos>", "<pad>", "<unk>", template)
+
+
 def _wrap(
     core: Tokenizer, bos: str | None, eos: str, pad: str, unk: str | None, template: str | None
 ) -> PreTrainedTokenizerFast:

@@ -118,7 +118,9 @@ class C2C:
         fusers: one per sharer.
         mode: with several sharers, `parallel` (every fuser reads the receiver's clean cache, the changes are summed) or
             `sequential` (each reads what the one before it left).
-        chat_template_kwargs: for every chat template; by default thinking is off where a template knows of it.
+        chat_template_kwargs: for every chat template; by default thinking is off where a template knows of it. `today`
+            is the date for templates that write the current one, such as "2024-07-26", which training and evaluation
+            take so that they read the same on another day.
     """
 
     def __init__(

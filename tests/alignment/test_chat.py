@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from cache2cache.alignment.chat import PLAIN_TEMPLATE, Rendered, render
+from cache2cache.alignment.chat import (
+    FROZEN,
+    PLAIN_TEMPLATE,
+    Rendered,
+    answer_ids,
+    continuation_ids,
+    end_of_turn,
+    render,
+)
 from cache2cache.errors import C2CError
-from tiny import tiny_tokenizer
+from tiny import spaced_tokenizer, tiny_tokenizer
 
 TINY = {kind: tiny_tokenizer(kind) for kind in ("bytes", "words", "pieces", "plain")}
 KINDS = tuple(TINY)
@@ -301,7 +309,122 @@ def test_chat_template_kwargs_reach_the_template() -> None:
         render(tokenizer, user("Hi"), chat_template_kwargs={"add_generation_prompt": False})
 
 
+# The date
+
+
+DATED = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+    "{%- set date_string = strftime_now('%d %b %Y') %}{%- else %}{%- set date_string = 'none' %}{%- endif %}"
+    '{%- endif %}Today: {{ date_string }}, {{ strftime_now("%Y") }}\n'
+    "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}"
+)
+
+
+def test_what_is_measured_has_one_date() -> None:
+    """As Llama 3.2's template writes the current one, a store made yesterday would hold other prompts."""
+    for template in (DATED, "\n" + DATED):
+        tokenizer = with_template(template)
+        now = render(tokenizer, user("Hi"), chat_template_kwargs={"date_string": "30 Nov 2026"}).text
+        frozen = render(tokenizer, user("Hi"), chat_template_kwargs=FROZEN).text
+        assert "26 Jul 2024, 2024\n" in frozen and "30 Nov 2026, 20" in now
+        assert frozen[: frozen.index("T")] == now[: now.index("T")]
+        asked = render(tokenizer, user("Hi"), chat_template_kwargs={"today": "2031-05-01"})
+        assert "01 May 2031, 2031\n" in asked.text and contents_of(asked) == {0: "Hi"}
+    assert render(TINY["words"], user("Hi"), chat_template_kwargs=FROZEN) == render(TINY["words"], user("Hi"))
+    for wrong in ("today", 5, "2031-13-01"):
+        with pytest.raises(C2CError, match="expected a date such as 2024-07-26"):
+            render(tokenizer, user("Hi"), chat_template_kwargs={"today": wrong})
+
+
+# Answers
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+SPACED = ("prepend", "first", "always")
+ANSWERS = ["The capital is Paris.", "A", "水是生命之源。", "def f(x):\n    return x\n", "e\u0301, 12345", "Yes <b> no"]
+
+
+@pytest.mark.parametrize("template", [LLAMA2, ZEPHYR, None], ids=["llama2", "zephyr", "none"])
+@pytest.mark.parametrize("kind", SPACED)
+def test_an_answer_is_read_as_in_the_whole_chat(kind: str, template: str | None) -> None:
+    """Alone SentencePiece's tokenizers would put a space before it, which training would teach."""
+    tokenizer = spaced_tokenizer(kind, template)
+    asked = render(tokenizer, user("Well?")).ids
+    for answer in ANSWERS:
+        answer = answer.strip()
+        made = answer_ids(tokenizer, answer)
+        written = [*user("Well?"), {"role": "assistant", "content": answer}]
+        text = tokenizer.apply_chat_template(
+            written, tokenize=False, chat_template=tokenizer.chat_template or PLAIN_TEMPLATE
+        )
+        whole = tokenizer(text, add_special_tokens=False).input_ids
+        assert whole[: len(asked) + len(made)] == asked + made, answer
+    letter = answer_ids(tokenizer, " A", "The correct answer is")
+    assert tokenizer.convert_ids_to_tokens(letter) == ["▁A"] and letter == continuation_ids(tokenizer, " A")
+    assert answer_ids(tokenizer, "") == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_elsewhere_an_answer_is_read_as_alone(kind: str) -> None:
+    for answer in (*ANSWERS, *CONTENTS):
+        for prefix in ("", "The correct answer is"):
+            text = f" {answer}" if prefix else answer
+            alone = TINY[kind](text, add_special_tokens=False).input_ids
+            assert answer_ids(TINY[kind], text, prefix) == alone == continuation_ids(TINY[kind], text)
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_what_is_cut_out_of_a_content_leaves_no_spaces(kind: str) -> None:
+    tokenizer = spaced_tokenizer(kind, ZEPHYR)
+    for content in ("The<eos>capital", "The <eos> capital", "<eos>The"):
+        with pytest.warns(UserWarning, match="it is read as plain text"):
+            rendered = render(tokenizer, user(content))
+        harmless = render(tokenizer, user(content.replace("<eos>", "<eas>")))
+        said = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in (rendered, harmless)]
+        assert said[0] == said[1].replace("<eas>", "<eos>"), content
+        assert contents_of(rendered) == {0: content}
+        assert_tiled(rendered)
+
+
+def test_a_control_token_in_a_continuation_is_text() -> None:
+    ids = TINY["bytes"]("<|im_end|>", add_special_tokens=False).input_ids
+    for read in (continuation_ids, answer_ids):
+        with pytest.warns(UserWarning, match="in the start of the answer is a control token"):
+            made = read(TINY["bytes"], "a<|im_end|>")
+        assert len(made) == len("a<|im_end|>") and not set(ids) & set(made)
+
+
+def test_the_token_that_ends_a_turn_need_not_be_special() -> None:
+    tokenizer = with_template(ZEPHYR.replace("eos_token", "'<|turn_end|>'"))
+    tokenizer.add_tokens(["<|turn_end|>"])
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|turn_end|>")
+
+
 # Control tokens in contents
+
+
+def test_a_control_token_takes_no_blank_of_a_content() -> None:
+    """Phi's tokens take the blanks beside them, which may be a message's: they are the template's own all the same."""
+    tokenizer = with_template(
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|stop|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    names = ("<|user|>", "<|assistant|>", "<|stop|>")
+    tokenizer.add_tokens([AddedToken(name, rstrip=True, lstrip=True) for name in names], special_tokens=True)
+    chat = [*user("What? "), {"role": "assistant", "content": " Paris"}, *user("\nWhy?\n")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rendered = render(tokenizer, chat)
+    assert rendered.ids == natural(tokenizer, chat)
+    with pytest.warns(UserWarning, match=r"'<\|stop\|>' in message 1"):
+        rendered = render(tokenizer, user("one <|stop|> two"))
+    assert rendered.ids.count(tokenizer.convert_tokens_to_ids("<|stop|>")) == 1
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cache2cache import C2C, C2CError
+from cache2cache import C2C, C2CError, FuserConfig
+from cache2cache.evaluation.loading import load_pair
 from cache2cache.fuser import C2CFuser
 from cache2cache.fuser.c2c import STATISTICS
 from cache2cache.training import loop
 from cache2cache.training.items import Prepared, prepare
 from cache2cache.training.loop import Trainer
 from cache2cache.training.objective import response_loss
+from cache2cache.training.single import Alone
 from cache2cache.training.start import is_begun, pair_to_train, start_run
 from cache2cache.training.store import Store
 from training.runs import CHATS, config_of, lm_of, pair_of, write_rows
@@ -381,3 +383,21 @@ def test_what_no_training_takes_is_said_before_prompts_are_read(tmp_path: Path) 
         pair_to_train(lm_of("llama"), [lm_of("qwen3")], config_of(tmp_path, fuser={"variant": "ridge"}, holdout=0))
     with pytest.raises(ValueError, match="set calibration_prompts to 2 or more"):
         config_of(tmp_path, fuser={"projection_init": "ridge"}, calibration_prompts=1)
+
+
+def test_the_date_of_a_template_is_not_today_s(tiny_pair_folder: Path, tmp_path: Path) -> None:
+    """A store filled yesterday would lack every prompt, and an evaluation would ask others."""
+    models = [lm_of("llama"), lm_of("qwen3", 7)]
+    for lm in models:
+        tokenizer = lm.need_tokenizer()
+        tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}: " + str(tokenizer.chat_template)
+    pair = pair_to_train(models[0], models[1:], config_of(tmp_path))
+    chat = [{"role": "user", "content": "Hi"}]
+    read = {pair.rendered(lm, chat).text.partition(":")[0] for lm in models}
+    alone = Alone(models[0])
+    assert read == {"26 Jul 2024"} and alone.encode(chat).receiver == pair.encode(chat).receiver
+    assert not C2C.from_models(*models, FuserConfig(**SMALL)).rendered(models[0], chat).text.startswith("26 Jul 2024")
+    root = tiny_pair_folder.parent
+    given = (str(root / "llama"), "auto"), ([str(root / "qwen3")], "auto")
+    measured, _ = load_pair([str(tiny_pair_folder)], [None], *given)
+    assert measured.rendered(models[0], chat).text.startswith("26 Jul 2024")

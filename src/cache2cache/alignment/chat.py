@@ -12,12 +12,13 @@ import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cached_property
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from cache2cache.errors import C2CError
+from cache2cache.errors import C2CError, short
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,7 @@ PLAIN_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 PREFIX = "prefix"
+_LINE = "\n"  # what no tokenizer joins with letters or a space behind it
 _SLICE, _CUT = 1 << 16, 64  # characters that are counted in tokens at a time, and tokens that a cut may add to that
 _PRIVATE_USE = range(0xF0000, 0x10FFFE)  # characters that no template looks at
 
@@ -70,6 +72,8 @@ class _Turn:
 
 
 NO_THINKING = {"enable_thinking": False}  # for chat templates, those that know of it
+# What is trained on and measured reads the same tomorrow: templates that write the date write this one.
+FROZEN = {"today": "2024-07-26"}
 
 
 def render(
@@ -82,9 +86,10 @@ def render(
     """Render a prompt with the model's own template and tokenize it as the model's tokenizer naturally does.
 
     `prompt` is a list of {"role", "content"} messages, or plain text, which gets the tokenizer's own special tokens
-    and no template. `prefix` is the start of the answer. Control tokens spelled out in a message are read as plain
-    text, with a warning. Raises C2CError for an empty or malformed prompt, a tokenizer without character offsets, and
-    messages that the template refuses.
+    and no template. `prefix` is the start of the answer. `chat_template_kwargs` go to the template, but for `today`: a
+    date such as "2024-07-26", for templates that write the current one (`strftime_now`). Control tokens spelled out in
+    a message are read as plain text, with a warning. Raises C2CError for an empty or malformed prompt, a tokenizer
+    without character offsets, and messages that the template refuses.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise C2CError(
@@ -118,39 +123,93 @@ def render(
     return Rendered(text, ids, offsets, segments)
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """An answer's tokens, behind a prompt; control tokens spelled out in it are read as text, with a warning."""
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str, prefix: str = "") -> list[int]:
+    """An answer's tokens behind a prompt, or behind the start of an answer, just as they are in the whole text. Control
+    tokens spelled out in it are read as text, with a warning."""
+    turn = _turn_of(tokenizer)
+    return _behind(tokenizer, turn.tail + prefix, "" if prefix else turn.lead, text)
+
+
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text behind any other, without the space that some tokenizers put before a text. Control tokens
+    spelled out in it are read as text, with a warning."""
+    return _behind(tokenizer, _LINE if begins_with_a_space(tokenizer) else "", "", text)
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, asked: str, lead: str, text: str) -> list[int]:
+    """The tokens of `lead` and an answer behind what was asked, or of the answer alone where a token joins them."""
+
+    def encode(front: str, answer: str) -> list[int]:
+        segments = [Segment(len(front), len(front + answer), PREFIX)] * bool(answer)
+        return _encode(tokenizer, front + answer, segments, [], control, plain=False)[0]
+
+    if not text:
+        return []
     control = _control_tokens(tokenizer, tokenizer.chat_template)
-    return _encode(tokenizer, text, [Segment(0, len(text), PREFIX)], [], control, plain=False)[0]
+    known, ids = encode(asked, ""), encode(asked + lead, text)
+    return ids[len(known) :] if ids[: len(known)] == known else encode("", text)
+
+
+def begins_with_a_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a space before each text, as SentencePiece's do: none belongs behind another."""
+    return _turn_of(tokenizer).begins_with_a_space
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an assistant's turn: the special one that the chat template writes behind its content, or,
+    """The token that ends an assistant's turn: the control token that the chat template writes behind its content, or,
     without a template that does, the one that ends a text. None: there is neither."""
+    return _turn_of(tokenizer).end
+
+
+@dataclass(frozen=True)
+class _AnswersTurn:
+    """How a tokenizer and its chat template write an assistant's turn.
+
+    Attributes:
+        tail: the end of a prompt, from its last control token on.
+        lead: what stands between a prompt and an answer.
+        end: see `end_of_turn`.
+    """
+
+    tail: str
+    lead: str
+    end: int | None
+    begins_with_a_space: bool
+
+
+_turns_of: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, _AnswersTurn]] = WeakKeyDictionary()
+
+
+def _turn_of(tokenizer: PreTrainedTokenizerBase) -> _AnswersTurn:
     state = len(tokenizer), tokenizer.eos_token_id, tokenizer.chat_template
-    known = _ends.get(tokenizer)
+    known = _turns_of.get(tokenizer)
     if known is None or known[0] != state:
-        _ends[tokenizer] = known = state, _read_end(tokenizer)
+        _turns_of[tokenizer] = known = state, _read_turn(tokenizer)
     return known[1]
 
 
-_ends: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, int | None]] = WeakKeyDictionary()
+def _read_turn(tokenizer: PreTrainedTokenizerBase) -> _AnswersTurn:
+    def plain(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-
-def _read_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    eos = tokenizer.eos_token_id
-    if not tokenizer.chat_template:
-        return eos
-    content = "Yes"
-    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": content}]
+    space = plain(_LINE + "A") != plain(_LINE) + plain("A")
+    turns = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "Yes"}]
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    settings: dict[str, Any] = {"tokenize": False, "chat_template": template, **NO_THINKING}
     try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False))
-    except Exception:  # whatever a template may raise
-        return eos
-    behind = text.rpartition(content)[2].lstrip()
-    special = _control_tokens(tokenizer, tokenizer.chat_template).special
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
-    return ids[0] if ids and ids[0] in special else eos
+        asked = str(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **settings))
+        whole = str(tokenizer.apply_chat_template(turns, **settings))
+        read = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # whatever a template may raise, and tokenizers that are refused once text is to be read
+        return _AnswersTurn("", "", tokenizer.eos_token_id, space)
+    control = _control_tokens(tokenizer, template)
+    spans = zip(read["input_ids"], read["offset_mapping"], strict=True)
+    last = (start for i, (start, _) in spans if i in control.every)
+    tail = asked[max(last, default=asked.rfind("Well?") + len("Well?")) :]
+    lead = whole[len(asked) :].partition("Yes")[0] if whole.startswith(asked) else ""
+    behind = plain(whole.rpartition("Yes")[2].lstrip()) if tokenizer.chat_template else []
+    end = behind[0] if behind and behind[0] in control.every else tokenizer.eos_token_id
+    return _AnswersTurn(tail, lead, end, space)
 
 
 def least_tokens(
@@ -224,12 +283,16 @@ def _render_chat(
         raise C2CError(f"chat_template_kwargs holds {', '.join(sorted(reserved))}, which is not free; leave it out")
     if not tokenizer.chat_template:
         kwargs.setdefault("chat_template", PLAIN_TEMPLATE)
+    today = kwargs.pop("today", None)
 
     def apply(turns: Iterable[_Turn]) -> str:
         messages = [{"role": turn.role, "content": "".join(text for _, text in turn.parts)} for turn in turns]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **kwargs))
 
     try:
+        template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
+        if today is not None:
+            kwargs["chat_template"] = _dated(template, today)
         try:
             text = apply(turns)
         except TemplateError:
@@ -244,8 +307,21 @@ def _render_chat(
             f"the model's chat template refused messages of the roles {roles}: {reason}; "
             "give messages as it expects them, or plain text"
         ) from error
-    template = tokenizer.get_chat_template(kwargs.get("chat_template"), kwargs.get("tools"))
     return template, text, _locate(text, turns, apply)
+
+
+def _dated(template: str, today: Any) -> str:
+    """A template for which the current date is `today`."""
+    try:
+        day = date.fromisoformat(today)
+    except (TypeError, ValueError) as error:
+        raise C2CError(f"chat_template_kwargs: today is {short(today)}; expected a date such as 2024-07-26") from error
+    if "strftime_now" not in template:
+        return template
+    formats = {found[1] for found in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template)}
+    cases = "".join(f"{{%- if format == {form!r} %}}{day.strftime(form)}{{%- endif %}}" for form in sorted(formats))
+    # The line break is taken away again behind a block, as transformers renders templates.
+    return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro %}}\n{template}"
 
 
 def _fold_system(turns: list[_Turn]) -> list[_Turn]:
@@ -331,12 +407,12 @@ class _Control:
     used: dict[int, str]
 
     @cached_property
-    def _all(self) -> dict[int, str]:
+    def every(self) -> dict[int, str]:
         return self.special | self.used
 
     def forbidden(self, role: str) -> dict[int, str]:
         """What must not become a control token in a content of this role."""
-        return self.special if role == "assistant" else self._all
+        return self.special if role == "assistant" else self.every
 
 
 # Of each tokenizer what came out, and for how many tokens: Gemma has 6,000 added ones, and every prompt asks.
@@ -374,6 +450,23 @@ def _encode(
     tokenized as ever.
     """
 
+    def encode(start: int, end: int, as_text: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """A piece of the text."""
+
+        def read(piece: str) -> tuple[list[int], list[tuple[int, int]]]:
+            if as_text:
+                return _encode_as_text(tokenizer, piece, control)
+            encoding = natural(piece, False)
+            return list(encoding["input_ids"]), list(encoding["offset_mapping"])
+
+        if start and begins_with_a_space(tokenizer):  # it would put one before each piece
+            line, (ids, spans) = read(_LINE)[0], read(_LINE + text[start:end])
+            if ids[: len(line)] == line:
+                known = len(_LINE)
+                return ids[len(line) :], [(start + a - known, start + b - known) for a, b in spans[len(line) :]]
+        ids, spans = read(text[start:end])
+        return ids, [(start + a, start + b) for a, b in spans]
+
     def natural(piece: str, add_special_tokens: bool) -> Any:
         return tokenizer(
             piece,
@@ -390,7 +483,10 @@ def _encode(
         hits = []
         for token, (start, end) in zip(ids, spans, strict=True):
             if start < end and (token in control.special or token in control.used):
-                for segment in segments[bisect_right(ends, start) : bisect_left(starts, end)]:
+                # Some take the blanks beside them too, which may be a content's.
+                own = text.find(control.every[token], start, end)
+                low, high = (own, own + len(control.every[token])) if own >= 0 else (start, end)
+                for segment in segments[bisect_right(ends, low) : bisect_left(starts, high)]:
                     role = "assistant" if segment.key == PREFIX else roles[int(segment.key)]
                     string = control.forbidden(role).get(token)
                     if string is None:
@@ -414,12 +510,7 @@ def _encode(
         todo = _cut(0, len(text), hits)[::-1]
         while todo:
             start, end, as_text = todo.pop()
-            if as_text:
-                piece_ids, piece_spans = _encode_as_text(tokenizer, text[start:end], control)
-            else:
-                encoding = natural(text[start:end], False)
-                piece_ids, piece_spans = encoding["input_ids"], encoding["offset_mapping"]
-            piece_spans = [(start + a, start + b) for a, b in piece_spans]
+            piece_ids, piece_spans = encode(start, end, as_text)
             if not as_text and (hits := intrusions(piece_ids, piece_spans)):
                 todo += _cut(start, end, hits)[::-1]
             else:

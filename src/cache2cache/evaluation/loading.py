@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..alignment.chat import FROZEN
 from ..config import EvalConfig, ModelIdentity, ModelSpec, is_address
 from ..errors import C2CError
 from ..files import file_hash, replace_text
@@ -83,7 +84,8 @@ def load_identical(fuser: str, receiver: LM) -> tuple[C2C, str]:
                 f"the fuser {fuser} has {given.name} as its {role}, the receiver is {mine.name}; the method self needs "
                 "a fuser trained with the receiver as its own sharer (a recipe with method: identical)"
             )
-    return C2C.from_pretrained(folder, receiver=receiver, sharers=receiver), checkpoint.fuser_hash(folder)
+    pair = C2C.from_pretrained(folder, receiver=receiver, sharers=receiver, chat_template_kwargs=FROZEN)
+    return pair, checkpoint.fuser_hash(folder)
 
 
 def load_pair(
@@ -117,6 +119,7 @@ def load_pair(
         receiver=spec(*receiver, configs[0].receiver),
         sharers=[spec(s, sharers[1], c.sharer) for s, c in zip(lists[2], configs, strict=True)],
         mode=mode,
+        chat_template_kwargs=FROZEN,
     )
     names = ["/".join([f or checkpoint.DEFAULT, *([s] if s else [])]) for f, s in zip(lists[0], lists[1], strict=True)]
     models = [{**identity(lm).model_dump(), "dtype": str(lm.dtype)} for lm in (pair.receiver, *pair.sharers)]

@@ -43,6 +43,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..alignment.chat import begins_with_a_space, continuation_ids, end_of_turn
 from ..config import ModelSpec
 from ..errors import C2CError
 from . import catalogue
@@ -53,7 +54,6 @@ FINGERPRINT_VALUES = 1024  # values read of each tensor
 # Layers that hold one key and one value per position, which is what can be fused position by position.
 _FUSABLE = ("full_attention", "sliding_attention", "chunked_attention")
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-_LINE = "\n"  # what no tokenizer joins with letters or a space behind it
 _HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.safetensors"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _READING_GGUF = threading.Lock()
@@ -147,9 +147,12 @@ class LM:
 
     @property
     def end_tokens(self) -> frozenset[int]:
-        """The tokens that `generate` ends an answer with."""
+        """The tokens that end an answer: those that the model's settings name, and the one that its chat template
+        writes behind one, which the settings of base models with a template leave out."""
         ends: Any = self.model.generation_config.eos_token_id
-        return frozenset() if ends is None else frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
+        turns = None if self.tokenizer is None else end_of_turn(self.tokenizer)
+        named = ends if isinstance(ends, (list, tuple)) else [ends]
+        return frozenset(end for end in (*named, turns) if end is not None)
 
     def need_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, or a C2CError that says what to give instead of text."""
@@ -161,27 +164,15 @@ class LM:
         """Token ids of text that goes on behind a prompt (token ids pass through)."""
         if not isinstance(continuation, str):
             return [int(i) for i in continuation]
-        if self._begins_with_a_space:
-            line, behind = self._ids(_LINE), self._ids(_LINE + continuation)
-            if behind[: len(line)] == line:
-                return behind[len(line) :]
-        return self._ids(continuation)
+        return continuation_ids(self.need_tokenizer(), continuation)
 
     def text_behind(self, ids: Sequence[int]) -> str:
         """The text of tokens behind a prompt, without special ones: some decoders drop the space that a text begins
         with, which belongs there."""
         tokenizer = self.need_tokenizer()
-        line = self._ids(_LINE) if self._begins_with_a_space else []
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"] if begins_with_a_space(tokenizer) else []
         text = str(tokenizer.decode([*line, *ids], skip_special_tokens=True))
         return text[len(str(tokenizer.decode(line, skip_special_tokens=True))) :] if line else text
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.need_tokenizer()(text, add_special_tokens=False)["input_ids"])
-
-    @cached_property
-    def _begins_with_a_space(self) -> bool:
-        """Whether the tokenizer puts a space before each text, as SentencePiece's do: none belongs behind another."""
-        return self._ids(_LINE + " A") != self._ids(_LINE) + self._ids(" A")
 
     @property
     def decoder(self) -> nn.Module:

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..alignment.chat import FROZEN
 from ..alignment.layers import layer_map as pairs_of
 from ..analysis.runs import check_ids
 from ..config import FuserConfig
@@ -536,7 +537,7 @@ def run(
     clouds.check(3 * min(tsne_samples, test_positions * len(test)), perplexity)
     torch.manual_seed(seed)
     config = FuserConfig.model_validate({"variant": "ridge", "layer_map": which, "key_space": key_space})
-    pair = C2C.from_models(receiver, sharer, config)
+    pair = C2C.from_models(receiver, sharer, config, chat_template_kwargs=FROZEN)
     ridge = pair.fusers[0]
     assert isinstance(ridge, RidgeFuser)
     mlp = MLPFuser(ridge.config.model_copy(update={"hidden_dim": hidden_dim})).to(receiver.device)
@@ -586,7 +587,7 @@ def run(
         positions = x.shape[1]
         del x, y
         maps = {"mlp": mlp.eval(), "ridge": ridge, "mean": mean}
-        pairs = {name: C2C(receiver, [sharer], [fuser]) for name, fuser in maps.items()}
+        pairs = {name: C2C(receiver, [sharer], [fuser], chat_template_kwargs=FROZEN) for name, fuser in maps.items()}
         rows, samples = _test(pairs, test, output, test_positions, seed, lambda n: bar.advance(testing, n))
     x, y = (torch.cat(parts, dim=1).to(device) for parts in zip(*samples, strict=True))
     results, made = summarize(pairs, rows, x, y, seed)

@@ -190,7 +190,7 @@ def fit_tokens(pair: Encoder, example: Example, config: TrainConfig) -> tuple[It
 def response_ids(tokenizer: Any, example: Example) -> list[int]:
     """The response's tokens, with the one that ends a turn where it ends. Control tokens spelled out in a response are
     read as text, as in a prompt."""
-    ids = answer_ids(tokenizer, example.response)
+    ids = answer_ids(tokenizer, example.response, example.prefix)
     if example.ends and (end := end_of_turn(tokenizer)) is not None:
         ids.append(end)
     if not ids:

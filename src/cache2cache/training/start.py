@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..alignment.chat import FROZEN
 from ..alignment.layers import layer_map
 from ..config import FuserConfig, TrainConfig
 from ..errors import C2CError
@@ -146,7 +147,7 @@ def pair_to_train(receiver: LM, sharers: Sequence[LM], config: TrainConfig) -> C
         if all(starts):  # else `fuser` is what the new ones are
             _check_same(named, start, config.fuser, (receiver.num_layers, sharer.num_layers))
         configs.append(_gone_on_from(named, start, config, several=len(sharers) > 1))
-    pair = C2C.from_models(receiver, sharers, configs)
+    pair = C2C.from_models(receiver, sharers, configs, chat_template_kwargs=FROZEN)
     if config.distill:
         check_one_vocabulary(pair)
     for fuser, start in zip(pair.fusers, starts, strict=True):
