@@ -15,19 +15,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look inside a pair: numbers as JSON, figures as PNG and SVG.", no_args_is_help=True)
 
-Fuser = Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")]
-Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help=f"{', '.join(TASKS)} or a .jsonl; repeatable.")]
 Split = Annotated[str, typer.Option(help="Split of the question sets.")]
 Put = Annotated[str, typer.Option(help="How questions are put: paper or short.")]
 Jsonl = Annotated[Path | None, typer.Option(help="Instead of questions, instruction rows.")]
 Text = Annotated[Path | None, typer.Option(help="Instead of questions, a file with a prompt in each line.")]
 BatchSize = Annotated[int, typer.Option(min=2, help="Prompts at once.")]
-Receiver = Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")]
-Sharer = Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")]
-ReceiverDtype = Annotated[str, typer.Option(help="What the receiver computes in.")]
-SharerDtype = Annotated[str, typer.Option(help="What the sharer computes in.")]
-MaxGb = Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")]
 Seed = Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Which of the prompts a limit takes.")]
 DEFAULT_TASKS = ("arc-easy", "openbookqa")
 
@@ -35,8 +28,8 @@ DEFAULT_TASKS = ("arc-easy", "openbookqa")
 @app.command()
 def rank(
     context: typer.Context,
-    fuser: Fuser = None,
-    subfolder: Subfolder = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
     data_dir: options.DataDir = None,
@@ -45,13 +38,13 @@ def rank(
     text: Text = None,
     limit: Annotated[int, typer.Option(min=2, help="That many prompts of each set.")] = 150,
     batch_size: BatchSize = 8,
-    receiver: Receiver = None,
-    sharer: Sharer = None,
-    receiver_dtype: ReceiverDtype = "auto",
-    sharer_dtype: SharerDtype = "auto",
+    receiver: options.OtherReceiver = None,
+    sharer: options.OtherSharer = None,
+    receiver_dtype: options.ReceiverDtype = "auto",
+    sharer_dtype: options.SharerDtype = "auto",
     store: options.Prefills = None,
     store_precision: options.StorePrecision = None,
-    max_gb: MaxGb = 20.0,
+    max_gb: options.MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
     output: Annotated[
@@ -74,8 +67,8 @@ def rank(
 @app.command()
 def gates(
     context: typer.Context,
-    fuser: Fuser = None,
-    subfolder: Subfolder = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
     data_dir: options.DataDir = None,
@@ -87,13 +80,13 @@ def gates(
     ] = 100,
     closing: Annotated[bool, typer.Option(help="Also close the layers one by one and measure the loss.")] = True,
     batch_size: BatchSize = 8,
-    receiver: Receiver = None,
-    sharer: Sharer = None,
-    receiver_dtype: ReceiverDtype = "auto",
-    sharer_dtype: SharerDtype = "auto",
+    receiver: options.OtherReceiver = None,
+    sharer: options.OtherSharer = None,
+    receiver_dtype: options.ReceiverDtype = "auto",
+    sharer_dtype: options.SharerDtype = "auto",
     store: options.Prefills = None,
     store_precision: options.StorePrecision = None,
-    max_gb: MaxGb = 20.0,
+    max_gb: options.MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
     output: Annotated[
@@ -126,8 +119,8 @@ def gates(
 @app.command()
 def positions(
     context: typer.Context,
-    fuser: Fuser = None,
-    subfolder: Subfolder = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     task: Tasks = None,
     split: Split = "validation",
     data_dir: options.DataDir = None,
@@ -138,13 +131,13 @@ def positions(
         typer.Option(help="Share of the positions from either side; repeatable.  [default: 0.1, 0.25, 0.5, 0.75, 0.9]"),
     ] = None,
     batch_size: BatchSize = 8,
-    receiver: Receiver = None,
-    sharer: Sharer = None,
-    receiver_dtype: ReceiverDtype = "auto",
-    sharer_dtype: SharerDtype = "auto",
+    receiver: options.OtherReceiver = None,
+    sharer: options.OtherSharer = None,
+    receiver_dtype: options.ReceiverDtype = "auto",
+    sharer_dtype: options.SharerDtype = "auto",
     store: options.Prefills = None,
     store_precision: options.StorePrecision = None,
-    max_gb: MaxGb = 20.0,
+    max_gb: options.MaxGb = 20.0,
     seed: Seed = 0,
     against: options.Against = None,
     output: Annotated[

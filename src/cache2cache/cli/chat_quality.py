@@ -11,12 +11,12 @@ from cache2cache.cli import options
 
 
 def chat_quality(
-    fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     rows: Annotated[str | None, typer.Option(help="Instruction rows, owner/name[/config].")] = None,
     jsonl: Annotated[Path | None, typer.Option(help="Instruction rows, a local file.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Training recipe: the instruction rows of its hold-out.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
+    settings: options.Settings = None,
     split: Annotated[str, typer.Option(help="Split of --rows.")] = "train",
     data_dir: options.DataDir = None,
     limit: Annotated[int | None, typer.Option(min=2, help="That many rows, chosen by their ids' hashes.")] = None,
@@ -26,11 +26,11 @@ def chat_quality(
     batch_size: Annotated[int, typer.Option(min=2, help="Rows at once.")] = 4,
     store: options.Prefills = None,
     store_precision: options.StorePrecision = None,
-    max_gb: Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")] = 20.0,
-    receiver: Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")] = None,
-    sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
-    receiver_dtype: Annotated[str, typer.Option(help="What the receiver computes in.")] = "auto",
-    sharer_dtype: Annotated[str, typer.Option(help="What the sharer computes in.")] = "auto",
+    max_gb: options.MaxGb = 20.0,
+    receiver: options.OtherReceiver = None,
+    sharer: options.OtherSharer = None,
+    receiver_dtype: options.ReceiverDtype = "auto",
+    sharer_dtype: options.SharerDtype = "auto",
     output: Annotated[
         Path, typer.Option(callback=options.folder, help="Folder for scores, answers and summary.json.")
     ] = Path("runs/chat"),

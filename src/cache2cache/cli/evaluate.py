@@ -72,7 +72,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="That many questions of each set, drawn with the seed.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Questions at once.  [default: 16]")] = None,
-    receiver: Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")] = None,
+    receiver: options.OtherReceiver = None,
     sharer: Annotated[
         list[str] | None, typer.Option(help="Instead of the fuser's own sharer; once for each of several.")
     ] = None,

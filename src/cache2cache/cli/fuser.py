@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
+from cache2cache.cli import options
+
 app = typer.Typer(help="Look into fusers, convert and share them.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="Fuser: a folder, a hub id or the name of a packaged one.")]
 Revision = Annotated[str | None, typer.Option(help="Of the fuser on the hub.")]
-Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")]
 
 
 @app.command()
 def info(
     source: Source,
     revision: Revision = None,
-    subfolder: Subfolder = None,
+    subfolder: options.Subfolder = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
     """What a fuser is: models, shapes, layer map, gates, size and how it was trained. Checks the whole file."""
@@ -51,7 +52,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(help="New folder.")],
     to: Annotated[str, typer.Option(help="ours, or published: the paper authors' layout.")],
     revision: Revision = None,
-    subfolder: Subfolder = None,
+    subfolder: options.Subfolder = None,
 ) -> None:
     """Write a fuser again in the other format; what it computes stays the same."""
     from cache2cache.fuser import checkpoint

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cache2cache.cli import options
-from cache2cache.cli.analyze import Receiver, ReceiverDtype, Sharer, SharerDtype, Subfolder
 
 
 def inspect(
@@ -17,11 +16,11 @@ def inspect(
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
     prefix: Annotated[str, typer.Option(help="Start of the answer, behind which the next token is looked at.")] = "",
     system: options.System = None,
-    subfolder: Subfolder = None,
-    receiver: Receiver = None,
-    sharer: Sharer = None,
-    receiver_dtype: ReceiverDtype = "auto",
-    sharer_dtype: SharerDtype = "auto",
+    subfolder: options.Subfolder = None,
+    receiver: options.OtherReceiver = None,
+    sharer: options.OtherSharer = None,
+    receiver_dtype: options.ReceiverDtype = "auto",
+    sharer_dtype: options.SharerDtype = "auto",
     output: Annotated[
         Path, typer.Option(callback=options.file, help="The page; its numbers go beside it as .json.")
     ] = Path("inspect.html"),

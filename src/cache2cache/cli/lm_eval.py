@@ -12,8 +12,8 @@ from cache2cache.cli import options
 
 def lm_eval(
     tasks: Annotated[str, typer.Option(help="Tasks, groups or tags of the harness, with commas between.")],
-    fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own, as YAML.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of a question.")] = None,
@@ -24,7 +24,7 @@ def lm_eval(
     method: Annotated[str, typer.Option(help="Who answers: c2c, receiver or sharer.")] = "c2c",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at once.")] = 16,
     receiver: options.Receiver = None,
-    sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
+    sharer: options.OtherSharer = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     output: Annotated[Path, typer.Option(callback=options.folder, help="Folder for results.json and samples.")] = Path(

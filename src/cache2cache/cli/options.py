@@ -26,6 +26,12 @@ Subfolders = Annotated[
     list[str] | None,
     typer.Option("--subfolder", help="Where in the folder or repository the fuser is; once for each of several."),
 ]
+OneFuser = Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")]
+Subfolder = Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")]
+OtherReceiver = Annotated[str | None, typer.Option(help="Instead of the fuser's own receiver.")]
+OtherSharer = Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")]
+ReceiverDtype = Annotated[str, typer.Option(help="What the receiver computes in.")]
+SharerDtype = Annotated[str, typer.Option(help="What the sharer computes in.")]
 Receiver = Annotated[
     str | None,
     typer.Option(
@@ -56,7 +62,12 @@ Prefills = Annotated[
     Path | None,
     typer.Option(help="Folder of a prefill store: the sharer's caches are read from it, missing ones put there first."),
 ]
+MaxGb = Annotated[float, typer.Option(min=0, help="Refuse to put more than that into the store.")]
 StorePrecision = Annotated[str | None, typer.Option(help="Of a new store, bfloat16 or int8.  [default: bfloat16]")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE over the recipe, such as epochs=2 or data.0.limit=100; repeatable."),
+]
 DataDir = Annotated[Path | None, typer.Option(help="Local mirror of the data sets; the hub without it.")]
 Against = Annotated[
     list[Path] | None, typer.Option(help="Output folder of another such run, drawn in the same figures; repeatable.")

@@ -166,8 +166,8 @@ def transform(
 @app.command()
 def structure(
     context: typer.Context,
-    fuser: Annotated[str | None, typer.Argument(help="Fuser: folder or hub id; otherwise the packaged one.")] = None,
-    subfolder: Annotated[str | None, typer.Option(help="Where in the folder or repository the fuser is.")] = None,
+    fuser: options.OneFuser = None,
+    subfolder: options.Subfolder = None,
     count: Annotated[int, typer.Option(min=2, help="Generated questions, a third of each kind.")] = 210,
     setting: Annotated[
         list[str] | None, typer.Option(help="both models read the document, or only the sharer (private); repeatable.")
@@ -179,7 +179,7 @@ def structure(
     max_message_tokens: Annotated[int, typer.Option(min=1, help="Longest message of the sharer.")] = 64,
     batch_size: Annotated[int, typer.Option(min=2, help="Documents at once.")] = 8,
     receiver: options.Receiver = None,
-    sharer: Annotated[str | None, typer.Option(help="Instead of the fuser's own sharer.")] = None,
+    sharer: options.OtherSharer = None,
     receiver_dtype: Dtype = "auto",
     sharer_dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, max=options.MAX_SEED, help="Of the generated documents.")] = 0,

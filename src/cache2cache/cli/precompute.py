@@ -12,7 +12,7 @@ from cache2cache.cli import options
 
 def precompute(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
+    settings: options.Settings = None,
     data_dir: options.DataDir = None,
     store: Annotated[
         list[Path] | None,

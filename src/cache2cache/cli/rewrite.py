@@ -21,7 +21,7 @@ def rewrite(
         str, typer.Option(help="A model as for --receiver of c2c ask, or an OpenAI-compatible http://host/v1.")
     ],
     model: Annotated[str | None, typer.Option(help="Of a served teacher: which model, where it has several.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; repeatable.")] = None,
+    settings: options.Settings = None,
     data_dir: options.DataDir = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer; a longer one is cut.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts, or requests to a server, at a time.")] = 8,

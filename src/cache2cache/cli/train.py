@@ -30,10 +30,7 @@ def print_keys(wanted: bool) -> None:
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="Training recipe (YAML).")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="KEY=VALUE over the recipe, such as epochs=2 or data.0.limit=100; repeatable."),
-    ] = None,
+    settings: options.Settings = None,
     keys: Annotated[
         bool,
         typer.Option(
