@@ -534,11 +534,12 @@ def test_the_weights_size_is_what_a_model_takes(tiny_pair_folder: Any) -> None:
 # ---- what goes wrong beside others -----------------------------------------------------------------------------------
 
 
-def test_the_token_that_ends_an_answer_has_no_logprob(pair: C2C, desk: Desk) -> None:
+def test_the_token_that_ends_an_answer_has_no_logprob(pair: C2C, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """As its bytes are none of the text."""
     prompt = len(pair.encode(CHATS[0]).receiver)
     ids = pair.generate(CHATS[0], max_new_tokens=4, do_sample=False)[0, prompt:].tolist()
-    desk.worker._ends = {id(pair.receiver): {ids[3]} - set(ids[:3])}
+    assert ids[3] not in ids[:3]
+    monkeypatch.setattr(pair.receiver.model.generation_config, "eos_token_id", ids[3])
     (events,) = desk.run(Job(CHATS[0], max_tokens=9, logprobs=0))
     pieces = [e for e in events if isinstance(e, Piece)]
     assert pieces[-1].finish == "stop" and events[-1].new_tokens == 4
