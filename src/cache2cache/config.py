@@ -68,9 +68,10 @@ class ModelIdentity(BaseModel):
         """Numbers per position, layer and kind (keys or values): KV heads times head size."""
         return self.num_kv_heads * self.head_dim
 
-    def spec(self, dtype: str = "auto") -> ModelSpec:
+    @property
+    def spec(self) -> ModelSpec:
         """Where the model itself comes from."""
-        return ModelSpec(source=self.name, revision=self.revision, dtype=dtype)
+        return ModelSpec(source=self.name, revision=self.revision)
 
 
 class FuserConfig(BaseModel):

@@ -232,7 +232,7 @@ class C2C:
         def load(given: ModelSource | None, trained_for: ModelIdentity | None) -> LM:
             assert trained_for is not None  # make_fuser has checked
             if given is None:
-                given = trained_for.spec()
+                given = trained_for.spec
             if not isinstance(given, (str, Path, ModelSpec)) or is_address(given):
                 return _lm(given)  # loaded, or served, or refused
             spec = given if isinstance(given, ModelSpec) else ModelSpec(source=str(given))

@@ -112,7 +112,7 @@ def load_pair(
         if source is not None:
             return ModelSpec(source=source, dtype=dtype)
         assert trained_for is not None  # a saved fuser names its models
-        return trained_for.spec(dtype)
+        return trained_for.spec.model_copy(update={"dtype": dtype})
 
     pair = C2C.from_pretrained(
         folders,

@@ -136,7 +136,7 @@ def check_memory(spec: PairSpec) -> None:
     for source, model in zip_longest(given, trained_for):
         if source is None:
             assert model is not None  # a saved fuser names its models
-            models.add(model.spec())
+            models.add(model.spec)
         elif not is_address(source):
             models.add(ModelSpec(source=source))
     needed += sum(weight_bytes(spec, **overrides) for spec in models)
