@@ -262,6 +262,12 @@ PORTS = {"sharer serve": 8600, "serve": 8000, "demo": 7860}  # the defaults
 
 def serve_in_background(arguments: list[str], port: int, place: str) -> None:
     """A server that the rest of the page may talk to; it ends with the tests."""
+    with socket.socket() as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            free.bind(("127.0.0.1", port))
+        except OSError as error:
+            pytest.fail(f"{place} needs port {port}, where something else listens: {error}")
     thread = threading.Thread(target=main, args=(arguments,), daemon=True)
     thread.start()
     deadline = time.monotonic() + 60

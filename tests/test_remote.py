@@ -341,30 +341,37 @@ def whole_layer(index: int, tokens: int, value: float = 0.5) -> bytes:
 
 
 IDS = [4, 5, 6, 7]
-HOSTILE = {
-    "nothing": b"",
-    "garbage": b"\x00" * 64,
-    "endless frame": struct.pack(">cII", LAYER, 0xFFFFFFFF, 0) + b"x" * 64,
-    "long error": struct.pack(">cII", ERROR, 1 << 30, 0),
-    "wrong size": frame(LAYER, whole_layer(0, 9)),
-    "wrong layer": frame(LAYER, whole_layer(2, 3)),
-    "layer twice": frame(LAYER, whole_layer(0, 3)) * 2,
-    "not finite": frame(LAYER, whole_layer(0, 3, float("nan"))),
-    "early end": frame(LAYER, whole_layer(0, 3)),
-    "bad checksum": struct.pack(">cII", LAYER, len(whole_layer(0, 3)), zlib.crc32(b"")) + whole_layer(0, 3),
-    "an error": frame(ERROR, b"no\x1b[31m such\nthing" + b"!" * 1000),
-    "signs of life": frame(ALIVE) * 1000,
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "ended after 0 of 4 layers"),
+    "garbage": (b"\x00" * 64, "a frame .* of 0 bytes"),
+    "endless frame": (struct.pack(">cII", LAYER, 0xFFFFFFFF, 0) + b"x" * 64, "of 4294967295 bytes"),
+    "long error": (struct.pack(">cII", ERROR, 1 << 30, 0), "of 1073741824 bytes"),
+    "wrong size": (frame(LAYER, whole_layer(0, 9)), r"a frame b'L' of \d+ bytes"),
+    "wrong layer": (frame(LAYER, whole_layer(2, 3)), "layer 2 where 0 was due"),
+    "layer twice": (frame(LAYER, whole_layer(0, 3)) * 2, "layer 0 where 1 was due"),
+    "not finite": (frame(LAYER, whole_layer(0, 3, float("nan"))), "not finite"),
+    "early end": (frame(LAYER, whole_layer(0, 3)), "layer 0 where 1 was due"),  # the next attempt asks for layer 1
+    "bad checksum": (
+        struct.pack(">cII", LAYER, len(whole_layer(0, 3)), zlib.crc32(b"")) + whole_layer(0, 3),
+        "a frame was damaged",
+    ),
+    "an error": (
+        frame(ERROR, b"no\x1b[31m such\nthing" + b"!" * 1000),
+        r"could not read the prompt: no .31m such thing!",
+    ),
+    "signs of life": (frame(ALIVE) * 1000, "ended after 0 of 4 layers"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_streams(name: str) -> None:
     pair = pair_of("llama", "qwen3")
-    with imposter(HOSTILE[name]) as address:
+    stream, words = HOSTILE[name]
+    with imposter(stream) as address:
         away = C2C(pair.receiver, [RemoteSharer(address, attempts=2, deadline=5)], list(pair.fusers))  # type: ignore[arg-type]
         began = time.monotonic()
-        with pytest.raises(C2CError) as caught:
-            away.prefill(IDS)
+        with pytest.raises(C2CError, match=words) as caught:
+            away.prefill(PromptIds(IDS, [IDS], [range(len(IDS))]))
         assert time.monotonic() - began < 8
     assert len(str(caught.value)) < 700 and "\x1b" not in str(caught.value)
 
@@ -404,9 +411,13 @@ def test_a_server_that_trickles_is_given_up(where: str) -> None:
         {"numbers": "int4"},
         {"model": {"name": "x", "num_layers": 1 << 60, "num_kv_heads": 1, "head_dim": 1}},
     ],
+    ids=lambda changes: next(iter(changes)),
 )
 def test_hostile_descriptions(changes: dict[str, Any]) -> None:
-    with listening(lambda connection: reply(connection, about(**changes))) as address, pytest.raises(C2CError):
+    (key,) = changes
+    words = "speaks protocol 99, this version 1" if key == "protocol" else rf"no sharer that this version knows \({key}"
+    server = listening(lambda connection: reply(connection, about(**changes)))
+    with server as address, pytest.raises(C2CError, match=words):
         RemoteSharer(address)
 
 

@@ -227,28 +227,28 @@ def with_header(data: bytes, change: Any) -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data[8 + size :]
 
 
-WRONG: dict[str, Any] = {
-    "huge length": lambda m, e: m["lengths"].__setitem__(0, 10**15),
-    "negative": lambda m, e: m["lengths"].__setitem__(0, -3),
-    "zero": lambda m, e: m["lengths"].__setitem__(0, 0),
-    "text for a number": lambda m, e: m["lengths"].__setitem__(0, "5"),
-    "bool for a number": lambda m, e: m["lengths"].__setitem__(1, True),
-    "no prompts": lambda m, e: m.update(lengths=[]),
-    "format": lambda m, e: m.update(format_version=99),
-    "huge error": lambda m, e: m.update(error=1e400),
-    "numbers": lambda m, e: m.update(numbers="int4"),
-    "other numbers": lambda m, e: m.update(numbers="int8"),
-    "extra": lambda m, e: m.update(surprise=1),
-    "kind": lambda m, e: m.update(kind="fused"),
-    "coverage": lambda m, e: m.update(coverage=[[1.0]] * 9),
-    "list": lambda m, e: m.update(model=[]),
-    "name": lambda m, e: m["model"].update(name=3),
-    "hash": lambda m, e: m["model"].update(weights="zz"),
-    "metadata": lambda m, e: e.update(__metadata__=[1]),
-    "shape": lambda m, e: e["kv"].update(shape=[1 << 62, 1 << 62]),
-    "dtype": lambda m, e: e["kv"].update(dtype="F64"),
-    "offsets": lambda m, e: e["kv"].update(data_offsets=[0, 1 << 60]),
-    "missing": lambda m, e: e.pop("kv"),
+WRONG: dict[str, tuple[Any, str]] = {  # what is changed, and what is said of it
+    "huge length": (lambda m, e: m["lengths"].__setitem__(0, 10**15), "'lengths.0': Input should be less"),
+    "negative": (lambda m, e: m["lengths"].__setitem__(0, -3), "'lengths.0': Input should be greater"),
+    "zero": (lambda m, e: m["lengths"].__setitem__(0, 0), "'lengths.0': Input should be greater"),
+    "text for a number": (lambda m, e: m["lengths"].__setitem__(0, "5"), "'lengths.0': Input should be a valid"),
+    "bool for a number": (lambda m, e: m["lengths"].__setitem__(1, True), "'lengths.1': Input should be a valid"),
+    "no prompts": (lambda m, e: m.update(lengths=[]), "'lengths': List should have at least 1"),
+    "format": (lambda m, e: m.update(format_version=99), "has format 99, this version reads 1"),
+    "huge error": (lambda m, e: m.update(error=1e400), "'error': Input should be a finite"),
+    "numbers": (lambda m, e: m.update(numbers="int4"), "'numbers': Input should be 'float32'"),
+    "other numbers": (lambda m, e: m.update(numbers="int8"), r"holds \d+ bytes of numbers, its metadata asks for"),
+    "extra": (lambda m, e: m.update(surprise=1), "'surprise': Extra"),
+    "kind": (lambda m, e: m.update(kind="fused"), "not of as many prompts"),
+    "coverage": (lambda m, e: m.update(coverage=[[1.0]] * 9), "not of as many prompts"),
+    "list": (lambda m, e: m.update(model=[]), "'model': Input should be an object"),
+    "name": (lambda m, e: m["model"].update(name=3), "'model.name': Input should be a valid string"),
+    "hash": (lambda m, e: m["model"].update(weights="zz"), "'model.weights': String should match"),
+    "metadata": (lambda m, e: e.update(__metadata__=[1]), "not that of a cache"),
+    "shape": (lambda m, e: e["kv"].update(shape=[1 << 62, 1 << 62]), "overflow computing"),
+    "dtype": (lambda m, e: e["kv"].update(dtype="F64"), "invalid shape"),
+    "offsets": (lambda m, e: e["kv"].update(data_offsets=[0, 1 << 60]), "invalid offset"),
+    "missing": (lambda m, e: e.pop("kv"), "incomplete metadata"),
 }
 
 
@@ -257,8 +257,9 @@ def test_wrong_headers(name: str) -> None:
     lm = lm_of("llama")
     data = to_bytes(prefill_prompts(lm, ROWS), lm)
     from_bytes(with_header(data, lambda m, e: None), lm)  # written otherwise, it says the same
-    with pytest.raises(C2CError):
-        from_bytes(with_header(data, WRONG[name]), lm)
+    change, words = WRONG[name]
+    with pytest.raises(C2CError, match=words):
+        from_bytes(with_header(data, change), lm)
 
 
 @pytest.mark.parametrize("numbers", ["float32", "int8"])

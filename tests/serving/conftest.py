@@ -102,6 +102,7 @@ class Served:
 def opened(browser: Any, served: Served, width: int) -> Iterator[Any]:
     """The page in a window of that width; it is an error if its console shows one."""
     context = browser.new_context(viewport={"width": width, "height": 900})
+    context.set_default_timeout(120_000)
     tab = context.new_page()
     complaints: list[str] = []
     tab.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)

@@ -375,6 +375,23 @@ def test_a_worker_is_not_stuck_where_a_client_reads_slowly(served: Served) -> No
         engine._pending = {}
 
 
+def test_idle_time_is_no_silence(served: Served) -> None:
+    """A worker that had nothing to say for hours isn't stuck with the first request that comes then."""
+    (engine,) = served.engines
+    settle(served)
+    engine._heard = 0.0
+
+    async def asked() -> float:
+        (answering,) = engine.submit([Job("Hi", max_tokens=1)])
+        heard = engine._heard
+        assert not engine._stuck()
+        async for _ in answering:
+            pass
+        return heard
+
+    assert asyncio.run(asked()) > 0
+
+
 def test_bad_surroundings(served: Served) -> None:
     body = json.dumps(good()).encode()
     assert ask(served.address, "POST", "/v1/chat/completions", body, Content_Type="text/plain")[0] == 415

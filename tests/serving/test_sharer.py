@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache2cache import C2C, C2CError, load_lm
+from cache2cache.kv import Read, prefill_prompts
 from cache2cache.models.owner import Owner
 from cache2cache.remote import KEY_VARIABLE, RemoteSharer
 from cache2cache.serving import sharer as service
@@ -175,6 +176,33 @@ def test_a_client_that_does_not_take_its_answer_is_given_up(monkeypatch: pytest.
         began = time.monotonic()
         assert post(address, "/v1/prefill", cache(model=owner))[0] == 200
         assert time.monotonic() - began < 20
+
+
+def test_a_client_that_leaves_with_much_under_way_lets_go_of_the_computation() -> None:
+    """With no room for a further layer the computation waits; it ends when nobody is there, not STALL_SECONDS later."""
+    big = load_lm(tiny_model("qwen3", num_hidden_layers=40, max_position_embeddings=4096), tokenizer=LM.tokenizer)
+    address = served(big, keep_bytes=0)
+    owner = json.loads(Owner.of(big).model_dump_json())
+    body = json.dumps(cache(model=owner, rows=[[4] * 4000], num_layers=40)).encode()
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        head = f"POST /v1/prefill HTTP/1.1\r\n{HEAD}Content-Length: {len(body)}"
+        client.sendall(head.encode() + b"\r\n\r\n" + body)
+        client.recv(100)
+        time.sleep(0.5)  # until it waits; without that the test shows less
+    began = time.monotonic()
+    assert post(address, "/v1/prefill", cache(model=owner))[0] == 200
+    assert time.monotonic() - began < service.STALL_SECONDS
+
+
+def test_what_was_read_lately_is_kept_within_its_bytes() -> None:
+    rows = [Read(list(range(n, n + 9)), prefill_prompts(LM, [list(range(n, n + 10))]).kv) for n in range(4, 9)]
+    sharer = service.Sharer(LM, keep_bytes=3 * rows[0].kv.nbytes)
+    for count, row in enumerate(rows, 1):
+        sharer._keep(row)
+        assert [kept.ids for kept in sharer._recent] == [r.ids for r in rows[max(0, count - 3) : count]]
+    sharer._keep(Read([4] * 40, prefill_prompts(LM, [[4] * 41]).kv))  # more than all of it
+    assert len(sharer._recent) == 3
 
 
 def test_a_client_that_leaves_stops_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:

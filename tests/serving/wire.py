@@ -70,6 +70,7 @@ def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def test_a_stop_ends_reading_ahead(filled: Store, monkeypatch: pytest.MonkeyPatc
 
     def slow(asked: Asked, out: torch.Tensor) -> KV:
         started.append(asked)
-        time.sleep(0.05)
+        time.sleep(0.5 if started[1:] else 0.05)
         return read(asked, out)
 
     monkeypatch.setattr(filled, "_read", slow)
