@@ -178,8 +178,11 @@ def test_a_client_that_does_not_take_its_answer_is_given_up(monkeypatch: pytest.
         assert time.monotonic() - began < 20
 
 
-def test_a_client_that_leaves_with_much_under_way_lets_go_of_the_computation() -> None:
+def test_a_client_that_leaves_with_much_under_way_lets_go_of_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     """With no room for a further layer the computation waits; it ends when nobody is there, not STALL_SECONDS later."""
+    layers: list[int] = []
+    original = service.layer_content
+    monkeypatch.setattr(service, "layer_content", lambda i, coded: layers.append(i) or original(i, coded))
     big = load_lm(tiny_model("qwen3", num_hidden_layers=40, max_position_embeddings=4096), tokenizer=LM.tokenizer)
     address = served(big, keep_bytes=0)
     owner = json.loads(Owner.of(big).model_dump_json())
@@ -189,7 +192,11 @@ def test_a_client_that_leaves_with_much_under_way_lets_go_of_the_computation() -
         head = f"POST /v1/prefill HTTP/1.1\r\n{HEAD}Content-Length: {len(body)}"
         client.sendall(head.encode() + b"\r\n\r\n" + body)
         client.recv(100)
-        time.sleep(0.5)  # until it waits; without that the test shows less
+        known = -1
+        while known < len(layers):  # until it waits
+            known = len(layers)
+            time.sleep(2)
+        assert service.MAX_AHEAD < known < 40
     began = time.monotonic()
     assert post(address, "/v1/prefill", cache(model=owner))[0] == 200
     assert time.monotonic() - began < service.STALL_SECONDS
