@@ -38,7 +38,15 @@ def test_info(tiny_pair_folder: Path, published: Path, capsys: pytest.CaptureFix
         assert about["layer_map"] == [[0, 1], [1, 2], [2, 3]] and about["parameters"] > 1000
         assert c2c("fuser", "info", folder) == 0
         said = capsys.readouterr().out
+        assert "data        unknown\n" in said and "{" not in said
         assert "keys 3/3, values 3/3" in said and "0←1, 1←2, 2←3" in said and f"format {kind}" in said
+
+
+def test_info_says_how_it_was_trained(tiny_pair_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert c2c("fuser", "info", "default") == 0
+    said = capsys.readouterr().out
+    assert "arc-easy (train, all rows); " in said and "commonsenseqa (train, at most 1500 rows)" in said
+    assert "batch_size 32, learning_rate 0.001, loss sum, seed 42\n" in said and "steps 600, holdout_loss 0.76" in said
 
 
 def test_convert(tiny_pair_folder: Path, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

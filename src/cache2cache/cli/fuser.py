@@ -42,8 +42,8 @@ def info(
     pairs = ", ".join(f"{t}←{s}" for t, s in about["layer_map"])
     print(f"{'layer map':<12}{pairs} (receiver←sharer)")
     print(f"{'token map':<12}{about['token_map']}")
-    training = about["training"]
-    print(f"{'training':<12}{json.dumps(training, ensure_ascii=False) if training else 'unknown'}")
+    for name, said in checkpoint.history(about["training"]).items():
+        print(f"{name.lower():<12}{said}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from .c2c import STATISTICS, C2CFuser
 FORMAT_VERSION = 1
 PACKAGED = Path(__file__).parent.parent / "fusers"
 DEFAULT = "default"
+UNKNOWN = "unknown"
 IDS = "training_ids.txt"  # the examples that it was trained on, a line each
 
 
@@ -293,6 +294,35 @@ def read(folder: Path) -> tuple[FuserConfig, dict[str, Tensor], dict[str, Any]]:
         raise C2CError(f"{path}: temperature is {tensors['temperature'].item()}; expected a number above 0")
     record = saved.get("training")
     return config, tensors, record if isinstance(record, dict) else {}
+
+
+def history(training: Mapping[str, Any]) -> dict[str, str]:
+    """How a fuser was trained, in words: data, recipe, command, cost and figures, as far as its record says."""
+    recipe = training.get("recipe") or {}
+    known = ("recipe", "published", "seconds", "command", "licence", "license", "started_from")
+    figures = {k: v for k, v in training.items() if k not in known}
+    settings = ("method", "max_steps", "epochs", "batch_size", "learning_rate", "loss", "seed")
+    chosen = ", ".join(f"{key} {recipe[key]}" for key in settings if recipe.get(key) is not None)
+    seconds, command = training.get("seconds"), training.get("command")
+    rows = {
+        "Data": _data_of(training),
+        "Recipe": chosen or UNKNOWN,
+        "Command": f"`{command}`" if command else UNKNOWN,
+        "Cost": f"{seconds} s of training" if seconds is not None else UNKNOWN,
+        "Figures": ", ".join(f"{key} {value}" for key, value in figures.items()) or UNKNOWN,
+    }
+    if isinstance(before := training.get("started_from"), dict):
+        rows["Before that"] = f"trained on {_data_of(before)}"
+    return rows
+
+
+def _data_of(training: Mapping[str, Any]) -> str:
+    sources = []
+    for source in (training.get("recipe") or {}).get("data", []):
+        name = source.get("task") or source.get("rows") or source.get("jsonl")
+        limit = f"at most {source['limit']}" if source.get("limit") else "all"
+        sources.append(f"{name} ({source.get('split')}, {limit} rows)")
+    return "; ".join(sources) or UNKNOWN
 
 
 def training_ids(folder: Path) -> set[str]:

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import C2CError
 from . import checkpoint
+from .checkpoint import UNKNOWN
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-UNKNOWN = "unknown"
 
 
 def push(folders: Sequence[Path], repo_id: str, *, private: bool = False) -> str:
@@ -84,38 +84,17 @@ def _model(identity: dict[str, Any]) -> str:
     return f"`{identity['name']}` ({shape}; revision {identity['revision'] or UNKNOWN})"
 
 
-def _data(training: dict[str, Any]) -> str:
-    """What a fuser was trained on, by its record."""
-    sources = [
-        f"{s.get('task') or s.get('rows') or s.get('jsonl')} ({s.get('split')}, at most {s.get('limit') or 'all'} rows)"
-        for s in (training.get("recipe") or {}).get("data", [])
-    ]
-    return "; ".join(sources) or UNKNOWN
-
-
 def _section(about: dict[str, Any]) -> str:
     training = about["training"]
-    recipe = training.get("recipe") or {}
-    known = ("recipe", "published", "seconds", "command", "licence", "started_from")
-    figures = {k: v for k, v in training.items() if k not in known}
-    settings = ("epochs", "batch_size", "learning_rate", "loss", "seed")
-    chosen = ", ".join(f"{key} {recipe[key]}" for key in settings if key in recipe)
-    seconds = training.get("seconds")
     origin = " It was converted from the paper authors' format." if "published" in training else ""
     rows = {
         "Receiver": _model(about["receiver"]),
         "Sharer": _model(about["sharer"]),
         "Fuser": f"{about['variant']}, {about['parameters']:,} parameters, {about['fused_layers']} layers, "
         f"token map {about['token_map']}.{origin}",
-        "Data": _data(training),
-        "Recipe": chosen or UNKNOWN,
-        "Command": f"`{training['command']}`" if training.get("command") else UNKNOWN,
-        "Cost": f"{seconds} s of training" if seconds is not None else UNKNOWN,
-        "Figures": ", ".join(f"{key} {value}" for key, value in figures.items()) or UNKNOWN,
+        **checkpoint.history(training),
         "Licence": _licence(training),
     }
-    if isinstance(before := training.get("started_from"), dict):
-        rows["Before that"] = f"trained on {_data(before)}"
     table = "\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '/')} |" for key, value in rows.items())
     return (
         f"| | |\n| --- | --- |\n{table}\n\n"
