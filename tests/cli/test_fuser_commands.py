@@ -143,7 +143,7 @@ def test_push_a_pair_with_its_record(hub: Path, tiny_pair_folder: Path) -> None:
     text = (hub / "me" / "pair" / "README.md").read_text()
     for part in ("arc-easy (train, at most 5 rows)", "epochs 2", "1.5 s", "holdout_loss 0.9", "| Licence | apache-2.0"):
         assert part in text
-    assert "| Before that | trained on o/n (train, at most all rows) |" in text and "7.5" not in text
+    assert "| Before that | trained on o/n (train, all rows) |" in text and "7.5" not in text
     assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
     assert checkpoint.load("me/pair").record == pair.fusers[0].record
 
