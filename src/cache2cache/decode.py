@@ -57,8 +57,8 @@ def generate(lm: LM, prompt: Prefilled, **kwargs: Any) -> Any:
     given = copy.deepcopy(kwargs.get("generation_config"))
     # In the model's own settings `use_cache: false` is of a training that checkpointed gradients.
     ours: dict[str, Any] = {"use_cache": True, "pad_token_id": lm.pad_token_id}
-    if lm.end_tokens:
-        ours["eos_token_id"] = sorted(lm.end_tokens)
+    if ends := lm.end_tokens:
+        ours["eos_token_id"] = sorted(ends)
     if given is None:
         kwargs = {**ours, **kwargs}
     else:  # transformers deprecates options beside it

@@ -330,6 +330,8 @@ def test_what_is_measured_has_one_date() -> None:
         assert frozen[: frozen.index("T")] == now[: now.index("T")]
         asked = render(tokenizer, user("Hi"), chat_template_kwargs={"today": "2031-05-01"})
         assert "01 May 2031, 2031\n" in asked.text and contents_of(asked) == {0: "Hi"}
+    pieces = with_template("{% set form = '%d' + '/%m' %}{{ strftime_now(form) }}{{ messages[0]['content'] }}")
+    assert render(pieces, user("Hi"), chat_template_kwargs=FROZEN).text == "2024-07-26Hi"
     assert render(TINY["words"], user("Hi"), chat_template_kwargs=FROZEN) == render(TINY["words"], user("Hi"))
     for wrong in ("today", 5, "2031-13-01"):
         with pytest.raises(C2CError, match="expected a date such as 2024-07-26"):

@@ -73,7 +73,7 @@ class _Turn:
 
 NO_THINKING = {"enable_thinking": False}  # for chat templates, those that know of it
 # What is trained on and measured reads the same tomorrow: templates that write the date write this one.
-FROZEN = {"today": "2024-07-26"}
+FROZEN = {**NO_THINKING, "today": "2024-07-26"}
 
 
 def render(
@@ -146,7 +146,7 @@ def _behind(tokenizer: PreTrainedTokenizerBase, asked: str, lead: str, text: str
     if not text:
         return []
     control = _control_tokens(tokenizer, tokenizer.chat_template)
-    known, ids = encode(asked, ""), encode(asked + lead, text)
+    known, ids = encode(asked, "") if asked else [], encode(asked + lead, text)
     return ids[len(known) :] if ids[: len(known)] == known else encode("", text)
 
 
@@ -319,9 +319,13 @@ def _dated(template: str, today: Any) -> str:
     if "strftime_now" not in template:
         return template
     formats = {found[1] for found in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1", template)}
-    cases = "".join(f"{{%- if format == {form!r} %}}{day.strftime(form)}{{%- endif %}}" for form in sorted(formats))
-    # The line break is taken away again behind a block, as transformers renders templates.
-    return f"{{%- macro strftime_now(format) -%}}{cases}{{%- endmacro %}}\n{template}"
+    known = "".join(f"{form!r}: {day.strftime(form)!r}, " for form in sorted(formats))
+    # A format that doesn't stand there as text gets the date as `today` has it. The line break is taken away again
+    # behind a block, as transformers renders templates.
+    return (
+        f"{{%- macro strftime_now(format) -%}}{{{{ {{{known}}}.get(format, {day.isoformat()!r}) }}}}{{%- endmacro %}}\n"
+        + template
+    )
 
 
 def _fold_system(turns: list[_Turn]) -> list[_Turn]:
@@ -450,23 +454,6 @@ def _encode(
     tokenized as ever.
     """
 
-    def encode(start: int, end: int, as_text: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """A piece of the text."""
-
-        def read(piece: str) -> tuple[list[int], list[tuple[int, int]]]:
-            if as_text:
-                return _encode_as_text(tokenizer, piece, control)
-            encoding = natural(piece, False)
-            return list(encoding["input_ids"]), list(encoding["offset_mapping"])
-
-        if start and begins_with_a_space(tokenizer):  # it would put one before each piece
-            line, (ids, spans) = read(_LINE)[0], read(_LINE + text[start:end])
-            if ids[: len(line)] == line:
-                known = len(_LINE)
-                return ids[len(line) :], [(start + a - known, start + b - known) for a, b in spans[len(line) :]]
-        ids, spans = read(text[start:end])
-        return ids, [(start + a, start + b) for a, b in spans]
-
     def natural(piece: str, add_special_tokens: bool) -> Any:
         return tokenizer(
             piece,
@@ -477,6 +464,21 @@ def _encode(
             truncation=False,
             verbose=False,
         )
+
+    def read(piece: str, as_text: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        if as_text:
+            return _encode_as_text(tokenizer, piece, control)
+        encoding = natural(piece, False)
+        return list(encoding["input_ids"]), list(encoding["offset_mapping"])
+
+    def encode(start: int, end: int, as_text: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """A piece of the text."""
+        line = _LINE if start and begins_with_a_space(tokenizer) else ""  # or it would put one before each piece
+        known, (ids, spans) = read(line, as_text)[0] if line else [], read(line + text[start:end], as_text)
+        if ids[: len(known)] != known:
+            line, known, (ids, spans) = "", [], read(text[start:end], as_text)
+        shift = start - len(line)
+        return ids[len(known) :], [(shift + a, shift + b) for a, b in spans[len(known) :]]
 
     def intrusions(ids: list[int], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Spans of the control tokens that overlap a content."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -587,4 +587,8 @@ class Fusers(nn.ModuleList):
 
         def __iter__(self) -> Iterator[C2CFuser]: ...
 
-        def __getitem__(self, index: int) -> C2CFuser: ...  # type: ignore[override]
+        @overload
+        def __getitem__(self, index: slice) -> Fusers: ...
+        @overload
+        def __getitem__(self, index: int) -> C2CFuser: ...
+        def __getitem__(self, index: int | slice) -> C2CFuser | Fusers: ...

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
-from ..alignment.chat import FROZEN, NO_THINKING, render
+from ..alignment.chat import FROZEN, render
 from ..decode import check_room, generate
 from ..errors import C2CError
 from ..files import holding
@@ -180,7 +180,7 @@ def local(lm: LM, *, max_new_tokens: int, batch_size: int, temperature: float = 
         rows: list[tuple[int, list[int]]] = []
         for index, chat in enumerate(chats):
             try:
-                ids = render(tokenizer, list(chat), chat_template_kwargs={**NO_THINKING, **FROZEN}).ids
+                ids = render(tokenizer, list(chat), chat_template_kwargs=FROZEN).ids
             except C2CError as error:
                 yield index, error
                 continue

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..alignment.chat import FROZEN, NO_THINKING, render
+from ..alignment.chat import FROZEN, render
 from ..config import LoraSpec, TrainConfig
 from ..errors import C2CError
 from ..files import save_tensors
@@ -41,8 +41,7 @@ class Alone:
         self.sharers: list[LM] = []
 
     def encode(self, prompt: Any, *, prefix: str = "") -> PromptIds:
-        settings = {**NO_THINKING, **FROZEN}  # as of a pair that is trained
-        rendered = render(self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=settings)
+        rendered = render(self.receiver.need_tokenizer(), prompt, prefix=prefix, chat_template_kwargs=FROZEN)
         return PromptIds(rendered.ids, [], [])
 
 
