@@ -627,6 +627,22 @@ def test_a_continuation_has_no_space_that_its_tokenizer_puts_before_texts(kind: 
         assert made == plain[text] and behind[-len(made) :] == made
 
 
+def test_an_answer_behind_a_text_begins_with_its_space() -> None:
+    """SentencePiece's decoders drop the space that a text begins with: of a chat's answer, not of what goes on."""
+    pair = pair_of("gemma3", "llama")
+    (space,) = pair.receiver.continuation_ids(" A")
+    spaced = LM(pair.receiver.model, spaced_tokenizer("first", pair.receiver.need_tokenizer().chat_template), "spaced")
+    pair = C2C(spaced, pair.sharers, pair.fusers)
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "sequence_bias": [[[space], 1e4]]}
+
+    def streamed(prompt: Any, **more: Any) -> str:
+        return "".join(chunk.text for chunk in pair.stream(prompt, **more, **options))
+
+    assert pair.chat(CHATS[0], **options) == streamed(CHATS[0]) == "A A"
+    assert pair.chat([CHATS[0]], prefix="It is", **options) == [" A A"] == [streamed(CHATS[0], prefix="It is")]
+    assert streamed("Plants need") == " A A"
+
+
 def test_an_answer_ends_where_the_template_ends_it() -> None:
     """Base models may come with a template, and settings that know the end of a text alone."""
     pair = pair_of("qwen3", "llama")

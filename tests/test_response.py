@@ -330,5 +330,5 @@ def test_an_answer_s_first_space_is_not_lost(kind: str) -> None:
     other = LM(lm.model, spaced_tokenizer(kind), "spaced")
     ids = other.continuation_ids(" naive A")
     assert other.need_tokenizer().decode(ids) == "naive A"
-    assert other.text_behind(ids) == " naive A" and other.text_behind([]) == ""
-    assert lm.text_behind(lm.continuation_ids(" naive A")) == " naive A"
+    assert other.text(ids, behind=True) == " naive A" and other.text([], behind=True) == ""
+    assert lm.text(lm.continuation_ids(" naive A"), behind=True) == " naive A"

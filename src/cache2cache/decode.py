@@ -123,18 +123,18 @@ def check_room(lm: LM, prompt_tokens: int, new_tokens: int) -> None:
 
 
 class Words:
-    """The text of an answer that grows token by token."""
+    """The text of an answer that grows token by token. `behind`: it goes on in a text, where the space that some
+    decoders drop from a text's beginning belongs to it."""
 
-    def __init__(self, lm: LM) -> None:
-        self.lm = lm
+    def __init__(self, lm: LM, behind: bool = False) -> None:
+        self.lm, self.behind = lm, behind
         self.ids: list[int] = []
         self._text = self._done = ""
 
     def add(self, token: int) -> str:
         """What this token completes: "" inside a character, and for a model without a tokenizer."""
         self.ids.append(token)
-        tokenizer = self.lm.tokenizer
-        self._text = "" if tokenizer is None else str(tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._text = "" if self.lm.tokenizer is None else self.lm.text(self.ids, self.behind)
         # A character whose bytes are not complete yet decodes to U+FFFD: wait for the rest of it.
         new = "" if self._text.endswith("\ufffd") else self.rest()
         self._done += new
@@ -171,8 +171,9 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, None]:
-    """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model."""
+def stream(lm: LM, prompt: Prefilled, *, behind: bool = False, **kwargs: Any) -> Generator[Chunk, None, None]:
+    """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model.
+    `behind`: see `Words`."""
     if len(prompt.input_ids) != 1:
         raise C2CError(
             f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
@@ -198,7 +199,7 @@ def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, N
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    words = Words(lm)
+    words = Words(lm, behind)
     try:
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):

@@ -633,7 +633,7 @@ class C2C:
     def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
         fused = self._answering(prompt, prefix, kwargs)
-        return decode.stream(self.receiver, fused, **kwargs)
+        return decode.stream(self.receiver, fused, behind=bool(prefix) or isinstance(prompt, str), **kwargs)
 
     def chat(
         self, messages: str | Messages | Sequence[str | Messages], *, prefix: str = "", **kwargs: Any
@@ -647,9 +647,8 @@ class C2C:
         fused = self._answering(batch, prefix, kwargs)
         made = decode.generate(self.receiver, fused, **kwargs)
         sequences = getattr(made, "sequences", made)
-        texts: list[Any] = self.receiver.need_tokenizer().batch_decode(
-            sequences[:, fused.input_ids.shape[1] :], skip_special_tokens=True
-        )
+        answers = sequences[:, fused.input_ids.shape[1] :].tolist()
+        texts: list[Any] = [self.receiver.text(ids, behind=bool(prefix)) for ids in answers]
         if (each := len(texts) // len(batch)) > 1:
             texts = [texts[begin : begin + each] for begin in range(0, len(texts), each)]
         return texts[0] if given is not messages else texts

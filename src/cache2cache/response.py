@@ -215,7 +215,7 @@ class _Answer(StoppingCriteria):
         same = {j: [*prompt.sharers[j], *answer] for j in as_ids}
         if prompt.text is None or not (sharers := [j for j in sharers if j not in same]):
             return same
-        text = _complete(self.pair.receiver.text_behind(answer))
+        text = _complete(self.pair.receiver.text(answer, behind=True))
         new = len(text) - common_prefix(row.text, text)
         if not new:  # nothing, or less: byte fallback shows a whole run of bytes as pieces until the last is complete
             return same

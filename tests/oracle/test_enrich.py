@@ -16,6 +16,7 @@ from cache2cache.models.load import LM, load_lm
 from cache2cache.oracle import enrich
 from cache2cache.rotary import Rotary
 from cache2cache.tasks.base import Question
+from cache2cache.tasks.prompts import unanswered
 from tiny import FAMILIES, TOKENIZER_OF, tiny_model, tiny_tokenizer
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -35,7 +36,7 @@ def questions(count: int, split: str, subjects: tuple[str, ...] = ("sums", "rive
 
 def caches(lm: LM, shots: int) -> enrich.Caches:
     read = enrich.read_shots(lm, "sums", questions(shots, "dev", ("sums",)))
-    return enrich.read_question(lm, read, enrich.question_text(questions(3, "test")[2]))
+    return enrich.read_question(lm, read, unanswered(questions(3, "test")[2]))
 
 
 def letters(lm: LM) -> list[list[int]]:

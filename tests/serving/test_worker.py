@@ -17,6 +17,7 @@ from cache2cache import C2CError, decode
 from cache2cache.errors import Unreachable
 from cache2cache.kv import KV, Read
 from cache2cache.methods import text_to_text
+from cache2cache.models import LM
 from cache2cache.pair import C2C
 from cache2cache.remote import RemoteSharer
 from cache2cache.serving import worker as service
@@ -25,6 +26,7 @@ from cache2cache.serving.kept import Kept
 from cache2cache.serving.worker import Worker, _refusal, draw
 from serving.wire import served
 from test_pair import CHATS, pair_of
+from tiny import spaced_tokenizer
 
 LONG = [{"role": "user", "content": "Plants make food from sunlight, water and air. " * 3 + "What do they need?"}]
 ASKED = [*CHATS, LONG]
@@ -90,6 +92,23 @@ def alone(pair: C2C, way: str, chat: list[dict[str, str]], new: int) -> str:
         return str(pair.chat(chat, max_new_tokens=new, do_sample=False))
     *_, answer = METHODS[way](pair, Ask.of(chat[-1]["content"]), new)
     return answer.text
+
+
+def test_a_completion_keeps_the_space_in_front_of_it() -> None:
+    """SentencePiece's decoders drop it, as from a chat's answer."""
+    made = pair_of("gemma3", "llama")
+    lm = made.receiver
+    spaced = LM(lm.model, spaced_tokenizer("first", lm.need_tokenizer().chat_template), "spaced")
+    (space,) = lm.continuation_ids(" A")
+    head = lm.model.lm_head
+    handle = head.register_forward_hook(lambda module, given, logits: logits.index_fill(-1, torch.tensor(space), 1e4))
+    try:
+        ids = spaced.need_tokenizer()("Plants need")["input_ids"]
+        jobs = [Job(prompt, max_tokens=2) for prompt in (CHATS[0], "Plants need", ids)]
+        told = Desk(C2C(spaced, [spaced], pair_of("gemma3", "gemma3").fusers)).run(*jobs)
+    finally:
+        handle.remove()
+    assert [text(events) for events in told] == ["A A", " A A", " A A"]
 
 
 @pytest.mark.parametrize("families", [("llama", "qwen3"), ("qwen2", "gemma3"), ("qwen3", "llama")])

@@ -18,9 +18,9 @@ from torch import Tensor
 from ..fuser import C2CFuser
 from ..fuser.c2c import KINDS
 from ..kv import KV
-from ..oracle.rank import effective_rank, gram
 from ..pair import C2C
 from . import plots, runs
+from .effective_rank import effective_rank, gram
 from .runs import Data, Setup
 
 WHO = ("sharer", "receiver", "fused")

@@ -117,7 +117,7 @@ def written(lm: LM, new: Tensor, limits: Sequence[int] | None = None) -> list[Wr
     for row, limit in zip(new.tolist(), limits or [new.shape[1]] * len(new), strict=True):
         row = row[:limit]
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
-        text = str(lm.need_tokenizer().decode(row[:length], skip_special_tokens=True))
+        text = lm.text(row[:length])
         made.append(Written(row[:length], text, length < len(row)))
     return made
 

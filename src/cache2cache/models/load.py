@@ -166,11 +166,12 @@ class LM:
             return [int(i) for i in continuation]
         return continuation_ids(self.need_tokenizer(), continuation)
 
-    def text_behind(self, ids: Sequence[int]) -> str:
-        """The text of tokens behind a prompt, without special ones: some decoders drop the space that a text begins
-        with, which belongs there."""
+    def text(self, ids: Sequence[int], behind: bool = False) -> str:
+        """The text of tokens, without special ones. `behind`: another text, where the space that some decoders drop
+        from a text's beginning belongs."""
         tokenizer = self.need_tokenizer()
-        line = tokenizer("\n", add_special_tokens=False)["input_ids"] if begins_with_a_space(tokenizer) else []
+        spaced = behind and begins_with_a_space(tokenizer)
+        line = tokenizer("\n", add_special_tokens=False)["input_ids"] if spaced else []
         text = str(tokenizer.decode([*line, *ids], skip_special_tokens=True))
         return text[len(str(tokenizer.decode(line, skip_special_tokens=True))) :] if line else text
 

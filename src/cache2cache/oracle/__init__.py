@@ -1,1 +1,1 @@
-"""Why cache communication works: enrichment, transformation, effective rank, structure."""
+"""Why cache communication works: enrichment, transformation, structure."""

@@ -39,7 +39,7 @@ from ..models.load import LM
 from ..progress import Bar
 from ..rotary import Rotary
 from ..tasks.base import Question
-from ..tasks.prompts import option_lines
+from ..tasks.prompts import answered, few_shot_head, unanswered
 from . import study
 
 POSITIONS = ("kept", "rotated")  # of the question's slots in Oracle
@@ -47,19 +47,6 @@ ROWS_AT_ONCE = 16  # mixed caches of one question that are scored together
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
-
-
-def head_text(subject: str) -> str:
-    about = f" about {subject.replace('_', ' ')}" if subject else ""
-    return f"The following are single choice questions (with answers){about}.\n\n"
-
-
-def question_text(question: Question) -> str:
-    return f"{question.question}\n{option_lines(question)}\nAnswer:"
-
-
-def exemplar_text(question: Question) -> str:
-    return f"{question_text(question)} {question.letter}\n\n"
 
 
 @dataclass(frozen=True)
@@ -79,8 +66,8 @@ class Shots:
 def shots_ids(lm: LM, subject: str, exemplars: Sequence[Question]) -> tuple[list[int], list[int]]:
     """The tokens of the head and of the exemplars. Each part is tokenized alone, so that its tokens are the same
     whatever stands beside it."""
-    head = render(lm.need_tokenizer(), head_text(subject)).ids
-    return list(head), lm.continuation_ids("".join(map(exemplar_text, exemplars))) if exemplars else []
+    head = render(lm.need_tokenizer(), few_shot_head(subject)).ids
+    return list(head), lm.continuation_ids("".join(map(answered, exemplars))) if exemplars else []
 
 
 def read_shots(lm: LM, subject: str, exemplars: Sequence[Question]) -> Shots:
@@ -298,7 +285,7 @@ def answer(
 
     Without a rotary embedding there are only Direct, Few-shot and Oracle.
     """
-    caches = read_question(lm, shots, question_text(question))
+    caches = read_question(lm, shots, unanswered(question))
     every = torch.ones(1, lm.num_layers, dtype=torch.bool)
 
     def scored(prompt: Prefilled) -> list[list[float]]:

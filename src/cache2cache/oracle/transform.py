@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from ..alignment.chat import FROZEN
 from ..alignment.layers import layer_map as pairs_of
+from ..analysis.effective_rank import effective_rank, gram
 from ..analysis.runs import check_ids
 from ..config import FuserConfig
 from ..decode import score
@@ -47,7 +48,6 @@ from ..progress import Bar
 from ..tasks.base import Question
 from ..tasks.prompts import ANSWER_PREFIX, short_prompt
 from . import clouds, study
-from .rank import effective_rank, gram
 
 MAPS = ("mlp", "ridge", "mean")
 HOLDOUT = 8  # every eighth training question chooses ridge's penalty

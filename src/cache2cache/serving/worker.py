@@ -603,9 +603,10 @@ class Worker:
         rows = []
         for work in batch:
             seed = work.job.seed if work.job.seed is not None else int.from_bytes(os.urandom(7), "big")
+            behind = isinstance(work.job.prompt, str) or _is_ids(work.job.prompt)
             for choice in range(work.job.n):
                 drawn = torch.Generator().manual_seed((seed + choice) % (1 << 63)) if work.job.temperature else None
-                rows.append(_Row(work, choice, Words(lm), work.max_new, drawn))
+                rows.append(_Row(work, choice, Words(lm, behind), work.max_new, drawn))
         return rows
 
     def _decode(self, lm: LM, prompt: Prefilled, rows: Sequence[_Row], emit: Emit) -> None:

@@ -62,6 +62,22 @@ def chinese_prompt(question: Question, cot: bool = False) -> str:
     )
 
 
+def few_shot_head(subject: str) -> str:
+    """The line above the examples of a subject ("" for none)."""
+    about = f" about {subject.replace('_', ' ')}" if subject else ""
+    return f"The following are single choice questions (with answers){about}.\n\n"
+
+
+def unanswered(question: Question) -> str:
+    """A question among examples, up to where its letter follows behind a space."""
+    return f"{question.question}\n{option_lines(question)}\nAnswer:"
+
+
+def answered(question: Question) -> str:
+    """A question as an example for those behind it."""
+    return f"{unanswered(question)} {question.letter}\n\n"
+
+
 def few_shot_prompt(question: Question, dev: Sequence[Question], n: int = 5) -> str:
     """The paper's few-shot prompt: the first `n` questions of the same subject in `dev` with answers, then this one."""
     asked = (question.question, question.options)  # some sets have a question twice, under two ids
@@ -71,10 +87,7 @@ def few_shot_prompt(question: Question, dev: Sequence[Question], n: int = 5) -> 
             f"{n} examples about {question.subject or 'no subject'} were asked for, {len(examples)} are there; "
             "give fewer, or questions of another split"
         )
-    about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
-    blocks = [f"{q.question}\n{option_lines(q)}\nAnswer:" for q in (*examples, question)]
-    answered = [f"{block} {q.letter}" for block, q in zip(blocks, examples, strict=False)]
-    return "\n\n".join([f"The following are single choice questions (with answers){about}.", *answered, blocks[-1]])
+    return "".join([few_shot_head(question.subject), *map(answered, examples), unanswered(question)])
 
 
 def extract_letter(text: str, n_options: int) -> str | None:

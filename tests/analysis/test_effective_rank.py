@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cache2cache.oracle.rank import effective_rank, gram, singular_values
+from cache2cache.analysis.effective_rank import effective_rank, gram, singular_values
 
 
 def matrix(values: list[float], rows: int = 50, seed: int = 0) -> torch.Tensor:
