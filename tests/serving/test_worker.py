@@ -96,16 +96,17 @@ def alone(pair: C2C, way: str, chat: list[dict[str, str]], new: int) -> str:
 
 def test_a_completion_keeps_the_space_in_front_of_it() -> None:
     """SentencePiece's decoders drop it, as from a chat's answer."""
-    made = pair_of("gemma3", "llama")
-    lm = made.receiver
-    spaced = LM(lm.model, spaced_tokenizer("first", lm.need_tokenizer().chat_template), "spaced")
+    pair = pair_of("gemma3", "gemma3")
+    lm = pair.receiver
+    spaced = spaced_tokenizer("first", lm.need_tokenizer().chat_template)
+    receiver, sharer = (LM(each.model, spaced, "spaced") for each in (lm, pair.sharers[0]))
     (space,) = lm.continuation_ids(" A")
     head = lm.model.lm_head
     handle = head.register_forward_hook(lambda module, given, logits: logits.index_fill(-1, torch.tensor(space), 1e4))
     try:
-        ids = spaced.need_tokenizer()("Plants need")["input_ids"]
+        ids = spaced("Plants need")["input_ids"]
         jobs = [Job(prompt, max_tokens=2) for prompt in (CHATS[0], "Plants need", ids)]
-        told = Desk(C2C(spaced, [spaced], pair_of("gemma3", "gemma3").fusers)).run(*jobs)
+        told = Desk(C2C(receiver, [sharer], pair.fusers)).run(*jobs)
     finally:
         handle.remove()
     assert [text(events) for events in told] == ["A A", " A A", " A A"]
