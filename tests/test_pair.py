@@ -641,6 +641,9 @@ def test_an_answer_behind_a_text_begins_with_its_space() -> None:
     assert pair.chat(CHATS[0], **options) == streamed(CHATS[0]) == "A A"
     assert pair.chat([CHATS[0]], prefix="It is", **options) == [" A A"] == [streamed(CHATS[0], prefix="It is")]
     assert streamed("Plants need") == " A A"
+    for prompt, begun, expected in ((CHATS[0], "", "A A"), (CHATS[0], "It is", " A A"), ("Plants need", "", " A A")):
+        assert streamed(pair.prefill(prompt, prefix=begun)) == expected
+        assert streamed(pair.prefill(prompt, prefix=begun, keep=True), fuse_response=True) == expected
 
 
 def test_an_answer_ends_where_the_template_ends_it() -> None:

@@ -171,9 +171,8 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
-def stream(lm: LM, prompt: Prefilled, *, behind: bool = False, **kwargs: Any) -> Generator[Chunk, None, None]:
-    """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model.
-    `behind`: see `Words`."""
+def stream(lm: LM, prompt: Prefilled, **kwargs: Any) -> Generator[Chunk, None, None]:
+    """As `generate`, but yields the answer of the one prompt token by token. Closing the iterator stops the model."""
     if len(prompt.input_ids) != 1:
         raise C2CError(
             f"stream answers one prompt at a time, {len(prompt.input_ids)} were given; use generate for a batch"
@@ -199,7 +198,7 @@ def stream(lm: LM, prompt: Prefilled, *, behind: bool = False, **kwargs: Any) ->
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    words = Words(lm, behind)
+    words = Words(lm, any(prompt.behind))
     try:
         while (item := tokens.queue.get()) is not None:
             if isinstance(item, BaseException):

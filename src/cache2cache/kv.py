@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Any
 
@@ -515,12 +515,15 @@ class Prefilled:
         input_ids, attention_mask: (B, T), padded on the left.
         kv: the cache of the first T - 1 positions.
         position_ids: (B, T) where they don't simply count up.
+        behind: per row, whether the answer goes on in a text: the start of an answer, or a prompt that is no chat;
+            empty: all begin one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     kv: KV
     position_ids: Tensor | None = None
+    behind: Sequence[bool] = field(default=(), kw_only=True)
 
     def inputs(self, copies: int = 1, static_length: int | None = None) -> dict[str, Any]:
         """Keyword arguments for the model's `generate`, with a cache of their own each time.

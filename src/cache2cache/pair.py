@@ -473,7 +473,10 @@ class C2C:
         fused = [sum(max(column) >= 0 for column in zip(*(m[:-1] for m in p.maps), strict=True)) for p in batch]
         coverage = [p.coverage for p in batch]
         ids, mask, places = clean.input_ids, clean.attention_mask, clean.position_ids
-        return FusedCache(ids, mask, kv, places, fused, coverage, passed, turns, transfers, sure, skipped)
+        return FusedCache(
+            ids, mask, kv, places, fused, coverage, passed, turns, transfers, sure, skipped,
+            behind=[p.text is not None and (isinstance(p.text[0], str) or bool(p.text[1])) for p in batch],
+        )  # fmt: skip
 
     def _ask(
         self,
@@ -633,7 +636,7 @@ class C2C:
     def stream(self, prompt: Prompt | FusedCache, *, prefix: str = "", **kwargs: Any) -> Generator[Chunk, None, None]:
         """As `generate`, one prompt, token by token."""
         fused = self._answering(prompt, prefix, kwargs)
-        return decode.stream(self.receiver, fused, behind=bool(prefix) or isinstance(prompt, str), **kwargs)
+        return decode.stream(self.receiver, fused, **kwargs)
 
     def chat(
         self, messages: str | Messages | Sequence[str | Messages], *, prefix: str = "", **kwargs: Any
@@ -648,7 +651,7 @@ class C2C:
         made = decode.generate(self.receiver, fused, **kwargs)
         sequences = getattr(made, "sequences", made)
         answers = sequences[:, fused.input_ids.shape[1] :].tolist()
-        texts: list[Any] = [self.receiver.text(ids, behind=bool(prefix)) for ids in answers]
+        texts: list[Any] = [self.receiver.text(ids, any(fused.behind)) for ids in answers]
         if (each := len(texts) // len(batch)) > 1:
             texts = [texts[begin : begin + each] for begin in range(0, len(texts), each)]
         return texts[0] if given is not messages else texts

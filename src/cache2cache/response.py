@@ -108,7 +108,7 @@ class Answering(Prefilled):
                     f"({pair.receiver.vocab_size} tokens); give text or messages, and a fuser with the token map span"
                 )
         same = (fused.input_ids, fused.attention_mask, fused.kv, fused.position_ids)
-        return cls(*same, pair=pair, turns=fused.turns, sharers=sharers)
+        return cls(*same, behind=fused.behind, pair=pair, turns=fused.turns, sharers=sharers)
 
     def inputs(self, copies: int = 1, static_length: int | None = None) -> dict[str, Any]:
         """As `Prefilled.inputs`, with a stopping criterion that stops nothing: it reads and fuses each new token."""

@@ -173,7 +173,7 @@ def local(lm: LM, *, max_new_tokens: int, batch_size: int, temperature: float = 
 
     def response(ids: list[int]) -> Response | C2CError:
         whole = next((i for i, token in enumerate(ids) if token in ends), None)
-        text = str(tokenizer.decode(ids[:whole], skip_special_tokens=True)).strip()
+        text = lm.text(ids[:whole]).strip()
         return Response(text, whole is not None) if text else C2CError("the answer is empty")
 
     def answers(chats: Sequence[Messages]) -> Answers:
